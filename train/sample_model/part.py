@@ -1,0 +1,29 @@
+"""Recipe: write one part of the carried sample set as shards of its own.
+
+    python -m train.sample_model.part pretrain runs/sample_model/pretrain_part
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from curate.shards import write_shard
+from train.sample_set import PARTS, load_part
+
+
+def write_part(name: str, folder: Path, per_shard: int = 500) -> list[str]:
+    """Write the samples of a part, untouched, into ``folder``; return the shards' paths."""
+    samples = load_part(name)
+    paths = []
+    for number, start in enumerate(range(0, len(samples), per_shard)):
+        path = folder / f"{number:06d}.tar"
+        write_shard(str(path), [(sample.key, sample.members) for sample in samples[start : start + per_shard]])
+        paths.append(str(path))
+    return paths
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in PARTS:
+        sys.exit(f"usage: python -m train.sample_model.part {{{','.join(PARTS)}}} FOLDER")
+    write_part(sys.argv[1], Path(sys.argv[2]))
