@@ -1,0 +1,39 @@
+"""The verbs of ``python -m curate`` (console script ``afresh-curate``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from curate.commands import Verb, run
+
+VERBS = {
+    "check": Verb(
+        "curate.config:CheckConfig",
+        "curate.check:run_check",
+        "read every sample and list what is broken, without changing anything",
+        positionals=("shards",),
+    ),
+    "dedup": Verb(
+        "curate.config:DedupConfig",
+        "curate.dedup:run_dedup",
+        "drop copies: clean shards, a ledger of every sample, the training-set index, a report",
+        positionals=("shards", "out"),
+    ),
+    "search": Verb(
+        "curate.config:SearchConfig",
+        "curate.search:run_search",
+        "find the training samples nearest to an image or a caption",
+        positionals=("out",),
+    ),
+    "report": Verb(
+        "curate.config:ReportConfig",
+        "curate.report:run_report",
+        "write the report of a curation again",
+        positionals=("out",),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 success, 1 failure, 2 bad usage."""
+    return run("curate", "Curate a captioned image set: find its copies and keep one of each.", VERBS, argv)
