@@ -1,0 +1,95 @@
+"""``curate check``: read every sample as curation would, and list what is broken."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from curate.config import CheckConfig
+from curate.console import UsageError
+from curate.engine import LocalEngine
+from curate.shards import expand_shards, shard_names
+
+LISTED_PER_SHARD = 100_000
+
+
+class CheckSummary(dict[str, Any]):
+    """A summary that knows how the command ends: 1 when problems were found, as checking tools do."""
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self["problems"] else 0
+
+
+@dataclass(frozen=True)
+class _CheckTask:
+    url: str
+    name: str
+    max_pixels: int
+
+
+def run_check(config: CheckConfig) -> CheckSummary:
+    """Read every member of every shard, changing nothing.
+
+    Returns:
+        ``samples, readable, problems``, ``kinds`` (how many problems of each kind), ``listed`` (rows shard,
+        key, kind, reason; at most ``list_at_most``) and ``seconds``.
+
+    Raises:
+        UsageError: a setting is out of range, or there are no shards.
+        UserError: a shard cannot be opened.
+    """
+    start = time.monotonic()
+    if config.max_pixels < 1:
+        raise UsageError(f"max_pixels must be at least 1, got {config.max_pixels}")
+    if config.workers < 0:
+        raise UsageError(f"workers must be 0 (all cores) or more, got {config.workers}")
+    urls = expand_shards(config.shards)
+    tasks = [
+        _CheckTask(url, name, config.max_pixels) for url, name in zip(urls, shard_names(urls), strict=True)
+    ]
+    samples = readable = 0
+    kinds: Counter[str] = Counter()
+    listed: list[dict[str, str]] = []
+    for of_shard in LocalEngine(config.workers).map(_check_shard, tasks, desc="checking"):
+        samples += of_shard["samples"]
+        readable += of_shard["readable"]
+        kinds.update(of_shard["kinds"])
+        listed += of_shard["listed"]
+    return CheckSummary(
+        samples=samples,
+        readable=readable,
+        problems=kinds.total(),
+        kinds=dict(sorted(kinds.items())),
+        listed=listed[: config.list_at_most],
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+def _check_shard(task: _CheckTask) -> dict[str, Any]:
+    from curate.images import ImageError, decode_image
+    from curate.shards import BadSample, read_samples
+
+    samples = readable = 0
+    kinds: Counter[str] = Counter()
+    listed: list[dict[str, str]] = []
+    for item in read_samples(task.url, name=task.name):
+        samples += 1
+        found: list[tuple[str, str]] = []
+        if isinstance(item, BadSample):
+            found.append((item.kind, item.reason))
+        else:
+            try:
+                decode_image(item.image, max_pixels=task.max_pixels)
+            except ImageError as error:
+                found.append(("unreadable_image", str(error)))
+            if (reason := item.caption_problem) is not None:
+                found.append(("no_caption", reason))
+        readable += not found
+        for kind, reason in found:
+            kinds[kind] += 1
+            if len(listed) < LISTED_PER_SHARD:
+                listed.append({"shard": item.shard, "key": item.key, "kind": kind, "reason": reason})
+    return {"samples": samples, "readable": readable, "kinds": kinds, "listed": listed}

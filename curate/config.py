@@ -1,0 +1,102 @@
+"""Settings of the curation jobs: plain dataclasses, read from YAML and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Preference = Literal["resolution", "caption_length"]
+
+
+@dataclass
+class DedupConfig:
+    """Settings of ``curate dedup``.
+
+    Args:
+        shards: tar shards: paths, folders, globs, brace ranges or fsspec URLs.
+        out: local folder for the result: ``shards/``, ``ledger.parquet``, ``index/``, ``report.html``,
+            ``summary.json``; ``work/`` beside them is a cache that may be deleted.
+        image_embedder: ``layout`` (needs no weights), ``copy-detector``, or a TorchScript file of SSCD.
+        threshold: two images with at least this cosine similarity are near, in (0, 1].
+        caption_threshold: two captions with at least this similarity are near, in (0, 1].
+        min_caption_chars: captions with fewer characters are near only when equal (after normalisation).
+        rule: ``greedy`` drops what is near a sample that is kept, so that chains swallow nothing;
+            ``components`` keeps one sample of everything that is linked.
+        prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
+        on_caption_differs: of images near under different captions, ``pool`` drops the copy and hands its
+            caption to the sample that stays; ``keep`` keeps both.
+        max_per_caption: how many samples with different images may share one caption; null for any number.
+        missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
+            image alone, with an ``empty`` caption.
+        max_pixels: images with more pixels are refused before they are decoded.
+        samples_per_shard: samples a written shard holds at most.
+        batch_size: images embedded at a time.
+        workers: processes; 1 works in this process, 0 takes the CPU cores at hand. The result is the same.
+        engine: where stages run: ``local`` is this machine's processes.
+        recall_sample: rows on which the recall of the join is measured against exact search.
+        seed: of the samples on which recall and the report's histogram are measured.
+    """
+
+    shards: list[str] = field(default_factory=list)
+    out: str = ""
+    image_embedder: str = "layout"
+    threshold: float = 0.9
+    caption_threshold: float = 0.9
+    min_caption_chars: int = 12
+    rule: Literal["greedy", "components"] = "greedy"
+    prefer: list[Preference] = field(default_factory=lambda: ["resolution", "caption_length"])
+    on_caption_differs: Literal["pool", "keep"] = "pool"
+    max_per_caption: int | None = None
+    missing_caption: Literal["unreadable", "empty"] = "unreadable"
+    max_pixels: int = 64_000_000
+    samples_per_shard: int = 10_000
+    batch_size: int = 256
+    workers: int = 0
+    engine: Literal["local"] = "local"
+    recall_sample: int = 1000
+    seed: int = 0
+
+
+@dataclass
+class CheckConfig:
+    """Settings of ``curate check``.
+
+    Args:
+        shards: tar shards: paths, folders, globs, brace ranges or fsspec URLs.
+        max_pixels: images with more pixels are refused before they are decoded.
+        list_at_most: problems listed one by one; all are counted. null lists all.
+        workers: processes; 1 works in this process, 0 takes the CPU cores at hand.
+    """
+
+    shards: list[str] = field(default_factory=list)
+    max_pixels: int = 64_000_000
+    list_at_most: int | None = 1000
+    workers: int = 0
+
+
+@dataclass
+class SearchConfig:
+    """Settings of ``curate search``: give ``image`` or ``caption``.
+
+    Args:
+        out: folder that ``curate dedup`` wrote.
+        image: file of an image to search for.
+        caption: text to search for among the captions.
+        k: how many samples to show.
+    """
+
+    out: str = ""
+    image: str | None = None
+    caption: str | None = None
+    k: int = 10
+
+
+@dataclass
+class ReportConfig:
+    """Settings of ``curate report``.
+
+    Args:
+        out: folder that ``curate dedup`` wrote.
+    """
+
+    out: str = ""

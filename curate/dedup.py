@@ -1,0 +1,803 @@
+"""The curation job: drop copies from tar shards, and keep an account of every sample.
+
+Stages, each of which leaves files so that a stopped run is continued where it was:
+
+1. read: each shard once; hashes, sizes, captions and image embeddings → ``work/read/*.parquet``,
+2. join: pairs of near images and of near captions → ``work/pairs-*.parquet``,
+3. decide: who is kept, and who stands for whom (:mod:`curate.decide`); cheap, done anew every time,
+4. write: the kept samples' bytes → ``shards/*.tar``,
+5. publish: ledger, index, report and, last, ``summary.json``. A folder without it is unfinished.
+
+Image bytes are held one batch at a time; what grows with the set are the embeddings and one row of text a
+sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
+workers, the clock, or the place where the set lies.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import curate
+from curate import ledger as ledgers
+from curate.config import DedupConfig
+from curate.console import UsageError, UserError, get_logger, write_json
+from curate.engine import Engine, LocalEngine, one_thread
+from curate.shards import BadSample, Sample, expand_shards, open_shard, read_samples, shard_names, write_shard
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from curate.decide import Verdicts
+    from curate.embed import Embedder
+    from curate.neighbors import Pairs
+
+log = get_logger(__name__)
+
+CACHE_FORMAT = 1
+BATCH_PIXELS = 32_000_000  # decoded pixels held at a time, whatever the batch size
+HISTOGRAM_SAMPLE = 2000
+
+
+def run_dedup(config: DedupConfig) -> dict[str, Any]:
+    """Curate ``config.shards`` into ``config.out``.
+
+    Returns:
+        ``samples, kept, dropped, unreadable, groups`` (of more than one sample), ``largest_group``,
+        ``reasons`` (how many were dropped why), ``captions_pooled`` (kept samples that inherited captions),
+        ``recall`` (of the image join, measured), ``caption_recall``, ``shards`` (written), ``seconds``, and
+        ``stages``, the seconds of each. ``summary.json`` has the settings in place of the seconds, which
+        differ from run to run.
+
+    Raises:
+        UsageError: a setting is out of range, there are no shards, ``out`` is foreign or cannot be written.
+        UserError: a shard cannot be opened, changed while it was read, or no sample can be read.
+    """
+    clock = _Clock()
+    _check_settings(config)
+    urls = expand_shards(config.shards)
+    names = shard_names(urls)
+    embedder = _embedder(config.image_embedder)
+    out = _prepare(config.out, urls)
+    engine = LocalEngine(config.workers)
+    with _locked(out):
+        keys = [_read_key(url, name, config) for url, name in zip(urls, names, strict=True)]
+        _note_changes(out, config, dict(zip(names, keys, strict=True)))
+
+        caches = _read_stage(engine, out, urls, names, keys, config)
+        rows = _Rows.load(caches, embedder.dim, config.missing_caption)
+        clock.lap("read")
+        if len(rows.readable) == 0:
+            _publish_ledger(out, rows, None)
+            first = rows.table["reason"][0].as_py() if rows.table.num_rows else "the shards are empty"
+            raise UserError(
+                f"none of the {rows.table.num_rows} samples can be read ({first}); see {out}/ledger.parquet"
+            )
+
+        joined = _join_stage(out, rows, keys, config)
+        verdicts = _decide_stage(rows, joined, config)
+        clock.lap("join")
+
+        plan = _plan(out, rows, verdicts, urls, config.samples_per_shard)
+        _write_stage(engine, out, plan)
+        clock.lap("write")
+
+        table = _publish_ledger(out, rows, verdicts)
+        _publish_index(out, rows, verdicts, embedder)
+        summary = _summarise(table, joined, verdicts, config, shards=len(plan))
+        _publish_report(engine, out, table, rows, joined, summary, urls, config)
+        write_json(out / "summary.json", summary)
+        _forget_stale(out, [*caches, *joined.caches])
+        clock.lap("publish")
+    shown = {key: value for key, value in summary.items() if key != "settings"}
+    return {**shown, "seconds": clock.total(), "stages": clock.laps}
+
+
+# ------------------------------------------------------------------------------------------- before the work
+
+
+def _check_settings(config: DedupConfig) -> None:
+    for name in ("threshold", "caption_threshold"):
+        value = getattr(config, name)
+        if not 0.0 < value <= 1.0:
+            raise UsageError(f"{name} must be in (0, 1], got {value}")
+    for name in ("max_pixels", "samples_per_shard", "batch_size", "recall_sample"):
+        value = getattr(config, name)
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    for name in ("workers", "min_caption_chars", "seed"):
+        value = getattr(config, name)
+        if value < 0:
+            raise UsageError(f"{name} must be 0 or more, got {value}")
+    if config.max_per_caption is not None and config.max_per_caption < 1:
+        raise UsageError(f"max_per_caption must be at least 1, or null, got {config.max_per_caption}")
+    if len(set(config.prefer)) < len(config.prefer):
+        raise UsageError(f"prefer names a criterion twice: {', '.join(config.prefer)}")
+    if not config.out:
+        raise UsageError("out: name the folder to write to")
+    if "://" in config.out:
+        raise UsageError(f"out: {config.out} must be a local folder")
+
+
+def _prepare(out_name: str, urls: Sequence[str]) -> Path:
+    """The output folder, made and found writable, and holding neither the input nor anything foreign."""
+    out = Path(out_name).expanduser()
+    for url in urls:
+        if "://" not in url and Path(url).resolve().is_relative_to(out.resolve()):
+            raise UsageError(
+                f"out: {out} holds the input {url}; inputs are never changed, name another folder"
+            )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"out: {out} is a file, not a folder")
+    if out.is_dir() and not (out / "work").is_dir() and not (out / "ledger.parquet").is_file():
+        foreign = next(iter(sorted(out.iterdir())), None)
+        if foreign is not None:
+            raise UsageError(f"out: {out} is not empty and no curation ({foreign.name}); name a new folder")
+    try:
+        (out / "work" / "read").mkdir(parents=True, exist_ok=True)
+        (out / "shards").mkdir(exist_ok=True)
+        probe = out / "work" / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"out: cannot write to {out}: {error.strerror or error}") from error
+    return out
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One run at a time in a folder; the system lifts the lock when its holder dies."""
+    with open(out / "work" / "lock", "w") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise UserError(f"{out}: another run is writing to this folder") from error
+        for left_over in [*out.glob(".tmp-*"), *out.glob("*/.tmp-*"), *out.glob("work/read/.tmp-*")]:
+            if left_over.is_file():
+                left_over.unlink()
+        yield
+
+
+def _settings(config: DedupConfig) -> dict[str, Any]:
+    """What the result depends on, beside the input."""
+    apart = ("out", "shards", "workers", "engine")
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+
+
+def _note_changes(out: Path, config: DedupConfig, inputs: Mapping[str, str]) -> None:
+    """Say what differs from the run that this folder holds, and mark the folder as unfinished."""
+    settings = _settings(config)
+    job = {"settings": settings, "inputs": dict(inputs)}
+    path = out / "work" / "job.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = None
+    if before == job:
+        return
+    if before is not None:
+        old, new = before.get("settings", {}), settings
+        changed = [f"{key}: {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
+        old_inputs = before.get("inputs", {})
+        fresh = sum(old_inputs.get(name) != key for name, key in inputs.items())
+        gone = len(set(old_inputs) - set(inputs))
+        if fresh or gone:
+            changed.append(f"{fresh} shards to read, {gone} gone")
+        log.info("%s holds another run; changed: %s", out, "; ".join(changed))
+        (out / "summary.json").unlink(missing_ok=True)
+    write_json(path, job)
+
+
+# --------------------------------------------------------------------------------------------- stage 1: read
+
+READ_COLUMNS = (
+    ("shard", pa.string()),
+    ("key", pa.string()),
+    ("reason", pa.string()),  # why the image cannot be used; null when it can
+    ("caption_problem", pa.string()),
+    ("caption", pa.string()),
+    ("sha256", pa.string()),
+    ("pixels", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+)
+
+
+@dataclass(frozen=True)
+class _ReadTask:
+    url: str
+    name: str
+    cache: Path
+    embedder: str
+    max_pixels: int
+    batch_size: int
+
+
+def _read_stage(
+    engine: Engine,
+    out: Path,
+    urls: Sequence[str],
+    names: Sequence[str],
+    keys: Sequence[str],
+    config: DedupConfig,
+) -> list[Path]:
+    caches = [out / "work" / "read" / f"{key}.parquet" for key in keys]
+    tasks = [
+        _ReadTask(url, name, cache, config.image_embedder, config.max_pixels, config.batch_size)
+        for url, name, cache in zip(urls, names, caches, strict=True)
+        if not cache.is_file()
+    ]
+    if len(tasks) < len(caches):
+        log.info("%d of %d shards were read before", len(caches) - len(tasks), len(caches))
+    engine.map(_read_shard, tasks, desc="reading")
+    return caches
+
+
+def _read_shard(task: _ReadTask) -> None:
+    """Hash and embed one shard's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
+    from curate.images import ImageError, decode_image, pixel_hash
+
+    embedder = _embedder(task.embedder)
+    columns: dict[str, list[Any]] = {name: [] for name, _ in READ_COLUMNS}
+    vectors: list[bytes] = []
+    nothing = bytes(2 * embedder.dim)
+    batch: list[tuple[int, Any]] = []
+
+    def flush() -> None:
+        embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
+        for (row, _), vector in zip(batch, np.asarray(embedded, dtype=np.float16), strict=True):
+            vectors[row] = vector.tobytes()
+        batch.clear()
+
+    pixels_held = 0
+    with one_thread():
+        for item in read_samples(task.url, name=task.name):
+            row: dict[str, Any] = {"shard": item.shard, "key": item.key}
+            if isinstance(item, BadSample):
+                row["reason"] = item.reason
+            else:
+                row["caption"], row["caption_problem"] = item.caption, item.caption_problem
+                row["sha256"] = hashlib.sha256(item.image).hexdigest()
+                try:
+                    image = decode_image(item.image, max_pixels=task.max_pixels)
+                except ImageError as error:
+                    row["reason"] = str(error)
+                else:
+                    row["width"], row["height"] = image.size
+                    row["pixels"] = pixel_hash(image)
+                    batch.append((len(vectors), image))
+                    pixels_held += image.width * image.height
+            for name in columns:
+                columns[name].append(row.get(name))
+            vectors.append(nothing)
+            if len(batch) == task.batch_size or pixels_held > BATCH_PIXELS:
+                flush()
+                pixels_held = 0
+        if batch:
+            flush()
+    arrays = {name: pa.array(columns[name], kind) for name, kind in READ_COLUMNS}
+    arrays["embedding"] = pa.array(vectors, pa.binary(len(nothing)))
+    ledgers.write_table(pa.table(arrays), task.cache)
+
+
+@lru_cache(maxsize=2)
+def _embedder(name: str) -> Embedder:
+    from curate.embed import load_embedder
+
+    return load_embedder(name)
+
+
+def _read_key(url: str, name: str, config: DedupConfig) -> str:
+    """What the reading of a shard depends on, as a file name: its content, the embedder, the limits."""
+    embedder = config.image_embedder
+    if Path(embedder).is_file():
+        with open(embedder, "rb") as file:
+            embedder = hashlib.file_digest(file, "sha256").hexdigest()
+    made_by = [CACHE_FORMAT, curate.__version__, embedder, config.max_pixels, config.batch_size]
+    return _digest([made_by, name, _fingerprint(url)])
+
+
+def _fingerprint(url: str) -> list[str | int]:
+    """Changes when a shard does: size, time of change, first and last 64 KiB; or what its store says."""
+    if "://" in url:
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(url)
+            return [str(filesystem.ukey(path))]
+        except Exception as error:
+            raise UserError(f"cannot open shard {url}: {error}") from error
+    with open_shard(url) as file:
+        stat = os.fstat(file.fileno())
+        digest = hashlib.sha256(file.read(1 << 16))
+        file.seek(max(0, stat.st_size - (1 << 16)))
+        digest.update(file.read(1 << 16))
+    return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+# -------------------------------------------------------------------------------------- the set, in memory
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Every sample of the input, in input order.
+
+    Attributes:
+        table: READ_COLUMNS of all N rows; ``reason`` says of each row why it is unreadable, or is null.
+        shard_number: int32 [N], which input shard.
+        ordinal: int64 [N], which sample of it.
+        readable: int64 [n], the rows that can be curated.
+        embeddings: float16 [n, dim] of the readable rows.
+        captions: of the readable rows.
+    """
+
+    table: pa.Table
+    shard_number: NDArray[np.int32]
+    ordinal: NDArray[np.int64]
+    readable: NDArray[np.int64]
+    embeddings: NDArray[np.float16]
+    captions: list[str]
+
+    @classmethod
+    def load(cls, caches: Sequence[Path], dim: int, missing_caption: str) -> _Rows:
+        names = [name for name, _ in READ_COLUMNS]
+        tables = [pq.read_table(cache, columns=names) for cache in caches]
+        sizes = [table.num_rows for table in tables]
+        table = pa.concat_tables(tables)
+        reason = table["reason"]
+        if missing_caption == "unreadable":
+            reason = pc.coalesce(reason, table["caption_problem"])
+            table = table.set_column(names.index("reason"), "reason", reason)
+        usable = reason.is_null().to_numpy(zero_copy_only=False)
+        embeddings = np.empty((int(usable.sum()), dim), dtype=np.float16)
+        start = row = 0
+        for cache, size in zip(caches, sizes, strict=True):
+            stored = pq.read_table(cache, columns=["embedding"])["embedding"].combine_chunks()
+            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: size * dim].reshape(
+                size, dim
+            )
+            of_shard = data[usable[start : start + size]]
+            embeddings[row : row + len(of_shard)] = of_shard
+            start, row = start + size, row + len(of_shard)
+        readable = np.flatnonzero(usable)
+        return cls(
+            table=table,
+            shard_number=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            ordinal=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
+            readable=readable,
+            embeddings=embeddings,
+            captions=[caption or "" for caption in table["caption"].take(pa.array(readable)).to_pylist()],
+        )
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of the readable rows, [n]."""
+        return self.table[name].take(pa.array(self.readable)).to_numpy(zero_copy_only=False)
+
+
+# --------------------------------------------------------------------------------- stages 2, 3: join, decide
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """What is near what, among the n readable rows.
+
+    Attributes:
+        image_of: int64 [n], number of each row's distinct image (by its pixels), in order of appearance.
+        first: int64 [images], the first row with each image.
+        image_pairs: near pairs of distinct images.
+        caption_of: int64 [n], number of each row's distinct normalised caption, in order of appearance.
+        captions: the distinct normalised captions.
+        caption_pairs: near pairs of distinct captions.
+        recall: measured of image_pairs, in [0, 1].
+        caption_recall: measured of caption_pairs, in [0, 1].
+        caches: files that hold the pairs.
+    """
+
+    image_of: NDArray[np.int64]
+    first: NDArray[np.int64]
+    image_pairs: Pairs
+    caption_of: NDArray[np.int64]
+    captions: list[str]
+    caption_pairs: Pairs
+    recall: float
+    caption_recall: float
+    caches: tuple[Path, Path]
+
+
+def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig) -> _Joined:
+    """Exact copies are collapsed by hash first, so that a group of many of them costs nothing."""
+    from curate.embed import embed_captions, normalise_caption
+
+    image_of, first = _numbered(rows.column("pixels"))
+    normalised = [normalise_caption(caption) for caption in rows.captions]
+    caption_of, first_with_caption = _numbered(np.array(normalised, dtype=object))
+    captions = [normalised[row] for row in first_with_caption]
+
+    measured = [config.recall_sample, config.seed]
+    images_cache = (
+        out
+        / "work"
+        / f"pairs-{_digest([list(keys), config.missing_caption, config.threshold, measured])}.parquet"
+    )
+    image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], config.threshold, config)
+
+    # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
+    long = np.array(
+        [row for row, text in enumerate(captions) if len(text) >= config.min_caption_chars], dtype=np.int64
+    )
+    near_captions = [
+        list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured
+    ]  # fmt: skip
+    captions_cache = out / "work" / f"pairs-{_digest(near_captions)}.parquet"
+    caption_pairs, caption_recall = _joined(
+        captions_cache,
+        lambda: embed_captions([captions[row] for row in long]),
+        config.caption_threshold,
+        config,
+    )
+    return _Joined(
+        image_of=image_of,
+        first=first,
+        image_pairs=image_pairs,
+        caption_of=caption_of,
+        captions=captions,
+        caption_pairs=type(caption_pairs)(
+            long[caption_pairs.i], long[caption_pairs.j], caption_pairs.similarity
+        ),
+        recall=recall,
+        caption_recall=caption_recall,
+        caches=(images_cache, captions_cache),
+    )
+
+
+def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number of each value in order of appearance, and where each number appears first."""
+    number: dict[Any, int] = {}
+    numbers = np.fromiter((number.setdefault(value, len(number)) for value in values), np.int64, len(values))
+    first = np.full(len(number), len(values), dtype=np.int64)
+    np.minimum.at(first, numbers, np.arange(len(values)))
+    return numbers, first
+
+
+def _joined(
+    cache: Path, embed: Callable[[], NDArray[Any]], threshold: float, config: DedupConfig
+) -> tuple[Pairs, float]:
+    """Near pairs and their measured recall: from the cache, or found and put there."""
+    from curate.neighbors import Pairs, find_pairs, recall
+
+    if cache.is_file():
+        table = pq.read_table(cache)
+        measured = json.loads(table.schema.metadata[b"recall"])
+        return Pairs(*(table[name].to_numpy() for name in ("i", "j", "similarity"))), measured
+    embeddings = embed()
+    if len(embeddings) < 2:
+        pairs, measured = Pairs.empty(), 1.0
+    else:
+        pairs = find_pairs(embeddings, threshold)
+        measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
+    table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
+    ledgers.write_table(table.replace_schema_metadata({"recall": json.dumps(measured)}), cache)
+    return pairs, measured
+
+
+def _decide_stage(rows: _Rows, joined: _Joined, config: DedupConfig) -> Verdicts:
+    from curate.decide import decide
+
+    return decide(
+        joined,
+        rows.captions,
+        _preference(rows, config.prefer),
+        rule=config.rule,
+        max_per_caption=config.max_per_caption,
+        on_caption_differs=config.on_caption_differs,
+    )
+
+
+def _preference(rows: _Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
+    """Rank of each row, 0 for the one to be kept before all others; ties go by input order."""
+    width, height = rows.column("width").astype(np.int64), rows.column("height").astype(np.int64)
+    criteria = {
+        "resolution": -(width * height),
+        "caption_length": -np.array([len(caption) for caption in rows.captions], dtype=np.int64),
+    }
+    order = np.lexsort([np.arange(len(width)), *(criteria[name] for name in reversed(prefer))])
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank
+
+
+# --------------------------------------------------------------------------------------------- stage 4: write
+
+
+@dataclass(frozen=True)
+class _WriteTask:
+    """One output shard: which samples of which input shards, and what their json members gain."""
+
+    path: Path
+    marker: Path
+    sources: tuple[
+        tuple[str, str, tuple[tuple[int, str, str | None], ...]], ...
+    ]  # url, name, (ordinal, key, gain)
+
+
+def _plan(
+    out: Path, rows: _Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int
+) -> list[_WriteTask]:
+    """Which kept samples go where, in input order.
+
+    A shard is full at ``per_shard`` samples, or when a key would stand in it twice: keys repeat across input
+    shards, and a sample keeps its key.
+    """
+    names = shard_names(urls)
+    keys = rows.table["key"].to_pylist()
+    tasks: list[_WriteTask] = []
+    duplicates = np.bincount(verdicts.kept_by[verdicts.kept_by >= 0], minlength=len(rows.readable))
+    sources: dict[int, list[tuple[int, str, str | None]]] = {}
+    used: set[str] = set()
+
+    def close() -> None:
+        number = len(tasks)
+        tasks.append(
+            _WriteTask(
+                out / "shards" / f"{number:06d}.tar",
+                out / "work" / "shards" / f"{number:06d}.json",
+                tuple((urls[shard], names[shard], tuple(picked)) for shard, picked in sources.items()),
+            )
+        )
+        sources.clear()
+        used.clear()
+
+    for sample, row in enumerate(rows.readable.tolist()):
+        if not verdicts.kept[sample]:
+            continue
+        key = keys[row]
+        if len(used) == per_shard or key in used:
+            close()
+        used.add(key)
+        gain = None
+        if pooled := verdicts.pooled.get(sample):
+            gain = json.dumps({"duplicates": int(duplicates[sample]), "captions": list(pooled)})
+        sources.setdefault(int(rows.shard_number[row]), []).append((int(rows.ordinal[row]), key, gain))
+    if used:
+        close()
+    return tasks
+
+
+def _write_stage(engine: Engine, out: Path, plan: Sequence[_WriteTask]) -> None:
+    (out / "work" / "shards").mkdir(exist_ok=True)
+    planned = {task.path for task in plan}
+    for path in [*(out / "shards").glob("[0-9]*.tar")]:
+        if path not in planned:
+            path.unlink()
+    engine.map(_write_shard, [task for task in plan if not _is_written(task)], desc="writing")
+
+
+def _is_written(task: _WriteTask) -> bool:
+    try:
+        marker = json.loads(task.marker.read_text())
+        return marker == {"plan": _plan_digest(task), "bytes": task.path.stat().st_size}
+    except (OSError, ValueError):
+        return False
+
+
+def _plan_digest(task: _WriteTask) -> str:
+    return _digest([CACHE_FORMAT, [[_fingerprint(url), picked] for url, _, picked in task.sources]])
+
+
+def _write_shard(task: _WriteTask) -> None:
+    task.marker.unlink(missing_ok=True)
+    write_shard(task.path, _picked(task))
+    write_json(task.marker, {"plan": _plan_digest(task), "bytes": task.path.stat().st_size})
+
+
+def _picked(task: _WriteTask) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    for url, name, picked in task.sources:
+        wanted = {ordinal: (key, gain) for ordinal, key, gain in picked}
+        for ordinal, item in enumerate(read_samples(url, name=name)):
+            if ordinal not in wanted:
+                continue
+            key, gain = wanted.pop(ordinal)
+            if not isinstance(item, Sample) or item.key != key:
+                raise UserError(f"shard {url} changed while it was curated (sample {key!r}); run again")
+            yield key, with_account(item.members, json.loads(gain)) if gain else item.members
+            if not wanted:
+                break
+        if wanted:
+            key = next(iter(wanted.values()))[0]
+            raise UserError(f"shard {url} changed while it was curated (sample {key!r} is gone); run again")
+
+
+def with_account(members: Mapping[str, bytes], account: Mapping[str, Any]) -> dict[str, bytes]:
+    """Members whose json gains ``afresh: account``; the others keep their bytes.
+
+    A sample without json gets one; where its json is not an object, the account is a member ``afresh.json``.
+    """
+    result = dict(members)
+    ext = next((name for name in members if name.lower() == "json"), None)
+    if ext is None:
+        fields: Any = {}
+    else:
+        try:
+            fields = json.loads(members[ext])
+        except (ValueError, RecursionError):
+            fields = None
+    if isinstance(fields, dict):
+        result[ext or "json"] = _json_bytes({**fields, "afresh": account})
+    else:
+        result["afresh.json"] = _json_bytes(account)
+    return result
+
+
+def _json_bytes(fields: Any) -> bytes:
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------- stage 5: publish
+
+
+def _publish_ledger(out: Path, rows: _Rows, verdicts: Verdicts | None) -> pa.Table:
+    """Write the ledger, and give it."""
+    total = rows.table.num_rows
+    columns: dict[str, Any] = {
+        name: rows.table[name] for name in ("shard", "key", "sha256", "width", "height", "caption")
+    }
+    columns["row"] = np.arange(total)
+    status = np.full(total, ledgers.UNREADABLE, dtype=object)
+    reason = rows.table["reason"].to_numpy(zero_copy_only=False).copy()
+    stand_in = np.full(total, -1, dtype=np.int64)
+    numbers: dict[str, NDArray[Any]] = {}
+    for name in ("image_similarity", "caption_similarity", "group", "group_size"):
+        numbers[name] = np.full(total, np.nan if "similarity" in name else -1)
+    if verdicts is not None:
+        status[rows.readable] = np.where(verdicts.kept, ledgers.KEPT, ledgers.DROPPED)
+        reason[rows.readable] = verdicts.reason
+        stand_in[rows.readable] = np.where(verdicts.kept_by >= 0, rows.readable[verdicts.kept_by], -1)
+        for name, values in numbers.items():
+            values[rows.readable] = getattr(verdicts, name)
+        numbers["group"][rows.readable] = rows.readable[verdicts.group]  # named by its first member's row
+    nobody = stand_in < 0
+    for name in ("shard", "key"):
+        columns[f"kept_{name}"] = rows.table[name].take(pa.array(stand_in, mask=nobody))
+    for name, values in numbers.items():
+        missing = np.isnan(values) if "similarity" in name else values < 0
+        columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)
+    columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
+    table = pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
+    ledgers.write_table(table, out / "ledger.parquet")
+    return table
+
+
+def _publish_index(out: Path, rows: _Rows, verdicts: Verdicts, embedder: Embedder) -> None:
+    from curate.index import TrainingIndex
+
+    TrainingIndex.build(
+        embeddings=rows.embeddings,
+        captions=rows.table["caption"].take(pa.array(rows.readable)).to_pylist(),
+        shards=rows.column("shard").tolist(),
+        keys=rows.column("key").tolist(),
+        kept=verdicts.kept,
+        group=rows.readable[verdicts.group],
+        embedder_name=embedder.name,
+    ).save(out / "index")
+
+
+def _summarise(
+    table: pa.Table, joined: _Joined, verdicts: Verdicts, config: DedupConfig, shards: int
+) -> dict[str, Any]:
+    status = collections.Counter(table["status"].to_pylist())
+    reasons = collections.Counter(
+        table.filter(pc.equal(table["status"], ledgers.DROPPED))["reason"].to_pylist()
+    )
+    sizes = np.bincount(verdicts.group)
+    return {
+        "samples": table.num_rows,
+        **{name: status[name] for name in (ledgers.KEPT, ledgers.DROPPED, ledgers.UNREADABLE)},
+        "groups": int((sizes > 1).sum()),
+        "largest_group": int(sizes.max()),
+        "reasons": {name: reasons[name] for name in ledgers.DROP_REASONS if reasons[name]},
+        "captions_pooled": sum(bool(pooled) for pooled in verdicts.pooled.values()),
+        "recall": joined.recall,
+        "caption_recall": joined.caption_recall,
+        "shards": shards,
+        "settings": _settings(config),
+    }
+
+
+def _publish_report(
+    engine: Engine,
+    out: Path,
+    table: pa.Table,
+    rows: _Rows,
+    joined: _Joined,
+    summary: dict[str, Any],
+    urls: Sequence[str],
+    config: DedupConfig,
+) -> None:
+    from curate import report
+
+    counts: Mapping[str, Any] = report.histogram(np.empty(0, dtype=np.float32))
+    calls: list[tuple[int, int, float]] = []
+    if len(joined.first) > 1:
+        embeddings = rows.embeddings[joined.first]
+        asked, nearest, similarity = report.nearest_similarities(embeddings, HISTOGRAM_SAMPLE, config.seed)
+        row_of = rows.readable[joined.first]
+        counts = report.histogram(similarity)
+        calls = report.close_calls(row_of[asked], row_of[nearest], similarity, config.threshold)
+    shown = {row for group in report.gallery(table) for row in group} | {
+        row for a, b, _ in calls for row in (a, b)
+    }
+    of_shard: dict[int, list[tuple[int, int]]] = {}
+    for row in sorted(shown):
+        of_shard.setdefault(int(rows.shard_number[row]), []).append((row, int(rows.ordinal[row])))
+    tasks = [
+        _ThumbnailTask(urls[shard], tuple(wanted), config.max_pixels) for shard, wanted in of_shard.items()
+    ]
+    thumbnails: dict[int, bytes] = {}
+    for of_task in engine.map(_thumbnails, tasks, desc="picturing"):
+        thumbnails |= of_task
+    pictures = report.Pictures(counts, calls, thumbnails)
+    pictures.save(out / "work" / "report.json")
+    report.write_report(out, report.render(summary, table, pictures))
+
+
+@dataclass(frozen=True)
+class _ThumbnailTask:
+    url: str
+    wanted: tuple[tuple[int, int], ...]  # (ledger row, ordinal in the shard)
+    max_pixels: int
+
+
+def _thumbnails(task: _ThumbnailTask) -> dict[int, bytes]:
+    from curate.report import thumbnail
+
+    row_of = {ordinal: row for row, ordinal in task.wanted}
+    found: dict[int, bytes] = {}
+    for ordinal, item in enumerate(read_samples(task.url)):
+        if ordinal in row_of and isinstance(item, Sample):
+            found[row_of[ordinal]] = thumbnail(item.image, max_pixels=task.max_pixels)
+            if len(found) == len(row_of):
+                break
+    return found
+
+
+def _forget_stale(out: Path, in_use: Sequence[Path]) -> None:
+    """Remove caches of other settings and inputs than this run's."""
+    for path in [*(out / "work" / "read").glob("*.parquet"), *(out / "work").glob("pairs-*.parquet")]:
+        if path not in in_use:
+            path.unlink()
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self.last = round(now - self.last, 3), now
+
+    def total(self) -> float:
+        return round(time.monotonic() - self.start, 3)

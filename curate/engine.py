@@ -1,0 +1,122 @@
+"""Where stages run: a function over many shard files, on this machine's processes.
+
+What is done (a stage's function and its tasks) is apart from where. A function writes its result to a file
+and returns only what is small: a stage that was stopped is continued by the tasks whose files are missing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from curate.console import UserError, progress
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class Engine(Protocol):
+    """Runs ``function`` on every task and gives the results in the order of the tasks."""
+
+    def map(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], *, desc: str, unit: str = "shards"
+    ) -> list[Any]: ...
+
+
+class LocalEngine:
+    """This machine's processes.
+
+    Args:
+        workers: number of processes; 1 runs the function in this process, 0 takes the CPU cores at hand.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers}")
+        self.workers = workers or cpu_count()
+
+    def map(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], *, desc: str, unit: str = "shards"
+    ) -> list[Any]:
+        """``[function(task) for task in tasks]``, with progress.
+
+        With several workers the function and the tasks are pickled: the function must be a module's own. The
+        first exception stops the rest and is raised here.
+
+        Raises:
+            UserError: a worker was killed from outside (as the system does when memory runs out).
+        """
+        workers = min(self.workers, len(tasks))
+        with progress(total=len(tasks), desc=desc, unit=unit) as bar:
+            results = []
+            if workers <= 1:
+                for task in tasks:
+                    results.append(function(task))
+                    bar.update(1)
+                return results
+            before = set(multiprocessing.active_children())
+            # A fresh interpreter each: forking a process that has threads (BLAS, torch) may lock up.
+            pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+            )
+            try:
+                futures = [pool.submit(function, task) for task in tasks]
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update(1)
+                return [future.result() for future in futures]
+            except BrokenProcessPool as error:
+                message = (
+                    f"a worker process was killed while {desc}: give it fewer --workers if memory ran out"
+                )
+                raise UserError(message) from error
+            except BaseException:
+                for child in set(multiprocessing.active_children()) - before:
+                    child.terminate()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, as in a worker: sums over several threads differ in their last bits."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(threads)
+
+
+def _start_worker() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    for name in _THREADS:
+        os.environ[name] = "1"  # before numpy and torch are imported
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # a killed parent would leave its workers waiting for ever
+        os._exit(1)

@@ -1,0 +1,117 @@
+"""The one place that reads images: bytes → RGB, RGB → arrays, and the hash of what is seen.
+
+Image bytes come from anywhere, so they are refused by size before they are decoded, and every way in which
+decoding can fail ends in one exception, ``ImageError``, with a reason that can stand in a ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_PIXELS = 64_000_000
+# Pillow's other readers are not needed for the contract's extensions, and some (EPS) start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_ORIENTATION = 0x0112
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is the plain reason."""
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode image bytes to what a viewer would see, as 8-bit RGB.
+
+    EXIF orientation is applied, transparency is composited on white, 16-bit values are scaled, CMYK and
+    palette images are converted, and of an animation the first frame is taken.
+
+    Args:
+        data: an encoded JPEG, PNG, WebP, GIF or BMP, whatever its file was called.
+        max_pixels: refuse images with more pixels than this, before any pixel is decoded.
+
+    Raises:
+        ImageError: empty, unknown, truncated, malformed or too large.
+    """
+    if not data:
+        raise ImageError("image is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"not a {', '.join(FORMATS)} image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image has more than {max_pixels} pixels: refused before decoding") from error
+    except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        raise ImageError(f"image header is malformed: {_one_line(error)}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"image is {width}x{height}, more than {max_pixels} pixels: refused before decoding")
+    if width < 1 or height < 1:
+        raise ImageError(f"image is {width}x{height}: nothing to see")
+    try:
+        image.load()
+        return _as_rgb(_upright(image))
+    except Exception as error:
+        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+
+
+def image_array(image: Image.Image, size: int) -> NDArray[np.float32]:
+    """One image squashed to a square: float32 [3, size, size] in [0, 1] (antialiased bicubic)."""
+    if image.mode != "RGB":
+        image = _as_rgb(image)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
+
+
+def stack_images(images: Sequence[Image.Image], size: int) -> NDArray[np.float32]:
+    """Images squashed to squares: float32 [n, 3, size, size] in [0, 1]; n may be 0."""
+    stack = np.empty((len(images), 3, size, size), dtype=np.float32)
+    for row, image in enumerate(images):
+        stack[row] = image_array(image, size)
+    return stack
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """SHA-256 (hex) of the size and the RGB pixels: equal for images that are seen as equal."""
+    if image.mode != "RGB":
+        image = _as_rgb(image)
+    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF says nothing about the pixels
+        return image
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
+        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

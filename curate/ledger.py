@@ -1,0 +1,58 @@
+"""The ledger of a curation: one row for every input sample, whatever became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate.console import UserError, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+KEPT, DROPPED, UNREADABLE = "kept", "dropped", "unreadable"
+DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),  # as curate.shards.shard_names calls it
+        pa.field("key", pa.string(), nullable=False),  # empty for what befell the archive itself
+        pa.field("row", pa.int64(), nullable=False),  # number in input order, from 0: this row's own number
+        pa.field("status", pa.string(), nullable=False),  # kept | dropped | unreadable
+        pa.field("reason", pa.string()),  # null when kept, one of DROP_REASONS, or the error's text
+        pa.field("kept_shard", pa.string()),  # who stands for a dropped sample
+        pa.field("kept_key", pa.string()),
+        pa.field("image_similarity", pa.float32()),  # to the one that stands for it
+        pa.field("caption_similarity", pa.float32()),
+        pa.field("group", pa.int64()),  # null when unreadable; a lone sample is a group of its own
+        pa.field("group_size", pa.int64()),
+        pa.field("sha256", pa.string()),  # of the image's bytes
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("caption", pa.string()),
+    ]
+)
+
+
+def write_table(table: pa.Table, path: str | Path) -> None:
+    """Write a parquet file atomically, with settings that give equal bytes for equal tables."""
+    with write_atomic(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=1 << 16, version="2.6")
+
+
+def read_ledger(out: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The ledger of a finished curation.
+
+    Raises:
+        UserError: there is none in ``out``, or it is not one.
+    """
+    path = Path(out) / "ledger.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; is {out} a folder that `curate dedup` wrote?")
+    try:
+        return pq.read_table(path, columns=list(columns) if columns else None)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a ledger: {error}") from error

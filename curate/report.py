@@ -1,0 +1,342 @@
+"""The report of a curation: one HTML file that needs nothing else, to look at before trusting the numbers.
+
+It is drawn from what ``curate dedup`` leaves: ``summary.json``, ``ledger.parquet`` and ``work/report.json``
+(thumbnails, histogram, closest calls). Its size is bounded, whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.config import ReportConfig
+from curate.console import UserError, write_atomic, write_json
+from curate.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE, read_ledger
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+GROUPS_SHOWN = 24
+DROPPED_SHOWN = 7  # of one group: with the kept one, a line
+CLOSE_CALLS_SHOWN = 6  # on each side of the threshold
+CAPTIONS_SHOWN = 12
+UNREADABLE_SHOWN = 200
+THUMBNAIL_PIXELS = 112
+BINS = 50
+
+REASONS = {
+    "exact_image": ("Identical image", "the same bytes or the same pixels as the sample that stays"),
+    "near_image": (
+        "Near image",
+        "a near copy under another caption, which the sample that stays takes over",
+    ),
+    "near_pair": ("Near image and caption", "both the image and the caption are near the sample that stays"),
+    "near_caption": ("Near caption", "another image, but enough with a caption near this one stay"),
+    "caption_quota": ("Caption quota", "another image, but enough with this caption stay"),
+}
+SHORT = {  # beside a similarity, in the gallery
+    "exact_image": "identical",
+    "near_image": "image",
+    "near_pair": "image + caption",
+    "near_caption": "caption",
+    "caption_quota": "quota",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the report shows and neither summary nor ledger holds.
+
+    Attributes:
+        histogram: ``counts`` of similarities in BINS equal bins over [0, 1]; of how many ``images``.
+        close_calls: (row, row, similarity) of image pairs nearest to the threshold, on both sides of it.
+        thumbnails: encoded images by ledger row.
+    """
+
+    histogram: Mapping[str, Any]
+    close_calls: Sequence[tuple[int, int, float]]
+    thumbnails: Mapping[int, bytes]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        thumbnails = {
+            str(row): base64.b64encode(data).decode() for row, data in sorted(self.thumbnails.items())
+        }
+        calls = [[a, b, similarity] for a, b, similarity in self.close_calls]
+        write_json(path, {"histogram": self.histogram, "close_calls": calls, "thumbnails": thumbnails})
+
+    @classmethod
+    def load(cls, path: Path) -> Pictures:
+        """Read what ``save`` wrote. Raises ``UserError`` when it is missing or damaged."""
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                histogram=stored["histogram"],
+                close_calls=[(int(a), int(b), float(s)) for a, b, s in stored["close_calls"]],
+                thumbnails={int(row): base64.b64decode(data) for row, data in stored["thumbnails"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: missing or damaged; run `curate dedup` again, it continues there"
+            ) from error
+
+
+def run_report(config: ReportConfig) -> dict[str, Any]:
+    """Write ``out/report.html`` again from what ``out`` holds.
+
+    Raises:
+        UserError: ``out`` is not a finished curation.
+    """
+    out = Path(config.out).expanduser()
+    summary = read_summary(out)
+    html = render(summary, read_ledger(out), Pictures.load(out / "work" / "report.json"))
+    write_report(out, html)
+    return {"report": str(out / "report.html"), "bytes": len(html.encode())}
+
+
+def write_report(out: Path, html: str) -> None:
+    """Write ``out/report.html``, atomically."""
+    with write_atomic(out / "report.html") as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """``summary.json`` of a finished curation. Raises ``UserError`` when there is none."""
+    path = out / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; is {out} a folder that `curate dedup` wrote to its end?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a curation's summary: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------- what is shown
+
+
+def gallery(table: pa.Table) -> list[list[int]]:
+    """Ledger rows of the largest groups, largest first; in each the kept rows, then the dropped ones.
+
+    Of the dropped rows those come first whose likeness is least sure: by similarity, exact copies last.
+    """
+    group = table["group"].fill_null(-1).to_numpy()
+    size = table["group_size"].fill_null(0).to_numpy()
+    numbers, first = np.unique(group, return_index=True)
+    several = (numbers >= 0) & (size[first] > 1)
+    numbers, sizes = numbers[several], size[first][several]
+    shown = numbers[np.lexsort((numbers, -sizes))][:GROUPS_SHOWN]
+    rows = np.flatnonzero(np.isin(group, shown))
+    members = table.take(rows).select(["row", "group", "status", "reason", "image_similarity"]).to_pylist()
+    of_group: dict[int, list[dict[str, Any]]] = {int(number): [] for number in shown}
+    for member in members:
+        of_group[member["group"]].append(member)
+    return [_order(members) for members in of_group.values()]
+
+
+def _order(members: Iterable[Mapping[str, Any]]) -> list[int]:
+    def doubt(member: Mapping[str, Any]) -> tuple[Any, ...]:
+        similarity = member["image_similarity"]
+        exact = member["reason"] == "exact_image"
+        return member["status"] == DROPPED, exact, 1.0 if similarity is None else similarity, member["row"]
+
+    ordered = sorted(members, key=doubt)
+    kept = [member["row"] for member in ordered if member["status"] == KEPT][:DROPPED_SHOWN]
+    dropped = [member["row"] for member in ordered if member["status"] == DROPPED]
+    return kept + dropped[:DROPPED_SHOWN]
+
+
+def nearest_similarities(
+    embeddings: NDArray[np.float16], sample: int, seed: int, block: int = 1 << 14
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Nearest other row of a random sample of rows, by exact search.
+
+    Args:
+        embeddings: [n, dim] unit rows, n ≥ 2.
+        sample: how many rows to ask for (all, when there are fewer).
+        seed: of the choice.
+        block: rows compared at a time.
+
+    Returns:
+        Rows asked for (sorted), nearest row of each, cosine similarity (float32); each [min(sample, n)].
+    """
+    count = len(embeddings)
+    asked = np.sort(np.random.default_rng(seed).choice(count, min(sample, count), replace=False))
+    queries = embeddings[asked].astype(np.float32)
+    best = np.full(len(asked), -np.inf, dtype=np.float32)
+    nearest = np.zeros(len(asked), dtype=np.int64)
+    for start in range(0, count, block):
+        similarity = queries @ embeddings[start : start + block].astype(np.float32).T
+        inside = (asked >= start) & (asked < start + similarity.shape[1])
+        similarity[inside, asked[inside] - start] = -np.inf
+        column = similarity.argmax(axis=1)
+        value = similarity[np.arange(len(asked)), column]
+        better = value > best
+        best[better], nearest[better] = value[better], column[better] + start
+    return asked, nearest, best
+
+
+def histogram(similarities: NDArray[np.float32]) -> dict[str, Any]:
+    """Counts of similarities in BINS equal bins over [0, 1]; what lies outside counts in the end bins."""
+    counts, _ = np.histogram(np.clip(similarities, 0.0, 1.0), bins=BINS, range=(0.0, 1.0))
+    return {"counts": counts.tolist(), "images": len(similarities)}
+
+
+def close_calls(
+    rows: NDArray[np.int64], nearest: NDArray[np.int64], similarities: NDArray[np.float32], threshold: float
+) -> list[tuple[int, int, float]]:
+    """The pairs nearest to the threshold: up to CLOSE_CALLS_SHOWN below and as many above, by similarity."""
+    pairs = {
+        (int(min(a, b)), int(max(a, b))): float(s)
+        for a, b, s in zip(rows, nearest, similarities, strict=True)
+    }
+    by_similarity = sorted(((s, a, b) for (a, b), s in pairs.items()))
+    below = [pair for pair in by_similarity if pair[0] < threshold][-CLOSE_CALLS_SHOWN:]
+    above = [pair for pair in by_similarity if pair[0] >= threshold][:CLOSE_CALLS_SHOWN]
+    return [(a, b, s) for s, a, b in below + above]
+
+
+def thumbnail(data: bytes, *, max_pixels: int = 64_000_000) -> bytes:
+    """A small WebP of an encoded image. Raises :class:`curate.images.ImageError`."""
+    import io
+
+    from PIL import Image
+
+    from curate.images import decode_image
+
+    image = decode_image(data, max_pixels=max_pixels)
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80, method=4)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+def render(summary: Mapping[str, Any], table: pa.Table, pictures: Pictures) -> str:
+    """The report as HTML: the same arguments give the same text; every caption and name is escaped."""
+    groups = gallery(table)
+    wanted = {row for rows in groups for row in rows}
+    wanted.update(row for a, b, _ in pictures.close_calls for row in (a, b))
+    rows = sorted(row for row in wanted if row < table.num_rows)
+    taken = table.take(np.array(rows, dtype=np.int64)).to_pylist()
+    shown = {fields["row"]: _card(fields, pictures) for fields in taken}
+    calls = [
+        (shown[a], shown[b], similarity)
+        for a, b, similarity in pictures.close_calls
+        if a in shown and b in shown
+    ]
+    threshold = float(summary["settings"]["threshold"])
+    return _template().render(
+        summary=summary,
+        threshold=threshold,
+        shares=_shares(summary),
+        reasons=_reasons(summary),
+        histogram=_histogram_shapes(pictures.histogram, threshold),
+        groups=[[shown[row] for row in rows] for rows in groups],
+        below=[call for call in calls if call[2] < threshold],
+        above=[call for call in calls if call[2] >= threshold],
+        captions=_repeated_captions(table),
+        unreadable=_unreadable(table),
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    import jinja2
+
+    source = Path(__file__).parent / "assets" / "report.html.jinja"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["count"] = lambda number: f"{number:,}"
+    environment.filters["clip"] = lambda text, length: (
+        text if len(text) <= length else text[: length - 1] + "…"
+    )
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _card(fields: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
+    picture = pictures.thumbnails.get(fields["row"])
+    encoded = base64.b64encode(picture).decode() if picture else None
+    label = SHORT.get(fields["reason"], fields["reason"])
+    caption = (fields["caption"] or "")[:600]
+    return {**fields, "caption": caption, "image": encoded, "label": label}
+
+
+def _shares(summary: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+    total = max(1, summary["samples"])
+    return [(name, summary[name], 100.0 * summary[name] / total) for name in (KEPT, DROPPED, UNREADABLE)]
+
+
+def _reasons(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    most = max([1, *summary["reasons"].values()])
+    return [
+        {"label": REASONS[name][0], "means": REASONS[name][1], "count": count, "width": 100.0 * count / most}
+        for name in DROP_REASONS
+        if (count := summary["reasons"].get(name, 0))
+    ]
+
+
+def _histogram_shapes(counts: Mapping[str, Any], threshold: float) -> dict[str, Any] | None:
+    """Bars in a 600 × 180 drawing, from the first bin that holds anything; heights go by the square root."""
+    values = list(counts["counts"])
+    if not any(values):
+        return None
+    filled = next(index for index, value in enumerate(values) if value)
+    start = min(filled, int(threshold * BINS) - 1, BINS - 10)
+    start = max(0, start - start % 5)
+    width, height = 600.0 / (BINS - start), 180.0
+    most = max(values) ** 0.5
+    bars = [
+        {
+            "x": round((index - start) * width + 0.5, 2),
+            "y": round(height - height * value**0.5 / most, 2),
+            "width": round(width - 1.0, 2),
+            "height": round(height * value**0.5 / most, 2),
+            "near": (index + 0.5) / BINS >= threshold,
+            "title": f"{index / BINS:.2f}–{(index + 1) / BINS:.2f}: {value:,}",
+        }
+        for index, value in enumerate(values)
+        if index >= start and value
+    ]
+    ticks = [
+        (round((index - start) * width, 2), f"{index / BINS:.1f}")
+        for index in range(start, BINS + 1)
+        if index % 5 == 0
+    ]
+    line = round((threshold * BINS - start) * width, 2)
+    return {"bars": bars, "ticks": ticks, "line": line, "images": counts["images"]}
+
+
+def _repeated_captions(table: pa.Table) -> list[tuple[str, int, int]]:
+    """Captions that most samples share, with how many samples had them and how many still do."""
+    import pyarrow.compute as pc
+
+    readable = table.filter(pc.not_equal(table["status"], UNREADABLE)).select(["caption", "status"])
+    captions = readable["caption"].fill_null("")
+    counts = captions.value_counts().to_pylist()
+    most = sorted((row["counts"], row["values"]) for row in counts if row["counts"] > 1)
+    most = sorted(most, key=lambda pair: (-pair[0], pair[1]))[:CAPTIONS_SHOWN]
+    kept = captions.filter(pc.equal(readable["status"], KEPT)).value_counts().to_pylist()
+    still = {row["values"]: row["counts"] for row in kept}
+    return [(caption, count, still.get(caption, 0)) for count, caption in most]
+
+
+def _unreadable(table: pa.Table) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
+
+    broken = table.filter(pc.equal(table["status"], UNREADABLE))
+    return broken.slice(0, UNREADABLE_SHOWN).select(["shard", "key", "reason"]).to_pylist()

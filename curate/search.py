@@ -1,0 +1,82 @@
+"""``curate search``: the training samples nearest to an image or a caption."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from curate.config import SearchConfig
+from curate.console import UsageError, UserError
+
+_BLOCK = 1 << 14  # captions compared at a time
+
+
+def run_search(config: SearchConfig) -> dict[str, Any]:
+    """Search the index of a curation: kept samples and dropped ones, which are training images too.
+
+    Returns:
+        ``nearest``: rows rank, similarity, shard, key, status, caption; nearest first; ``image`` or
+        ``caption``: what was searched for; ``samples``: how many were searched; ``seconds``.
+
+    Raises:
+        UsageError: not exactly one of image and caption is given, or k is not positive.
+        UserError: the index or the image cannot be read.
+    """
+    start = time.monotonic()
+    if (config.image is None) == (config.caption is None):
+        raise UsageError("search takes either --image FILE or --caption TEXT")
+    if config.k < 1:
+        raise UsageError(f"k must be at least 1, got {config.k}")
+    from curate.index import TrainingIndex
+    from curate.report import read_summary
+
+    read_summary(Path(config.out).expanduser())  # says so when the curation is unfinished
+    index = TrainingIndex.load(Path(config.out).expanduser() / "index")
+    if config.image is not None:
+        similarity, rows = _by_image(index, config.image, config.k)
+        asked = {"image": config.image}
+    else:
+        similarity, rows = _by_caption(index, str(config.caption), config.k)
+        asked = {"caption": str(config.caption)}
+    nearest = [
+        {
+            "rank": rank,
+            "similarity": round(float(value), 4),
+            "shard": str(index.shards[row]),
+            "key": str(index.keys[row]),
+            "status": "kept" if index.kept[row] else "dropped",
+            "caption": str(index.captions[row]),
+        }
+        for rank, (value, row) in enumerate(zip(similarity, rows, strict=True), start=1)
+    ]
+    seconds = round(time.monotonic() - start, 3)
+    return {"nearest": nearest, **asked, "samples": len(index.captions), "seconds": seconds}
+
+
+def _by_image(index: Any, file: str, k: int) -> tuple[Any, Any]:
+    from curate.embed import load_embedder
+    from curate.images import ImageError, decode_image
+
+    try:
+        image = decode_image(Path(file).expanduser().read_bytes())
+    except OSError as error:
+        raise UserError(f"image {file}: {error.strerror or error}") from error
+    except ImageError as error:
+        raise UserError(f"image {file}: {error}") from error
+    similarity, rows = index.search(load_embedder(index.embedder).embed([image]), min(k, len(index.captions)))
+    return similarity[0], rows[0]
+
+
+def _by_caption(index: Any, caption: str, k: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    from curate.embed import embed_captions
+
+    wanted = embed_captions([caption])[0]
+    similarity = np.empty(len(index.captions), dtype=np.float32)
+    for start in range(0, len(similarity), _BLOCK):
+        captions = [str(text) for text in index.captions[start : start + _BLOCK]]
+        similarity[start : start + _BLOCK] = embed_captions(captions) @ wanted
+    rows = np.argsort(-similarity, kind="stable")[:k]
+    return similarity[rows], rows

@@ -1,0 +1,409 @@
+"""Curation loses nothing, drops what is a copy, and writes the same bytes however it was run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from curate.config import DedupConfig, ReportConfig, SearchConfig
+from curate.console import UsageError, UserError
+from curate.dedup import run_dedup, with_account
+from curate.images import decode_image
+from curate.ledger import SCHEMA, read_ledger
+from curate.report import run_report
+from curate.search import run_search
+from curate.shards import Sample, read_samples, write_shard
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mess(tmp_path_factory, sample_shards) -> Path:
+    """Three shards of 60 emoji with planted copies and planted damage; every third original is untouched."""
+    folder = tmp_path_factory.mktemp("mess")
+    originals = [sample for sample in read_samples(sample_shards[0]) if isinstance(sample, Sample)][::6][:60]
+    first = [(sample.key, dict(sample.members)) for sample in originals]
+    second, third = [], []
+    for number, sample in enumerate(originals[:20]):
+        image, caption = decode_image(sample.image), str(sample.caption).encode()
+        second.append((f"exact{number:02d}", {"webp": sample.image, "txt": caption}))
+        second.append((f"png{number:02d}", {"png": encode(image, "PNG"), "txt": caption}))
+        third.append((f"jpeg{number:02d}", {"jpg": encode(image, "JPEG", quality=85), "txt": caption}))
+        other = f"other {number:02d}".encode()  # shorter than the original's, which is therefore preferred
+        json_member = json.dumps({"url": "https://example.org/é", "n": number}).encode()
+        third.append(
+            (
+                f"other{number:02d}",
+                {"jpg": encode(image, "JPEG", quality=92), "txt": other, "json": json_member},
+            )
+        )
+    third.append((originals[0].key, {"webp": originals[30].image, "txt": b"same key as in the first shard"}))
+    third.append(("broken", {"jpg": b"no image", "txt": b"broken"}))
+    third.append(("captionless", {"webp": originals[31].image}))
+    third.append(("pickled", {"webp": originals[32].image, "txt": b"carried along", "pkl": b"\x80\x04."}))
+    for name, samples in (("a", first), ("b", second), ("c", third)):
+        write_shard(folder / f"{name}.tar", samples)
+    return folder
+
+
+def settings(mess: Path, out: Path, **changes) -> DedupConfig:
+    base = {"shards": [str(mess)], "out": str(out), "workers": 1, "batch_size": 32}
+    return DedupConfig(**{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def curated(mess, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("curated") / "out"
+    return out, run_dedup(settings(mess, out))
+
+
+def promised(out: Path) -> dict[str, str]:
+    """Hashes of all that a curation promises to write alike."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.relative_to(out).parts[0] != "work"
+    }
+
+
+def everything(folder: Path) -> dict[tuple[str, str], Sample]:
+    return {
+        (sample.shard, sample.key): sample
+        for shard in sorted(folder.glob("*.tar"))
+        for sample in read_samples(str(shard))
+        if isinstance(sample, Sample)
+    }
+
+
+def test_the_output_is_as_the_contract_lists_it(curated):
+    out, summary = curated
+    assert {path.name for path in out.iterdir()} == {
+        "shards", "ledger.parquet", "index", "report.html", "summary.json", "work"
+    }  # fmt: skip
+    assert {path.name for path in (out / "shards").iterdir()} >= {"000000.tar"}
+    assert {"samples", "kept", "dropped", "unreadable", "groups", "recall", "seconds"} <= set(summary)
+    stored = json.loads((out / "summary.json").read_text())
+    assert stored.pop("settings")["threshold"] == 0.9
+    assert "seconds" not in stored and stored == {key: summary[key] for key in stored}
+
+
+def test_every_sample_has_exactly_one_row(curated, mess):
+    out, summary = curated
+    table = read_ledger(out)
+    assert table.schema.equals(SCHEMA)
+    read = [
+        (item.shard, item.key) for shard in sorted(mess.glob("*.tar")) for item in read_samples(str(shard))
+    ]
+    assert list(zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)) == read
+    assert table["row"].to_pylist() == list(range(len(read)))
+    status = table["status"].to_pylist()
+    counts = {name: status.count(name) for name in ("kept", "dropped", "unreadable")}
+    assert counts == {name: summary[name] for name in counts}
+    assert sum(counts.values()) == summary["samples"]
+
+
+def test_every_dropped_sample_has_a_kept_one_that_stands_for_it(curated):
+    rows = {(row["shard"], row["key"]): row for row in read_ledger(curated[0]).to_pylist()}
+    dropped = [row for row in rows.values() if row["status"] == "dropped"]
+    assert dropped
+    for row in dropped:
+        stand_in = rows[row["kept_shard"], row["kept_key"]]
+        assert stand_in["status"] == "kept"
+        assert stand_in["group"] == row["group"] and stand_in["group_size"] == row["group_size"] >= 2
+        assert row["image_similarity"] >= 0.9 - 1e-3
+
+
+def test_planted_copies_are_found_for_what_they_are(curated):
+    rows = {row["key"]: row for row in read_ledger(curated[0]).to_pylist() if row["shard"] != "a.tar"}
+    for number in range(20):
+        group = {rows[f"{kind}{number:02d}"]["group"] for kind in ("exact", "png", "jpeg", "other")}
+        assert len(group) == 1, number
+    exact = [rows[f"{kind}{number:02d}"]["reason"] for kind in ("exact", "png") for number in range(20)]
+    assert exact.count("exact_image") >= 30  # some emoji are near one another, and go with their original
+    near = [rows[f"jpeg{number:02d}"]["reason"] for number in range(20)]
+    assert near.count("near_pair") >= 15
+    other = [rows[f"other{number:02d}"]["reason"] for number in range(20)]
+    assert other.count("near_image") == 20
+
+
+def test_most_untouched_images_stay(curated):
+    rows = [row for row in read_ledger(curated[0]).to_pylist() if row["shard"] == "a.tar"]
+    groups = {row["group"] for row in rows}
+    assert len(groups) >= 0.8 * len(rows)
+
+
+def test_unreadable_samples_are_rows_with_their_reason(curated):
+    rows = {row["key"]: row for row in read_ledger(curated[0]).to_pylist() if row["shard"] == "c.tar"}
+    assert rows["broken"]["status"] == "unreadable" and "image" in rows["broken"]["reason"]
+    assert rows["broken"]["sha256"] == hashlib.sha256(b"no image").hexdigest()
+    assert rows["broken"]["group"] is None
+    assert rows["captionless"]["status"] == "unreadable" and "no caption" in rows["captionless"]["reason"]
+
+
+def test_kept_samples_have_the_bytes_they_came_with(curated, mess):
+    out, summary = curated
+    came = everything(mess)
+    rows = [row for row in read_ledger(out).to_pylist() if row["status"] == "kept"]
+    written = [
+        sample for shard in sorted((out / "shards").glob("*.tar")) for sample in read_samples(str(shard))
+    ]
+    assert [sample.key for sample in written] == [row["key"] for row in rows]
+    pooled = 0
+    for row, sample in zip(rows, written, strict=True):
+        original = came[row["shard"], row["key"]]
+        for ext in original.members:
+            if ext != "json":
+                assert sample.members[ext] == original.members[ext]
+        fields = json.loads(sample.members.get("json", b"{}"))
+        account = fields.pop("afresh", None)
+        if account is None:
+            assert sample.members == original.members
+        else:
+            assert fields == json.loads(original.members.get("json", b"{}"))
+            assert account["duplicates"] >= 1 and account["captions"]
+            pooled += 1
+    assert pooled >= 15
+    assert pooled == summary["captions_pooled"]
+
+
+def test_a_key_that_repeats_across_shards_is_two_samples(curated, mess):
+    out, _ = curated
+    for shard in (out / "shards").glob("*.tar"):
+        keys = [sample.key for sample in read_samples(str(shard))]
+        assert len(keys) == len(set(keys))
+    first_key = next(iter(read_samples(str(mess / "a.tar")))).key
+    rows = [row for row in read_ledger(out).to_pylist() if row["key"] == first_key]
+    assert [row["shard"] for row in rows] == ["a.tar", "c.tar"]
+
+
+def test_the_index_holds_kept_and_dropped_samples(curated):
+    from curate.index import TrainingIndex
+
+    out, summary = curated
+    index = TrainingIndex.load(out / "index")
+    assert len(index.captions) == summary["kept"] + summary["dropped"]
+    assert int(np.asarray(index.kept).sum()) == summary["kept"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_input_gives_the_same_bytes_anywhere(curated, mess, tmp_path, workers):
+    shutil.copytree(mess, tmp_path / "moved")
+    run_dedup(settings(tmp_path / "moved", tmp_path / "out", workers=workers))
+    assert promised(tmp_path / "out") == promised(curated[0])
+
+
+def test_inputs_are_not_touched(mess, tmp_path):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in mess.iterdir()}
+    run_dedup(settings(mess, tmp_path / "out"))
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in mess.iterdir()} == before
+
+
+def test_a_second_run_reads_only_what_is_missing_and_gives_the_same(curated, mess, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(curated[0], out)
+    caches = sorted((out / "work" / "read").glob("*.parquet"))
+    times = {path: path.stat().st_mtime_ns for path in caches}
+    caches[1].unlink()
+    (out / "shards" / "000000.tar").unlink()
+    (out / ".tmp-1-ledger.parquet").write_bytes(b"left over by a killed run")
+    run_dedup(settings(mess, out))
+    assert {path for path in caches if path.stat().st_mtime_ns != times[path]} == {caches[1]}
+    assert promised(out) == promised(curated[0])
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(curated, mess, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "curate",
+        "dedup",
+        str(mess),
+        str(out),
+        "--workers",
+        "1",
+        "--batch_size",
+        "32",
+    ]
+    root = str(Path(__file__).parents[2])
+    for expected in ("work/read/*.parquet", "work/shards/*.json"):
+        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not list(out.glob(expected)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for parquet in out.rglob("[!.]*.parquet"):
+            pq.read_metadata(parquet)  # what stands under its name is whole
+    run_dedup(settings(mess, out))
+    assert promised(out) == promised(curated[0])
+
+
+def test_a_changed_setting_or_input_is_noticed_and_gives_what_a_fresh_run_gives(
+    curated, mess, tmp_path, capsys
+):
+    out, moved = tmp_path / "out", tmp_path / "mess"
+    shutil.copytree(mess, moved)
+    run_dedup(settings(moved, out))
+    run_dedup(settings(moved, out, threshold=0.99, samples_per_shard=20))
+    assert "threshold: 0.9 → 0.99" in capsys.readouterr().err
+    run_dedup(settings(moved, tmp_path / "fresh", threshold=0.99, samples_per_shard=20))
+    assert promised(out) == promised(tmp_path / "fresh") != promised(curated[0])
+    (moved / "b.tar").unlink()
+    run_dedup(settings(moved, out))
+    assert "1 gone" in capsys.readouterr().err
+    run_dedup(settings(moved, tmp_path / "fresh"))
+    assert promised(out) == promised(tmp_path / "fresh")
+
+
+def test_a_cut_shard_keeps_its_good_samples_and_says_truncated(mess, tmp_path):
+    data = (mess / "a.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
+    summary = run_dedup(settings(tmp_path / "cut.tar", tmp_path / "out"))
+    rows = read_ledger(tmp_path / "out").to_pylist()
+    assert summary["kept"] + summary["dropped"] >= 20 and summary["unreadable"] == 1
+    assert rows[-1]["status"] == "unreadable" and "truncated" in rows[-1]["reason"]
+
+
+def test_images_without_caption_are_curated_when_asked(mess, tmp_path):
+    run_dedup(settings(mess, tmp_path / "out", missing_caption="empty"))
+    rows = {row["key"]: row for row in read_ledger(tmp_path / "out").to_pylist()}
+    assert rows["captionless"]["status"] in ("kept", "dropped")
+    assert rows["broken"]["status"] == "unreadable"
+
+
+def test_a_set_without_readable_samples_fails_with_a_ledger(tmp_path):
+    write_shard(tmp_path / "s.tar", [("a", {"jpg": b"?", "txt": b"words"})])
+    with pytest.raises(UserError, match="none of the 1 samples"):
+        run_dedup(settings(tmp_path / "s.tar", tmp_path / "out"))
+    assert read_ledger(tmp_path / "out")["status"].to_pylist() == ["unreadable"]
+
+
+def test_one_sample_is_a_set(mess, tmp_path):
+    sample = next(iter(read_samples(str(mess / "a.tar"))))
+    write_shard(tmp_path / "s.tar", [(sample.key, sample.members)])
+    summary = run_dedup(settings(tmp_path / "s.tar", tmp_path / "out"))
+    assert (summary["kept"], summary["dropped"], summary["groups"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"threshold": 0.0}, "threshold"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"caption_threshold": -1.0}, "caption_threshold"),
+        ({"max_per_caption": 0}, "max_per_caption"),
+        ({"samples_per_shard": 0}, "samples_per_shard"),
+        ({"workers": -1}, "workers"),
+        ({"image_embedder": "no-such-embedder"}, "no-such-embedder"),
+        ({"shards": ["nowhere"]}, "nowhere"),
+        ({"shards": ["pipe:cat x"]}, "pipe"),
+    ],
+)
+def test_bad_settings_are_bad_usage_before_anything_is_written(mess, tmp_path, changes, named):
+    with pytest.raises(UsageError, match=named):
+        run_dedup(settings(mess, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_foreign_or_holds_the_input_or_cannot_be_written_is_refused(mess, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty"):
+        run_dedup(settings(mess, tmp_path / "mine"))
+    with pytest.raises(UsageError, match="holds the input"):
+        run_dedup(settings(mess, mess))
+    with pytest.raises(UsageError, match="is a file"):
+        run_dedup(settings(mess, tmp_path / "mine" / "thesis.txt"))
+    with pytest.raises(UsageError, match="cannot write"):
+        run_dedup(settings(mess, tmp_path / "mine" / "thesis.txt" / "out"))
+    with pytest.raises(UsageError, match="local folder"):
+        run_dedup(DedupConfig(shards=[str(mess)], out="s3://bucket/out"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the lock needs fcntl")
+def test_two_runs_do_not_write_to_one_folder_at_once(curated, mess):
+    import fcntl
+
+    with open(curated[0] / "work" / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run"):
+            run_dedup(settings(mess, curated[0]))
+
+
+def test_an_account_goes_into_json_or_beside_it():
+    account = {"duplicates": 2, "captions": ["ein Bär"]}
+    kept = {"jpg": b"1", "txt": b"2"}
+    assert json.loads(with_account(kept, account)["json"]) == {"afresh": account}
+    inside = with_account({**kept, "json": b'{"a": 1}'}, account)
+    assert json.loads(inside["json"]) == {"a": 1, "afresh": account} and inside["jpg"] == b"1"
+    beside = with_account({**kept, "json": b"[1]"}, account)
+    assert beside["json"] == b"[1]" and json.loads(beside["afresh.json"]) == account
+
+
+def test_search_finds_an_image_and_a_caption(curated, mess, tmp_path):
+    out, summary = curated
+    sample = next(iter(read_samples(str(mess / "a.tar"))))
+    (tmp_path / "query.webp").write_bytes(sample.image)
+    found = run_search(SearchConfig(out=str(out), image=str(tmp_path / "query.webp"), k=4))
+    assert found["samples"] == summary["kept"] + summary["dropped"]
+    similarities = [row["similarity"] for row in found["nearest"]]
+    assert len(similarities) == 4 and similarities == sorted(similarities, reverse=True)
+    assert similarities[0] > 0.99
+    by_caption = run_search(SearchConfig(out=str(out), caption="  OTHER   07 ", k=1))
+    assert by_caption["nearest"][0]["key"] == "other07"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [({}, UsageError), ({"image": "x", "caption": "y"}, UsageError), ({"image": "nowhere.png"}, UserError)],
+)
+def test_search_says_what_is_wrong(curated, changes, error):
+    with pytest.raises(error, match="image"):
+        run_search(SearchConfig(out=str(curated[0]), **changes))
+
+
+def test_the_report_is_written_again_from_what_is_there(curated, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(curated[0], out)
+    (out / "report.html").unlink()
+    run_report(ReportConfig(out=str(out)))
+    assert promised(out) == promised(curated[0])
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "ledger.parquet", "work/report.json"])
+def test_a_report_of_an_unfinished_curation_is_refused_by_name(curated, tmp_path, missing):
+    out = tmp_path / "out"
+    shutil.copytree(curated[0], out)
+    (out / missing).unlink()
+    with pytest.raises(UserError, match=Path(missing).name):
+        run_report(ReportConfig(out=str(out)))
+
+
+def test_the_command_line_prints_one_summary(mess, tmp_path, run_cli):
+    done = run_cli("curate", "dedup", mess, tmp_path / "out", "--workers", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 144
+    found = run_cli("curate", "search", tmp_path / "out", "--caption", "smiling face", "--k", "3")
+    assert found.returncode == 0 and "smiling" in found.stdout
+    refused = run_cli("curate", "dedup", tmp_path / "nothing", tmp_path / "out2")
+    assert refused.returncode == 2 and "nothing" in refused.stderr and "Traceback" not in refused.stderr

@@ -1,0 +1,57 @@
+"""The local engine runs a function over tasks, in this process or in several, with the same results."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from curate.console import UserError
+from curate.engine import LocalEngine, cpu_count
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def process_id(_: int) -> int:
+    return os.getpid()
+
+
+def fail_at_two(number: int) -> int:
+    if number == 2:
+        raise UserError("shard two is broken")
+    return number
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_the_order_of_the_tasks(workers):
+    assert LocalEngine(workers).map(square, range(7), desc="squaring") == [0, 1, 4, 9, 16, 25, 36]
+    assert LocalEngine(workers).map(square, [], desc="squaring") == []
+
+
+def test_one_worker_is_this_process_and_several_are_others():
+    assert set(LocalEngine(1).map(process_id, [0, 1], desc="asking")) == {os.getpid()}
+    assert os.getpid() not in LocalEngine(2).map(process_id, [0, 1], desc="asking")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_is_raised_as_it_was(workers):
+    with pytest.raises(UserError, match="shard two"):
+        LocalEngine(workers).map(fail_at_two, range(5), desc="failing")
+
+
+def test_a_killed_worker_is_one_clear_error_not_a_hang():
+    with pytest.raises(UserError, match="killed while reading"):
+        LocalEngine(2).map(die, [0, 1], desc="reading")
+
+
+def test_zero_workers_means_the_cores_at_hand():
+    assert LocalEngine(0).workers == cpu_count() >= 1
+    with pytest.raises(ValueError, match="workers"):
+        LocalEngine(-1)

@@ -1,0 +1,187 @@
+"""The report needs nothing but itself, shows captions as text, and stays small."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from curate.ledger import DROP_REASONS, SCHEMA
+from curate.report import (
+    DROPPED_SHOWN,
+    GROUPS_SHOWN,
+    REASONS,
+    SHORT,
+    Pictures,
+    close_calls,
+    gallery,
+    histogram,
+    nearest_similarities,
+    render,
+    thumbnail,
+)
+
+HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so on' {{ 7 * 7 }}"
+
+
+def row(number: int, group: int | None, size: int | None, status: str = "kept", **fields) -> dict:
+    named = {"shard": "s.tar", "key": f"k{number}", "row": number, "caption": f"caption {number}"}
+    return {**named, "status": status, "group": group, "group_size": size, **fields}
+
+
+def table_of(rows: list[dict]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def summary_of(table: pa.Table, **changes) -> dict:
+    status = table["status"].to_pylist()
+    counts = {name: status.count(name) for name in ("kept", "dropped", "unreadable")}
+    settings = {
+        "threshold": 0.9,
+        "image_embedder": "layout",
+        "prefer": ["resolution"],
+        "max_per_caption": None,
+    }
+    base = {"samples": len(status), **counts, "groups": 1, "recall": 1.0, "reasons": {}, "settings": settings}
+    return {**base, **changes}
+
+
+def nothing_to_show() -> Pictures:
+    return Pictures({"counts": [0] * 50, "images": 0}, [], {})
+
+
+@pytest.fixture
+def example(emoji) -> tuple[dict, pa.Table, Pictures]:
+    import io
+
+    buffer = io.BytesIO()
+    emoji[0][0].save(buffer, "PNG")
+    rows = [
+        row(0, 0, 3, caption=HOSTILE),
+        row(1, 0, 3, "dropped", reason="near_pair", image_similarity=0.93, kept_key="k0", caption=HOSTILE),
+        row(2, 0, 3, "dropped", reason="exact_image", image_similarity=1.0, kept_key="k0"),
+        row(3, 1, 1),
+        row(4, None, None, "unreadable", reason=f"cannot be read {HOSTILE}", key=HOSTILE, caption=None),
+    ]
+    pictures = Pictures(
+        histogram(np.array([0.2, 0.5, 0.95, 1.0, 1.001], dtype=np.float32)),
+        [(0, 3, 0.88), (0, 1, 0.93)],
+        {number: thumbnail(buffer.getvalue()) for number in range(3)},
+    )
+    table = table_of(rows)
+    return summary_of(table, reasons={"near_pair": 1, "exact_image": 1}), table, pictures
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.names.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.names.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_loads_nothing(example):
+    text = render(*example)
+    tags = Tags(text)
+    assert tags.open == []
+    assert not {"script", "link", "iframe", "object"} & set(tags.names)
+    assert tags.links and all(link.startswith("data:image/webp;base64,") for link in tags.links)
+    assert not re.search(r"https?://", text)
+
+
+def test_captions_keys_and_reasons_are_shown_as_text(example):
+    text = render(*example)
+    assert "<script>alert" not in text
+    assert text.count("&lt;script&gt;alert(1)") >= 4
+    assert "{{ 7 * 7 }}" in text
+
+
+def test_the_page_says_what_was_dropped_why_and_how_near(example):
+    text = render(*example)
+    for words in (
+        "Near image and caption",
+        "Identical image",
+        "0.930 image + caption",
+        "threshold 0.9",
+        "0.880",
+    ):
+        assert words in text
+    assert text == render(*example)
+
+
+def test_every_reason_has_its_words():
+    assert set(REASONS) == set(SHORT) == set(DROP_REASONS)
+
+
+def test_a_set_where_nothing_happened_has_a_page():
+    table = table_of([row(0, 0, 1)])
+    text = render(summary_of(table, groups=0, recall=None), table, nothing_to_show())
+    assert "Nothing was dropped" in text and "Every sample could be read" in text
+    assert Tags(text).open == []
+
+
+def test_the_gallery_shows_the_largest_groups_with_the_least_sure_copies_first():
+    rows = [row(0, 7, 2), row(1, 7, 2, "dropped", reason="near_pair", image_similarity=0.95), row(2, 1, 1)]
+    rows += [row(3, 2, 4, "dropped", reason="exact_image", image_similarity=1.0)]
+    rows += [row(4, 2, 4, "dropped", reason="near_pair", image_similarity=0.97)]
+    rows += [row(5, 2, 4), row(6, 2, 4, "dropped", reason="near_pair", image_similarity=0.91)]
+    rows += [row(7, None, None, "unreadable", reason="broken")]
+    assert gallery(table_of(rows)) == [[5, 6, 4, 3], [0, 1]]
+
+
+def test_the_page_stays_small_whatever_the_size_of_the_set():
+    rows = []
+    for group in range(100):
+        for member in range(100):
+            number, dropped = len(rows), member > 0
+            fields = {"reason": "near_pair", "image_similarity": 0.95} if dropped else {}
+            rows.append(
+                row(number, group, 100, "dropped" if dropped else "kept", caption="w" * 5000, **fields)
+            )
+    rows += [row(len(rows) + i, None, None, "unreadable", reason="r" * 5000) for i in range(1000)]
+    table = table_of(rows)
+    groups = gallery(table)
+    assert len(groups) == GROUPS_SHOWN and all(len(members) == 1 + DROPPED_SHOWN for members in groups)
+    assert len(render(summary_of(table, groups=100), table, nothing_to_show())) < 1_000_000
+
+
+def test_nearest_similarities_are_those_of_exact_search():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300, 16))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    asked, nearest, similarity = nearest_similarities(rows, 50, seed=1, block=64)
+    assert len(asked) == 50 and np.all(np.diff(asked) > 0)
+    full = rows.astype(np.float32) @ rows.astype(np.float32).T
+    np.fill_diagonal(full, -2)
+    assert np.allclose(similarity, full[asked].max(axis=1), atol=1e-6)
+    assert np.allclose(full[asked, nearest], similarity, atol=1e-6)
+    assert len(nearest_similarities(rows[:20], 50, seed=1)[0]) == 20
+
+
+def test_close_calls_are_the_pairs_on_both_sides_of_the_threshold():
+    rows, nearest = np.array([0, 1, 2, 3, 4]), np.array([1, 0, 3, 2, 0])
+    similarity = np.array([0.95, 0.95, 0.89, 0.89, 0.2], dtype=np.float32)
+    calls = close_calls(rows, nearest, similarity, 0.9)
+    assert [(a, b) for a, b, _ in calls] == [(0, 4), (2, 3), (0, 1)]
+
+
+def test_a_histogram_counts_every_similarity_once():
+    counts = histogram(np.array([-0.3, 0.0, 0.999, 1.0, 1.002], dtype=np.float32))
+    assert counts["images"] == sum(counts["counts"]) == 5
+    assert counts["counts"][0] == 2 and counts["counts"][-1] == 3
