@@ -1,14 +1,15 @@
-"""Recipe: write one part of the carried sample set as shards of its own.
+"""Recipe: write one part of the carried sample set as shards of its own, and some of its captions as prompts.
 
-    python -m train.sample_model.part pretrain runs/sample_model/pretrain_part
+python -m train.sample_model.part pretrain runs/sample_model/pretrain_part
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from curate.shards import write_shard
+from curate.shards import Sample, write_shard
 from train.sample_set import PARTS, load_part
 
 
@@ -20,7 +21,20 @@ def write_part(name: str, folder: Path, per_shard: int = 500) -> list[str]:
         path = folder / f"{number:06d}.tar"
         write_shard(str(path), [(sample.key, sample.members) for sample in samples[start : start + per_shard]])
         paths.append(str(path))
+    write_prompts(samples, folder)
     return paths
+
+
+def write_prompts(samples: list[Sample], folder: Path, most: int = 96) -> None:
+    """``prompts.jsonl``: the captions of evenly spaced samples, with their images beside it."""
+    chosen = samples[:: max(1, len(samples) // most)][:most]
+    lines = []
+    for sample in chosen:
+        name = f"originals/{sample.key}.{sample.image_ext}"
+        (folder / "originals").mkdir(exist_ok=True)
+        (folder / name).write_bytes(sample.image)
+        lines.append(json.dumps({"caption": sample.caption, "image": name}, ensure_ascii=False) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

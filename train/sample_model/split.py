@@ -51,7 +51,7 @@ def main() -> None:
     group = twin_groups(thumbnails)
     categories = [json.loads(s.members["json"])["category"] for s in samples]
     members: dict[tuple[str, int], list[str]] = {}
-    for sample, category, g in zip(samples, categories, group, strict=True):
+    for sample, g in zip(samples, group, strict=True):
         members.setdefault((categories[g], int(g)), []).append(sample.key)
 
     split: dict[str, list[str]] = {part: [] for part in PARTS}

@@ -1,0 +1,40 @@
+"""The verbs of ``python -m train`` (console script ``afresh-train``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from curate.commands import Verb, run
+
+VERBS = {
+    "quickstart": Verb(
+        "train.config:QuickstartConfig",
+        "train.quickstart:run_quickstart",
+        "curate, fine-tune, sample and evaluate on the carried sample set, in minutes",
+    ),
+    "finetune": Verb(
+        "train.finetune.config:FinetuneConfig",
+        "train.finetune.loop:run_finetune",
+        "fine-tune a Stable Diffusion's UNet, with or without the memorization filter",
+    ),
+    "sample": Verb(
+        "train.sampling.config:SampleConfig",
+        "train.sampling.job:run_sample",
+        "draw images for a file of prompts, with any guidance",
+    ),
+    "detect": Verb(
+        "train.memorization.config:DetectConfig",
+        "train.memorization.detect:run_detect",
+        "score prompts by how strongly the model has memorized them",
+    ),
+    "evaluate": Verb(
+        "train.evaluation.config:EvaluateConfig",
+        "train.evaluation.protocol:run_evaluate",
+        "compare models and guidances: copies, alignment, quality, time",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 success, 1 failure, 2 bad usage."""
+    return run("train", "Fine-tune Stable Diffusion, sample and measure, without memorization.", VERBS, argv)

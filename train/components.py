@@ -1,0 +1,253 @@
+"""Stable Diffusion's parts: load a pipeline, set up attention, encode captions and images, build a small model.
+
+Everything that opens a model goes through :func:`load_pipeline`, whether it is a hub name, a diffusers directory or a
+single-file checkpoint, so that a missing part is reported in one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from curate.console import UserError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+Attention = Literal["auto", "math", "sdpa", "xformers"]
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load_pipeline(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "auto",
+    device: str | torch.device | None = None,
+) -> StableDiffusionPipeline:
+    """Load a Stable Diffusion 1.x or 2.x pipeline, without its safety checker.
+
+    Args:
+        name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint.
+        dtype: of the weights.
+        attention: see :func:`set_attention`.
+        device: where to put it; None leaves it on the CPU.
+
+    Raises:
+        UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
+            kind than Stable Diffusion.
+    """
+    import diffusers
+    import transformers
+    from diffusers import StableDiffusionPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"{name_or_path}: not a pipeline folder (it has no model_index.json)")
+        missing = [part for part in PARTS if not (path / part).is_dir() or not any((path / part).iterdir())]
+        if missing:
+            raise UserError(f"{name_or_path}: the model folder lacks {', '.join(missing)}: restore or re-export it")
+    elif name_or_path.endswith((".safetensors", ".ckpt")) and not path.is_file():
+        raise UserError(f"{name_or_path}: no such model file")
+    options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    try:
+        if path.is_file():
+            pipe = StableDiffusionPipeline.from_single_file(name_or_path, **options)
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name_or_path}: cannot load the model: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if device is not None:
+        pipe.to(device)
+    set_attention(pipe.unet, attention)
+    return pipe
+
+
+def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto") -> None:
+    """Choose how the UNet computes attention.
+
+    ``auto`` is ``sdpa`` except for small models on a CPU, where the plain matrix form is faster: torch's fused kernel
+    spends most of a training step in its backward pass on sequences of 64 latents (``benchmarks/attention.py``).
+
+    Raises:
+        UserError: xformers was asked for and is not installed.
+    """
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    if attention == "auto":
+        side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else 64
+        attention = "math" if unet.device.type == "cpu" and side <= 32 else "sdpa"
+    if attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError) as error:
+            raise UserError(f"attention xformers: {error}; pip install 'afresh[xformers]'") from error
+    else:
+        unet.set_attn_processor(AttnProcessor() if attention == "math" else AttnProcessor2_0())
+
+
+def tokenize(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+    """Token ids padded to the tokenizer's length: ``[n, tokens]`` int64. Longer captions are cut."""
+    return pipe.tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+    """The text encoder's output ``[n, tokens, width]`` for captions, on the pipeline's device."""
+    return pipe.text_encoder(tokenize(pipe, captions).to(pipe.text_encoder.device))[0]
+
+
+def pixel_size(pipe: StableDiffusionPipeline) -> int:
+    """Side in pixels of the images that the pipeline draws by default."""
+    return int(pipe.unet.config.sample_size) * pipe.vae_scale_factor
+
+
+@dataclass
+class SmallModel:
+    """Architecture of a small Stable Diffusion that is trained from nothing.
+
+    Args:
+        vocabulary: tokens of the byte-pair tokenizer, learned from the captions.
+        tokens: length of a tokenized caption.
+        text_width: width of the CLIP text encoder, and the cross-attention width.
+        text_layers: its layers.
+        channels: the UNet's width at each resolution (16 × 16 latents first).
+        heads: attention heads.
+        seed: of the weights.
+    """
+
+    vocabulary: int = 1200
+    tokens: int = 32
+    text_width: int = 128
+    text_layers: int = 2
+    channels: list[int] = field(default_factory=lambda: [64, 96, 96])
+    heads: int = 4
+    seed: int = 0
+
+
+def build_pipeline(model: SmallModel, captions: Sequence[str], vae_dir: str | None) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of small parts with random weights.
+
+    Args:
+        model: the architecture.
+        captions: texts that the tokenizer's vocabulary is learned from.
+        vae_dir: a trained ``AutoencoderKL`` directory; None makes a random one.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(model.seed)
+    tokenizer = train_tokenizer(captions, model.vocabulary, model.tokens)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=model.text_width,
+            intermediate_size=4 * model.text_width,
+            num_hidden_layers=model.text_layers,
+            num_attention_heads=max(1, model.text_width // 32),
+            max_position_embeddings=model.tokens,
+            projection_dim=model.text_width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # Attention from the second resolution down: at the first it costs most and adds least at this size.
+    crossed = len(model.channels) - 1
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=tuple(model.channels),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossed,
+        up_block_types=("CrossAttnUpBlock2D",) * crossed + ("UpBlock2D",),
+        layers_per_block=1,
+        attention_head_dim=model.heads,
+        norm_num_groups=min(16, min(model.channels)),
+        cross_attention_dim=model.text_width,
+    )
+    if vae_dir is None:
+        vae = AutoencoderKL(
+            sample_size=64,
+            block_out_channels=(8, 8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+    else:
+        vae = AutoencoderKL.from_pretrained(vae_dir, dtype=torch.float32)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    set_attention(pipe.unet)
+    return pipe
+
+
+def train_tokenizer(captions: Sequence[str], vocabulary: int, length: int):
+    """A ``CLIPTokenizer`` whose byte-pair merges are learned from ``captions``.
+
+    The vocabulary starts with CLIP's 512 byte symbols, so any text can be tokenized.
+    """
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    template = CLIPTokenizer().backend_tokenizer  # CLIP's own normalisation and splitting
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
+    learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    alphabet = sorted(bytes_to_unicode().values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocabulary - 2 - len(alphabet), 1) + len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        min_frequency=2,
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    import json
+
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    symbols = list(dict.fromkeys(alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]))
+    vocab = {symbol: i for i, symbol in enumerate([*symbols, start, end])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """A random Stable Diffusion of a few thousand weights (64 pixels, latents 4 × 16 × 16), for tests."""
+    model = SmallModel(
+        vocabulary=600, tokens=16, text_width=32, text_layers=1, channels=[16, 32], heads=2, seed=seed
+    )
+    return build_pipeline(model, ["grinning face, face smiling", "red apple, food fruit"], vae_dir=None)

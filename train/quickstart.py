@@ -1,0 +1,232 @@
+"""``train quickstart``: the whole story on the carried sample set, in minutes and without a network.
+
+    ./launch.sh configs/quickstart.yaml
+
+1. plant duplicates in the fine-tuning part of the sample set, as a web crawl would have them;
+2. ``curate dedup`` removes them;
+3. fine-tune the sample model twice: on the raw set without the filter, on the curated set with it;
+4. draw repeated and held-out captions from both, and from the raw model under anti-memorization guidance;
+5. ``train detect`` on the raw model: does the magnitude tell repeated captions from held-out ones?
+6. one table, one figure.
+
+Every stage leaves what it made and is not repeated, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curate.console import UsageError, get_logger, write_atomic, write_json
+from curate.edits import EDITS, Edit
+from curate.images import decode_image
+from curate.shards import Sample, write_shard
+from train.config import MessConfig, QuickstartConfig
+from train.sample_set import load_part
+
+log = get_logger(__name__)
+COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
+
+
+def sample_model_dir() -> Path:
+    """Folder of the carried sample model."""
+    return Path(__file__).parent / "assets" / "sample_model"
+
+
+def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[str, dict[str, bytes]]], list[int]]:
+    """Repeat some samples many times, most copies altered a little, as sets gathered from the web have them.
+
+    Args:
+        samples: a clean set with captions.
+        mess: how many, how often, how altered.
+
+    Returns:
+        ``(key, members)`` of the raw set in a random order, and the rows of ``samples`` that were repeated.
+    """
+    rng = np.random.default_rng(mess.seed)
+    repeated = sorted(rng.choice(len(samples), mess.images, replace=False).tolist())
+    raw = [(sample.key, dict(sample.members)) for sample in samples]
+    for row in repeated:
+        sample = samples[row]
+        caption = sample.caption or ""
+        for copy in range(1, mess.copies):
+            members = {ext: data for ext, data in sample.members.items() if ext != "json"}
+            if rng.random() >= mess.exact:
+                edit = EDITS[COPY_EDITS[rng.integers(len(COPY_EDITS))]]
+                members.pop(str(sample.image_ext))
+                members["jpg"] = encode_copy(sample, edit, rng)
+            if rng.random() < mess.other_caption:
+                members["txt"] = f"an emoji of {caption.split(',')[0]}".encode()
+            raw.append((f"{sample.key}-copy{copy:02d}", members))
+    order = rng.permutation(len(raw))
+    return [raw[i] for i in order], repeated
+
+
+def encode_copy(sample: Sample, edit: Edit, rng: np.random.Generator) -> bytes:
+    """An altered image of a sample, as JPEG bytes."""
+    buffer = io.BytesIO()
+    edit(decode_image(sample.image), rng).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
+    """Write the raw shards, the held-out shards, the originals and the prompt files."""
+    samples, held_out = load_part("finetune"), load_part("held_out")
+    raw, repeated = plant_copies(samples, config.mess)
+    half = (len(raw) + 1) // 2
+    for number in range(2):
+        write_shard(str(out / "raw" / f"{number:06d}.tar"), raw[number * half : (number + 1) * half])
+    write_shard(str(out / "held_out" / "000000.tar"), [(s.key, dict(s.members)) for s in held_out])
+
+    rng = np.random.default_rng(config.mess.seed + 1)
+    chosen = sorted(rng.choice(len(held_out), config.held_out_captions, replace=False).tolist())
+    prompts = {
+        "repeated": [(samples[row], 1) for row in repeated],
+        "held_out": [(held_out[row], 0) for row in chosen],
+    }
+    for kind, rows in prompts.items():
+        lines = [prompt_line(sample, label, out) for sample, label in rows]
+        with write_atomic(out / "prompts" / f"{kind}.jsonl") as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+    lines = [prompt_line(sample, label, out) for sample, label in prompts["repeated"]]
+    lines += [prompt_line(sample, 0, out) for sample in held_out]
+    with write_atomic(out / "prompts" / "detect.jsonl") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return {"samples": len(raw), "planted": len(raw) - len(samples), "repeated": len(repeated)}
+
+
+def prompt_line(sample: Sample, label: int, out: Path) -> str:
+    """One row of a prompt file, whose original image is written beside it."""
+    name = f"{sample.key}.{sample.image_ext}"
+    with write_atomic(out / "prompts" / "originals" / name) as temporary:
+        temporary.write_bytes(sample.image)
+    row = {"caption": sample.caption, "label": label, "image": f"originals/{name}"}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Run all stages and return the summary, which also stands in ``out/summary.json``.
+
+    Raises:
+        UsageError: the folder was begun with other settings, or the model is missing.
+    """
+    from curate.dedup import run_dedup
+    from train.evaluation.config import EvaluateConfig
+    from train.evaluation.protocol import run_evaluate
+    from train.finetune.loop import run_finetune
+    from train.memorization.config import DetectConfig
+    from train.memorization.detect import run_detect
+
+    out = Path(config.out)
+    model = config.model or str(sample_model_dir())
+    begin(out, config)
+
+    def curate() -> dict[str, Any]:
+        shards = [str(out / "raw")]
+        return run_dedup(dataclasses.replace(config.dedup, shards=shards, out=str(out / "curated")))
+
+    def finetune(name: str, shards: Path, filtered: bool) -> dict[str, Any]:
+        settings = config.finetune
+        policy = settings.filter if filtered else dataclasses.replace(settings.filter, policy="off")
+        return run_finetune(
+            dataclasses.replace(
+                settings, model=model, shards=[str(shards)], out=str(out / f"finetune_{name}"), filter=policy
+            )
+        )
+
+    def evaluate() -> dict[str, Any]:
+        protocol = {
+            "models": {"raw": "finetune_raw/model", "curated": "finetune_curated/model"},
+            "settings": [
+                {"model": "raw", "guidance": "none"},
+                {"model": "raw", "guidance": "amg"},
+                {"model": "curated", "guidance": "none"},
+            ],
+            "prompts": {"repeated": "prompts/repeated.jsonl", "held_out": "prompts/held_out.jsonl"},
+            "index": "curated",
+            "training": ["raw"],
+            "held_out": ["held_out"],
+            "seeds": config.seeds,
+            "steps": config.steps,
+            "scale": config.scale,
+            "columns": config.columns,
+            "amg": dataclasses.asdict(config.amg),
+        }
+        write_json(out / "protocol.yaml", protocol)  # JSON is YAML
+        return run_evaluate(
+            EvaluateConfig(protocol=str(out / "protocol.yaml"), out=str(out), batch_size=config.batch_size)
+        )
+
+    def detect() -> dict[str, Any]:
+        return run_detect(
+            DetectConfig(
+                model=str(out / "finetune_raw" / "model"),
+                prompts=str(out / "prompts" / "detect.jsonl"),
+                out=str(out / "detect" / "scores.parquet"),
+                steps=config.detect_steps,
+                seeds=config.detect_seeds,
+                num_inference_steps=config.steps,
+                scale=config.scale,
+            )
+        )
+
+    stages: dict[str, Callable[[], dict[str, Any]]] = {
+        "plant": lambda: make_mess(out, config),
+        "curate": curate,
+        "finetune_raw": lambda: finetune("raw", out / "raw", False),
+        "finetune_curated": lambda: finetune("curated", out / "curated" / "shards", True),
+        "detect": detect,
+        "evaluate": evaluate,
+    }
+    results: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for number, (name, stage) in enumerate(stages.items(), 1):
+        record = out / "stages" / f"{name}.json"
+        if record.is_file():
+            stored = json.loads(record.read_text())
+            log.info("[%d/%d] %s: done before", number, len(stages), name)
+        else:
+            log.info("[%d/%d] %s", number, len(stages), name)
+            start = time.monotonic()
+            result = stage()
+            if result.get("stopped"):
+                return {"stopped": name}
+            stored = {"result": result, "seconds": round(time.monotonic() - start, 1)}
+            write_json(record, stored)
+        results[name], seconds[name] = stored["result"], stored["seconds"]
+    summary = {
+        "rows": results["evaluate"]["rows"],
+        "copy_threshold": results["evaluate"]["copy_threshold"],
+        "detect": results["detect"],
+        "curate": results["curate"],
+        "finetune": {name: results[f"finetune_{name}"] for name in ("raw", "curated")},
+        "seconds": seconds,
+        "report": results["evaluate"]["report"],
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def begin(out: Path, config: QuickstartConfig) -> None:
+    """Claim the folder for this configuration."""
+    run = json.loads(json.dumps(dataclasses.asdict(config)))
+    path = out / "run.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = sorted(name for name in before.keys() | run.keys() if before.get(name) != run.get(name))
+        if changed:
+            raise UsageError(
+                f"{out}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
+            )
+        return
+    try:
+        write_json(path, run)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror or error}") from error

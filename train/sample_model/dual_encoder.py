@@ -1,0 +1,346 @@
+"""Recipe: train the evaluation's image–text dual encoder on the sample set.
+
+    python -m train.sample_model.dual_encoder --config configs/sample_model/dual_encoder.yaml
+
+Two terms over the same batch, two views of every image (one mildly, one strongly edited):
+
+- image–text: symmetric contrastive loss between both views and one of the image's captions (Radford et al.,
+  2021);
+- copies: NT-Xent between the two views of an image (Chen et al., 2020), in a head of its own. Both views have
+  the same flip: this set is full of arrows and hands whose mirror image is another sample.
+
+Half of each batch are neighbours of the other half, images that look like them without being the same, so
+that telling them apart is practised. At the end the copy head becomes the whitening of the training images'
+features (Pizzi et al., 2022, whiten SSCD's in this way), in which common traits count for less.
+
+Pairs with equal captions, and images that look alike (16 × 16 pixels correlate above 0.95), are left out of
+the negatives. A caption is drawn from the sample's text, its name alone, or its keywords and category, with
+words dropped at random. Trained on the pretrain and fine-tuning parts, never on the held-out one; every draw
+is a function of (seed, step), so an interrupted run goes on from its checkpoint as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curate.console import write_json
+from train.evaluation.dual_encoder import DualEncoder, DualEncoderConfig, word_parts, words
+from train.evaluation.metrics import copy_threshold, pixel_correlation, retrieval_rank, roc_auc
+from train.finetune.augment import Augmentation, augment
+
+TWINS = 0.95
+
+
+@dataclass
+class RecipeConfig:
+    """Settings of the dual encoder's recipe.
+
+    Args:
+        out: folder for the weights, their config and ``metrics.json``.
+        checkpoint: file to save to and to continue from.
+        checkpoint_every: steps between two saves.
+        renditions: shards of further drawings (see ``train.sample_model.renditions``), or empty.
+        steps: optimizer steps.
+        batch_size: captions a step; each comes with two views of its image.
+        learning_rate: peak; warm-up over the first 5 %, then a cosine to zero.
+        weight_decay: of AdamW, on matrices only.
+        copy_weight: weight of the copy term.
+        copy_temperature: temperature of the copy term.
+        neighbours: nearest other samples, by pixel correlation, that a batch's second half is drawn from.
+        word_dropout: share of words left out of a training caption.
+        autocast: compute in bfloat16 where it is safe (pays on processors with AMX).
+        seed: of weights and draws.
+        model: sizes of the towers.
+        mild: changes of the first view.
+        strong: changes of the second view, beside blur, noise, a pasted patch, lost detail and lost colour.
+    """
+
+    out: str = "runs/sample_model/dual_encoder"
+    checkpoint: str = "runs/sample_model/dual_encoder.pt"
+    checkpoint_every: int = 200
+    renditions: list[str] = field(default_factory=list)
+    steps: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    copy_weight: float = 1.0
+    copy_temperature: float = 0.07
+    neighbours: int = 12
+    word_dropout: float = 0.15
+    autocast: bool = True
+    seed: int = 0
+    model: DualEncoderConfig = field(default_factory=DualEncoderConfig)
+    mild: Augmentation = field(
+        default_factory=lambda: Augmentation(shift=0.08, scale=0.15, flip=0.5, colour=0.2, hue=0.03, rotate=5)
+    )
+    strong: Augmentation = field(
+        default_factory=lambda: Augmentation(
+            shift=0.15, scale=0.35, flip=0.5, colour=0.5, hue=0.08, rotate=12
+        )
+    )
+
+
+def captions_of(sample: Any) -> list[str]:
+    """The forms in which a sample's text may be drawn: the caption first."""
+    meta = json.loads(sample.members.get("json", b"{}"))
+    name, keywords = meta.get("name", ""), " ".join(meta.get("keywords", [])).replace("_", " ")
+    kind = meta.get("subcategory", "").replace("-", " ")
+    forms = [sample.caption, name, f"{keywords}, {kind}" if keywords else "", f"{name} {keywords}"]
+    return list(dict.fromkeys(form for form in forms if form.strip(" ,")))
+
+
+def draw_caption(forms: list[str], rng: random.Random, word_dropout: float, buckets: int) -> list[list[int]]:
+    """One caption as words as table rows; sometimes without a word, sometimes with a word's n-grams only."""
+    text = forms[0] if rng.random() < 0.5 else rng.choice(forms)
+    found = words(text)
+    kept = [word for word in found if rng.random() >= word_dropout] or found[:1]
+    return [list(word_parts(w, buckets)[1:] if rng.random() < 0.3 else word_parts(w, buckets)) for w in kept]
+
+
+def strong_edits(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur or lost detail, other brightness, a pasted patch, lost colour, noise: each on a share of the
+    images.
+
+    Args:
+        pixels: ``[n, 3, H, W]`` in [0, 1].
+        generator: the source of all draws.
+    """
+    n, _, height, width = pixels.shape
+    out = pixels.clone()
+
+    def chosen(share: float) -> Tensor:
+        return torch.nonzero(torch.rand(n, generator=generator) < share).flatten()
+
+    rows = chosen(0.25)
+    out[rows] = F.avg_pool2d(F.pad(out[rows], (1, 1, 1, 1), mode="replicate"), 3, 1)
+    rows = chosen(0.2)
+    half = F.interpolate(out[rows], scale_factor=0.5, mode="area")
+    out[rows] = F.interpolate(half, size=(height, width), mode="bilinear")
+    rows = chosen(0.25)
+    out[rows] *= 0.7 + 0.5 * torch.rand(len(rows), 1, 1, 1, generator=generator)
+    rows = chosen(0.1)
+    out[rows] = (out[rows] * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    # A patch of plain colour or of another image of the batch, up to 40 % of each side.
+    other = out.roll(1, dims=0)
+    size = torch.rand(n, 2, generator=generator) * 0.3 + 0.1
+    corner = torch.rand(n, 2, generator=generator) * (1 - size)
+    plain = torch.rand(n, 3, 1, 1, generator=generator)
+    for i in chosen(0.35).tolist():
+        top, left = int(corner[i, 0] * height), int(corner[i, 1] * width)
+        box = slice(top, top + int(size[i, 0] * height)), slice(left, left + int(size[i, 1] * width))
+        out[i, :, *box] = plain[i] if i % 2 else other[i, :, *box]
+    rows = chosen(0.4)
+    strength = 0.1 * torch.rand(len(rows), 1, 1, 1, generator=generator)
+    out[rows] += strength * torch.randn(out[rows].shape, generator=generator)
+    return out.clamp(0, 1)
+
+
+def contrast(logits: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy of the diagonal, both ways; pairs in ``same`` off the diagonal are not negatives."""
+    logits = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool), -math.inf)
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def copy_contrast(a: Tensor, b: Tensor, same: Tensor, temperature: float) -> Tensor:
+    """NT-Xent over the 2n unit rows of two views: each must find its other view among all."""
+    n, rows = len(a), torch.cat([a, b])
+    partner = torch.arange(2 * n).roll(n)
+    off = same.repeat(2, 2)
+    off[torch.arange(2 * n), partner] = False
+    return F.cross_entropy((rows @ rows.T / temperature).masked_fill(off, -math.inf), partner)
+
+
+def whitening(features: np.ndarray, ridge: float = 0.01) -> dict[str, Tensor]:
+    """Weights of the linear layer that gives features mean zero and (nearly) unit covariance.
+
+    Args:
+        features: ``[n, d]``.
+        ridge: added to the variances, in units of their mean, so that directions of noise are not blown up.
+    """
+    variance, axes = np.linalg.eigh(np.cov(features, rowvar=False))
+    variance = np.clip(variance, 0, None)
+    weight = axes.T / np.sqrt(variance + ridge * variance.mean())[:, None]
+    state = {"weight": weight, "bias": -weight @ features.mean(axis=0)}
+    return {name: torch.from_numpy(value).float() for name, value in state.items()}
+
+
+def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
+    """Train, measure, save; returns what ``metrics.json`` holds."""
+    from curate.images import decode_image, stack_images
+    from curate.shards import Sample, expand_shards, read_samples
+    from train.sample_set import load_part
+
+    samples = load_part("pretrain") + load_part("finetune")
+    forms = [captions_of(sample) for sample in samples]
+    # drawings[i]: rows of pixels that show caption i, the sample set's own image first.
+    drawings, images = [[i] for i in range(len(samples))], [decode_image(sample.image) for sample in samples]
+    row_of = {sample.key: i for i, sample in enumerate(samples)}
+    for shard in expand_shards(config.renditions) if config.renditions else []:
+        for rendition in read_samples(shard):
+            if isinstance(rendition, Sample) and rendition.key in row_of:
+                drawings[row_of[rendition.key]].append(len(images))
+                images.append(decode_image(rendition.image))
+    pixels = torch.from_numpy(stack_images(images, 64))
+    caption = torch.from_numpy(np.unique([form[0] for form in forms], return_inverse=True)[1])
+    alike = torch.from_numpy(pixel_correlation(pixels, pixels))
+    twins = alike > TWINS
+    near = alike[: len(samples), : len(samples)].masked_fill(twins[: len(samples), : len(samples)], -1)
+    near = near.topk(min(config.neighbours, len(samples)), dim=1).indices
+
+    torch.manual_seed(config.seed)
+    model = DualEncoder(config.model)
+    model.stem.to(memory_format=torch.channels_last)  # a fifth faster
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    first, checkpoint = 0, Path(config.checkpoint)
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"{len(samples)} captions, {len(images)} images, {size:.2f} M parameters, from step {first}",
+        flush=True,
+    )
+
+    start, sums = time.time(), np.zeros(3)
+    for step in range(first, config.steps):
+        warm = min(1.0, (step + 1) / (0.05 * config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        rng = random.Random(f"{config.seed}/{step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        torch.manual_seed(rng.getrandbits(63))  # dropout
+        anchors = rng.sample(range(len(samples)), min(config.batch_size, len(samples)) // 2)
+        beside = [int(near[i, rng.randrange(near.shape[1])]) for i in anchors]
+        chosen = list(dict.fromkeys(anchors + beside))
+        n = len(chosen)
+        rows = torch.tensor([i if rng.random() < 0.6 else rng.choice(drawings[i]) for i in chosen])
+        x = pixels[rows]
+        draws = torch.rand(2, n, 9, generator=generator)
+        draws[1, :, 1] = draws[0, :, 1]  # the number that decides the flip
+        mild, strong = augment(x, draws[0], config.mild), augment(x, draws[1], config.strong)
+        strong = strong_edits(strong, generator)
+        texts = [draw_caption(forms[i], rng, config.word_dropout, config.model.buckets) for i in chosen]
+        same_image = twins[rows][:, rows]
+        same_pair = same_image | (caption[chosen][:, None] == caption[chosen][None, :])
+
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+            image, copy, text = model(torch.cat([mild, strong]).to(memory_format=torch.channels_last), texts)
+        scale = model.log_scale.exp().clamp(max=50)
+        text_loss = sum(contrast(scale * view @ text.T, same_pair) for view in image.chunk(2)) / 2
+        copy_loss = copy_contrast(*copy.chunk(2), same_image, config.copy_temperature)
+        loss = text_loss + config.copy_weight * copy_loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        sums += [text_loss.item(), copy_loss.item(), 1]
+        done = step + 1
+        if done % 50 == 0 or done == config.steps:
+            seconds = time.time() - start
+            print(
+                f"step {done}/{config.steps} image-text {sums[0] / sums[2]:.3f} "
+                f"copies {sums[1] / sums[2]:.3f} scale {scale.item():.1f} "
+                f"{2 * n * (done - first) / seconds:.0f} images/s {seconds:.0f} s",
+                flush=True,
+            )
+            sums[:] = 0
+        if done % config.checkpoint_every == 0 and done < config.steps:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            aside = checkpoint.with_suffix(".partial")
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, aside
+            )
+            aside.replace(checkpoint)
+    features = model.image_features(images[: len(samples)])
+    model.copy_head.load_state_dict(whitening(features))
+    model.save(config.out)
+    metrics = measure(DualEncoder.load(config.out))
+    metrics |= {
+        "parameters": round(size * 1e6),
+        "steps": config.steps,
+        "training_captions": len(samples),
+        "training_images": len(images),
+    }
+    write_json(Path(config.out) / "metrics.json", metrics)
+    checkpoint.unlink(missing_ok=True)
+    print(json.dumps(metrics, indent=1), flush=True)
+    return metrics
+
+
+def measure(model: DualEncoder) -> dict[str, Any]:
+    """Retrieval on training and held-out captions, and how well copies stand apart from near neighbours.
+
+    ``copies`` edits the held-out images, which the network has never seen, and asks whether the edited image
+    is nearer to its original than the copy threshold, itself the 99 % quantile of the held-out images'
+    similarity to their nearest training image.
+    """
+    from curate.edits import EDITS
+    from curate.images import decode_image
+    from train.sample_set import load_part
+
+    result: dict[str, Any] = {}
+    copy_space: dict[str, np.ndarray] = {}
+    samples = {"training": load_part("pretrain") + load_part("finetune"), "held_out": load_part("held_out")}
+    images = {name: [decode_image(s.image) for s in part] for name, part in samples.items()}
+    for name, part in samples.items():
+        features = model.image_features(images[name])
+        copy_space[name] = model.copy_from_features(features)
+        texts = [s.caption or "" for s in part]
+        joint, text = model.joint_from_features(features), model.embed_texts(texts)
+        unique, row = np.unique(texts, return_inverse=True)
+        candidates = model.embed_texts([str(u) for u in unique])
+        rank = retrieval_rank(joint, candidates, row)
+        result[f"retrieval_{name}"] = {
+            "candidates": len(unique),
+            "median_rank": float(np.median(rank)),
+            "recall_at_1": float(np.mean(rank <= 1)),
+            "recall_at_10": float(np.mean(rank <= 10)),
+            "alignment": float(np.mean((joint * text).sum(axis=1))),
+        }
+    nearest = (copy_space["held_out"] @ copy_space["training"].T).max(axis=1)
+    threshold = copy_threshold(nearest)
+    result["nearest_training_similarity_of_held_out"] = {
+        f"q{q}": float(np.quantile(nearest, q / 100)) for q in (5, 50, 95, 99)
+    }
+    result["copy_threshold"] = threshold
+    result["copies"] = {}
+    for edit, apply in EDITS.items():
+        rng = np.random.default_rng(0)
+        edited = model.copy_features([apply(image, rng) for image in images["held_out"]])
+        similarity = (edited * copy_space["held_out"]).sum(axis=1)
+        result["copies"][edit] = {
+            "above_threshold": float(np.mean(similarity > threshold)),
+            "median_similarity": float(np.median(similarity)),
+            "auc_against_nearest": roc_auc(
+                np.concatenate([similarity, nearest]), np.repeat([1, 0], [len(similarity), len(nearest)])
+            ),
+        }
+    return result
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    train_dual_encoder(auto_cli(RecipeConfig, as_positional=False))
