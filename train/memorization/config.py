@@ -1,0 +1,44 @@
+"""Settings of the memorization jobs. Plain dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DetectConfig:
+    """Score prompts by how strongly a model has memorized them.
+
+    Args:
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file.
+        prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged.
+        out: Parquet file to write, one row a prompt and seed; a summary (.json) and, with labels, a chart
+            (.png) are written beside it.
+        steps: denoising steps that are scored, from the first.
+        num_inference_steps: steps of the whole DDIM trajectory that they belong to.
+        seeds: initial noises per prompt; their seeds are counted from the prompt's own, or from first_seed.
+        first_seed: seed of each prompt's first noise.
+        scale: classifier-free guidance scale of the trajectory.
+        signals: scores to compute: magnitude (the text-conditional noise magnitude, averaged over the steps).
+        form: l2, the papers' scale, or rms, which does not depend on the size of the latents.
+        batch_size: prompt and seed pairs per UNet call.
+        bootstrap: resamples behind the confidence intervals.
+        dtype: of the model's weights.
+        device: auto, cpu, cuda, …
+    """
+
+    model: str
+    prompts: str
+    out: str
+    steps: int = 1
+    num_inference_steps: int = 50
+    seeds: int = 4
+    first_seed: int = 0
+    scale: float = 7.5
+    signals: list[str] = field(default_factory=lambda: ["magnitude"])
+    form: Literal["l2", "rms"] = "l2"
+    batch_size: int = 32
+    bootstrap: int = 1000
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"

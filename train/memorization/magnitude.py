@@ -1,0 +1,68 @@
+"""The text-conditional noise magnitude: one function for the training filter, the detector and the sampler.
+
+Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR 2024), eq.
+2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["l2", "rms"]
+
+
+def magnitude(eps_cond: Tensor, eps_uncond: Tensor, *, form: Form = "l2") -> Tensor:
+    """``m = ‖ε(x_t, e_p) − ε(x_t, e_∅)‖₂`` of each image, over all dimensions but the first.
+
+    Args:
+        eps_cond: ``[n, ...]`` noise prediction under the prompt, in ε-space (see :func:`to_eps`), any float
+            dtype.
+        eps_uncond: the same shape, under the empty prompt.
+        form: ``"l2"``, the papers' scale, or ``"rms"`` = ``l2 / sqrt(elements per image)``, which does not
+            depend on the size of the latents.
+
+    Returns:
+        ``[n]`` float32, ``≥ 0``; differentiable. The difference and its norm are computed in float32.
+
+    Raises:
+        ValueError: the shapes differ or ``form`` is unknown.
+    """
+    if eps_cond.shape != eps_uncond.shape:
+        raise ValueError(f"eps_cond {tuple(eps_cond.shape)} and eps_uncond {tuple(eps_uncond.shape)} differ")
+    if form not in ("l2", "rms"):
+        raise ValueError(f"unknown form {form!r} of the magnitude: choose l2 or rms")
+    difference = (eps_cond.float() - eps_uncond.float()).flatten(1)
+    m = torch.linalg.vector_norm(difference, dim=1)
+    return m / difference.shape[1] ** 0.5 if form == "rms" else m
+
+
+def to_eps(output: Tensor, x_t: Tensor, alpha_bar_t: Tensor | float, prediction_type: str) -> Tensor:
+    """A denoiser's output as the noise it predicts.
+
+    ``epsilon`` is returned as it is; ``v_prediction``: ``ε = √ᾱ_t · v + √(1−ᾱ_t) · x_t``; ``sample``:
+    ``ε = (x_t − √ᾱ_t · x_0) / √(1−ᾱ_t)``.
+
+    Args:
+        output: ``[n, ...]`` what the denoiser returned.
+        x_t: the same shape, the noised latents it was given.
+        alpha_bar_t: cumulative alpha in (0, 1): one number, a tensor of no dimension, or ``[n]``.
+        prediction_type: the scheduler's ``config.prediction_type``.
+
+    Raises:
+        ValueError: another prediction type.
+    """
+    if prediction_type == "epsilon":
+        return output
+    alpha_bar = torch.as_tensor(alpha_bar_t, dtype=torch.float32, device=x_t.device)
+    if alpha_bar.ndim == 1:
+        alpha_bar = alpha_bar.view(-1, *[1] * (x_t.ndim - 1))
+    if prediction_type == "v_prediction":
+        eps = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+    elif prediction_type == "sample":
+        eps = (x_t - alpha_bar.sqrt() * output) / (1 - alpha_bar).sqrt()
+    else:
+        raise ValueError(f"unknown prediction type {prediction_type!r}: expected epsilon, v_prediction or sample")
+    return eps.to(output.dtype)

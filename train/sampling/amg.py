@@ -1,0 +1,405 @@
+"""Anti-memorization guidance (AMG): steer away from the nearest training image, only where an image comes
+close to one.
+
+Source: Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models" (CVPR 2024, arXiv 2404.00922), equations
+10 to 17. With ``σ_t`` the similarity of ``x̂_0`` to its nearest training sample ``n_0``, and only where ``σ_t
+> λ_t``:
+
+    ε̂ ← ε̂ + G_spe + G_dup + G_sim
+    G_spe = − s_1 (ε(x_t,e_p) − ε(x_t,e_∅)),   s_1 = max(min(c_1 σ_t, s_0 − 1), 0)
+    G_dup = − s_2 (ε(x_t,e_N) − ε(x_t,e_∅)),   s_2 = max(min(c_2 σ_t, s_0 − s_1 − 1), 0)
+    G_sim = c_3 √(1−ᾱ_t) ∇_{x_t} σ_t
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curate.console import UsageError, UserError
+from curate.embed import normalise_caption
+from train.sampling.config import AMGConfig
+from train.sampling.guidance import Correction, Part, Run, State, StepFunction, x0_from_eps
+
+if TYPE_CHECKING:
+    from curate.embed import Embedder
+    from curate.index import TrainingIndex
+
+TIMESTEPS = 1000  # the constants are stated for t of 1000; other models' t is scaled to it
+
+
+def exponential(t: float, a: float = 0.3, b: float = 0.4, c: float = 0.005) -> float:
+    """``λ_t = a − (a − b)·exp(−c·t)``: from ``b`` at t = 0 towards ``a``. The released sampler's schedule."""
+    return a - (a - b) * math.exp(-c * t)
+
+
+def parabolic(t: float, a: float = 0.3, b: float = 0.4) -> float:
+    """``λ_t = a + (b − a)·(1 − t/1000)²``: a parabola from ``b`` at t = 0 to its vertex ``a`` at t = 1000."""
+    return a + (b - a) * (1 - t / TIMESTEPS) ** 2
+
+
+def constant(t: float, b: float = 0.4) -> float:
+    """``λ_t = b``."""
+    return b
+
+
+def schedule(config: AMGConfig) -> Callable[[float], float]:
+    """``t ↦ λ_t`` of a resolved config."""
+    a, b, c = config.lambda_a, config.lambda_b, config.lambda_c
+    assert a is not None and b is not None
+    if config.schedule == "exponential":
+        return lambda t: exponential(t, a, b, c)
+    if config.schedule == "parabolic":
+        return lambda t: parabolic(t, a, b)
+    return lambda t: constant(t, b)
+
+
+def despecification_strength(sigma: Tensor, scale: float, c_1: float = 13.0, floor: float = 1.0) -> Tensor:
+    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13), with ``floor`` in the place of 1."""
+    return (c_1 * sigma).clamp(max=scale - floor).clamp(min=0)
+
+
+def deduplication_strength(
+    sigma: Tensor, scale: float, s_1: Tensor, c_2: float | None = None, floor: float = 1.0
+) -> Tensor:
+    """``s_2 = max(min(c_2 σ, s_0 − s_1 − 1), 0)`` (eq. 15); released: ``c_2 = (s_0 − s_1 − 1)/0.3``."""
+    left = scale - s_1 - floor
+    wanted = left * sigma / 0.3 if c_2 is None else c_2 * sigma
+    return torch.minimum(wanted, left).clamp(min=0)
+
+
+def dissimilarity_factor(sigma: Tensor, t: float, alpha_bar: float, threshold: float, config: AMGConfig) -> Tensor:
+    """What ``∇σ`` is multiplied by, ``[k]``; see :class:`AMGConfig` for the forms (``paper`` is eq. 17)."""
+    assert config.c_3 is not None and config.sim_offset is not None
+    if config.sim_form == "released":
+        return config.c_3 * (sigma - config.sim_offset) * math.exp((TIMESTEPS - t) / 170)
+    noise = config.c_3 * (1 - alpha_bar) ** 0.5
+    return noise * (sigma - threshold) if config.sim_form == "excess" else torch.full_like(sigma, noise)
+
+
+def antithesis(captions: Sequence[str | None], counts: Any, rows: Sequence[int], min_count: int = 20) -> str:
+    """``e_N``: the caption to steer away from.
+
+    The most frequent caption among the near training samples, if the training set holds it more than
+    ``min_count`` times (it is then a key that retrieves the image), else the nearest sample's own.
+
+    Args:
+        captions: of the whole index; None where a sample has none.
+        counts: how often each sample's caption occurs in the training set, int ``[n]``.
+        rows: near samples, nearest first.
+        min_count: see above.
+    """
+    tally: dict[str, list[int]] = {}
+    for row in rows:
+        tally.setdefault(normalise_caption(captions[row] or ""), []).append(row)
+    commonest = max(tally.values(), key=len)  # of equals, the nearest
+    row = commonest[0] if counts[commonest[0]] > min_count else rows[0]
+    return captions[row] or ""
+
+
+def random_edits(pixels: Tensor, n: int, generator: torch.Generator) -> list[Tensor]:
+    """``n`` edited versions of images, differentiable: shifted and cropped, with other brightness, contrast
+    and colour.
+
+    The same edit for every image of the batch, so that an image's gradient does not depend on its neighbours.
+
+    Args:
+        pixels: ``[k, 3, H, W]`` in [0, 1].
+        n: number of versions.
+        generator: on the CPU; decides everything.
+
+    Returns:
+        ``n`` tensors like ``pixels``.
+    """
+
+    def uniform(low: float, high: float, size: int = 1) -> Tensor:
+        return torch.rand(size, generator=generator) * (high - low) + low
+
+    edited = []
+    for _ in range(n):
+        zoom, aspect, shift = uniform(0.75, 1.05), uniform(-0.05, 0.05), uniform(-0.15, 0.15, 2)
+        theta = torch.zeros(1, 2, 3)
+        theta[0, 0, 0], theta[0, 1, 1], theta[0, :, 2] = zoom + aspect, zoom - aspect, shift
+        gain, bias, contrast, colour = (
+            uniform(0.8, 1.2, 3),
+            uniform(-0.1, 0.1, 3),
+            uniform(0.8, 1.2),
+            uniform(0.4, 1.2),
+        )
+        gain, bias = gain.view(1, 3, 1, 1).to(pixels), bias.view(1, 3, 1, 1).to(pixels)
+        grid = F.affine_grid(theta.expand(len(pixels), -1, -1), list(pixels.shape), align_corners=False)
+        image = F.grid_sample(pixels, grid.to(pixels), padding_mode="border", align_corners=False)
+        image = (image - 0.5) * contrast.to(pixels) + 0.5
+        grey = image.mean(1, keepdim=True)
+        edited.append((grey + (image - grey) * colour.to(pixels)) * gain + bias)
+    return edited
+
+
+class AMG:
+    """Anti-memorization guidance, a :class:`~train.sampling.guidance.Guidance` term.
+
+    The trace gets ``similarity`` (calibrated), ``cosine``, ``nearest`` (row of the index), ``threshold``; and
+    for images that are guided ``s_1``, ``s_2``, ``caption`` (e_N), and ``similarity_after`` (G_spe and
+    G_dup), ``factor`` (of ∇σ) and ``gradient_norm`` (of ∇σ, before any normalisation). None where nothing was
+    measured.
+
+    Args:
+        index: the training set, as curation left it.
+        embedder: the image embedder that the index was built with.
+        config: settings, or a preset's name.
+        overrides: fields of :class:`AMGConfig` to set otherwise.
+
+    Raises:
+        UserError: the index is empty or was built with another embedder.
+        UsageError: an option is wrong; names it.
+    """
+
+    name = "amg"
+
+    def __init__(
+        self, index: TrainingIndex, embedder: Embedder, config: AMGConfig | str = "main", **overrides: Any
+    ) -> None:
+        if isinstance(config, str):
+            config = AMGConfig(preset=config)  # type: ignore[arg-type]
+        try:
+            self.config = replace(config, **overrides).resolved()
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+        check_embedder(index, embedder.name)
+        if len(index.captions) == 0:
+            raise UserError("the training-set index is empty: there is nothing to steer away from")
+        self.index, self.embedder = index, embedder
+        self.threshold = schedule(self.config)
+
+    def start(self, run: Run) -> StepFunction:
+        """Begin one run; see :class:`~train.sampling.guidance.Guidance`."""
+        nothing = torch.zeros(run.batch_size, dtype=torch.bool)
+        memory = _Memory(nothing.clone(), nothing.clone())
+        return lambda state: self._step(state, memory)
+
+    def _step(self, state: State, memory: _Memory) -> Correction | None:
+        t = state.t * TIMESTEPS / state.run.train_timesteps
+        if not self.config.t_range[0] <= t <= self.config.t_range[1]:
+            return None
+        trace = _Columns(state.run.batch_size, self.threshold(t))
+        # Images being guided are measured at every step, the others at each k-th.
+        due = memory.guided | ~memory.measured | (state.step % self.config.every == 0)
+        rows = due.nonzero().flatten().to(state.x_t.device)
+        if not len(rows):
+            return Correction(columns=trace.values)
+        cosine, nearest = self._measure(state, rows)
+        sigma = self.index.calibrate(cosine)
+        trace.fill(rows, similarity=sigma[:, 0], cosine=cosine[:, 0], nearest=nearest[:, 0])
+        acts = sigma[:, 0] > trace.threshold
+        memory.measured[due] = True
+        memory.guided[due] = acts.cpu()
+        if not acts.any():
+            return Correction(columns=trace.values)
+
+        near = [row[s > trace.threshold].tolist() for row, s in zip(nearest[acts], sigma[acts], strict=True)]
+        zeros = torch.zeros_like(sigma[acts, 0])
+        image = _Guided(rows[acts], sigma[acts, 0], near, s_1=zeros, s_2=zeros)
+        parts = {}
+        if state.eps_uncond is not None:  # without classifier-free guidance there is nothing to take back
+            if self.config.despecification:
+                parts["despecification"] = self._despecification(state, image)
+            if self.config.deduplication:
+                parts["deduplication"] = self._deduplication(state, image, memory, trace)
+        trace.fill(image.rows, s_1=image.s_1, s_2=image.s_2)
+        if self.config.dissimilarity and self.config.sim_t_range[0] <= t <= self.config.sim_t_range[1]:
+            eps_hat = state.eps_hat
+            for part in parts.values():
+                eps_hat = eps_hat.index_add(0, part.rows, part.delta)
+            parts["dissimilarity"] = self._dissimilarity(state, image, eps_hat[image.rows], t, trace)
+        return Correction(parts, trace.values)
+
+    def _measure(self, state: State, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines of ``x̂_0`` to its ``k`` nearest training samples, and their rows: ``[len(rows), k]``."""
+        k = min(self.config.neighbours, len(self.index.captions)) if self.config.deduplication else 1
+        found = []
+        for chunk in rows.split(self.config.decode_slice):
+            features = self.embedder.features(state.decode(state.x0(chunk)))
+            found.append(self._search(features, k))
+        cosine, nearest = (torch.cat(columns) for columns in zip(*found, strict=True))
+        return cosine, nearest
+
+    def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        similarity, rows = self.index.search(features.detach().float().cpu().numpy(), k)
+        cosine = torch.as_tensor(similarity, dtype=torch.float32, device=features.device)
+        return cosine, torch.as_tensor(rows, device=features.device)
+
+    def _despecification(self, state: State, image: _Guided) -> Part:
+        """G_spe (eq. 14)."""
+        assert state.eps_uncond is not None
+        image.s_1 = despecification_strength(image.sigma, state.guidance_scale, self.config.c_1, self.config.floor)
+        rows, s_1 = image.rows[image.s_1 > 0], image.s_1[image.s_1 > 0]
+        return Part(rows, -_broadcast(s_1) * (state.eps_cond[rows] - state.eps_uncond[rows]))
+
+    def _deduplication(self, state: State, image: _Guided, memory: _Memory, trace: _Columns) -> Part:
+        """G_dup (eq. 16)."""
+        assert state.eps_uncond is not None and state.embeds_uncond is not None
+        config = self.config
+        image.s_2 = deduplication_strength(image.sigma, state.guidance_scale, image.s_1, config.c_2, config.floor)
+        acts = image.s_2 > 0
+        rows, s_2 = image.rows[acts], image.s_2[acts]
+        image.embeds_near = state.embeds_uncond[image.rows]
+        if not len(rows):
+            return Part(rows, state.x_t[rows])
+        captions = [
+            antithesis(self.index.captions, self.index.counts, near, config.min_count)
+            for near, act in zip(image.near, acts.tolist(), strict=True)
+            if act
+        ]
+        trace.fill(rows, caption=captions)
+        for caption in captions:
+            if caption not in memory.embeds:
+                memory.embeds[caption] = state.encode_prompts([caption])
+        embeds = torch.cat([memory.embeds[caption] for caption in captions])
+        image.embeds_near = image.embeds_near.index_put((acts.nonzero().flatten(),), embeds)
+        eps_near = state.denoise(state.x_t[rows], embeds, rows)
+        return Part(rows, -_broadcast(s_2) * (eps_near - state.eps_uncond[rows]))
+
+    def _dissimilarity(self, state: State, image: _Guided, eps_hat: Tensor, t: float, trace: _Columns) -> Part:
+        """G_sim (eq. 17), where ``σ`` measured again after G_spe and G_dup is still above λ_t."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
+        edits = generator.get_state()
+        found = []
+        for chunk in torch.arange(len(image.rows), device=eps_hat.device).split(config.decode_slice):
+            generator.set_state(edits)  # the same edits whatever the slice
+            found.append(self._gradient(state, image.take(chunk), eps_hat[chunk], generator))
+        sigma, gradient = (torch.cat(columns) for columns in zip(*found, strict=True))
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        factor = dissimilarity_factor(sigma, t, state.alpha_bar, trace.threshold, config)
+        trace.fill(image.rows, similarity_after=sigma, factor=factor, gradient_norm=norm)
+        # A gradient that is not finite, or nought, says nothing: leave the image to the other terms.
+        acts = (sigma > trace.threshold) & torch.isfinite(norm) & (norm > 0)
+        if config.normalise:
+            factor = factor * torch.linalg.vector_norm(eps_hat.flatten(1), dim=1) / norm
+        return Part(image.rows[acts], _broadcast(factor[acts]) * gradient[acts])
+
+    def _gradient(
+        self, state: State, image: _Guided, eps_hat: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """``σ`` of ``x̂_0`` under ``eps_hat``, and ``∇_{x_t} σ``, the mean over the image and its edits."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x_t = state.x_t[image.rows].clone().requires_grad_()
+            eps_hat = eps_hat.clone()
+            if self.config.through_unet:  # the same value, with its dependence on x_t
+                again = self._text_guided(state, image, x_t)
+                eps_hat = eps_hat + again - again.detach()
+            pixels = state.decode(x0_from_eps(x_t, eps_hat, state.alpha_bar))
+            features = self.embedder.features(pixels)
+            _, nearest = self._search(features, 1)
+            target = torch.as_tensor(self.index.vectors(nearest[:, 0].cpu().numpy())).to(features)
+            sigma = self.index.calibrate((features * target).sum(1))
+            views = [sigma]
+            for edited in random_edits(pixels, self.config.edits, generator):
+                views.append(self.index.calibrate((self.embedder.features(edited) * target).sum(1)))
+            mean = torch.stack(views).mean(0)
+            gradient = torch.autograd.grad(mean.sum(), x_t)[0] if mean.requires_grad else torch.zeros_like(x_t)
+        return sigma.detach(), gradient.detach()
+
+    @staticmethod
+    def _text_guided(state: State, image: _Guided, x_t: Tensor) -> Tensor:
+        """``ε̂`` as a function of ``x_t``: classifier-free guidance, G_spe and G_dup at their strengths."""
+        eps_cond = state.denoise(x_t, state.embeds_cond[image.rows].clone(), image.rows)
+        if state.embeds_uncond is None:
+            return eps_cond
+        eps_uncond = state.denoise(x_t, state.embeds_uncond[image.rows].clone(), image.rows)
+        eps_hat = eps_uncond + _broadcast(state.guidance_scale - image.s_1) * (eps_cond - eps_uncond)
+        if image.embeds_near is not None and (image.s_2 > 0).any():
+            eps_near = state.denoise(x_t, image.embeds_near.clone(), image.rows)
+            eps_hat = eps_hat - _broadcast(image.s_2) * (eps_near - eps_uncond)
+        return eps_hat
+
+
+def check_embedder(index: TrainingIndex, name: str) -> None:
+    """Refuse an embedder that did not build the index; of a file, only its own name counts, not its folder.
+
+    Raises:
+        UserError: names both.
+    """
+    if Path(index.embedder).name != Path(name).name:
+        raise UserError(
+            f"the index was built with the embedder {index.embedder!r}, not with {name!r}: "
+            "use that one, or build the index again"
+        )
+
+
+@dataclass
+class _Memory:
+    """What one run remembers: flags of each image ``[n]``, on the CPU, and embeddings of captions."""
+
+    measured: Tensor
+    guided: Tensor
+    embeds: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Guided:
+    """The images that are guided at a step."""
+
+    rows: Tensor
+    """``[k]``, in the batch."""
+    sigma: Tensor
+    """``[k]``, above the threshold."""
+    near: list[list[int]]
+    """Of each, the training samples nearer than the threshold, nearest first: rows of the index."""
+    s_1: Tensor
+    s_2: Tensor
+    embeds_near: Tensor | None = None
+    """``[k, tokens, width]`` of e_N; the empty prompt's where ``s_2`` is 0."""
+
+    def take(self, positions: Tensor) -> _Guided:
+        """Some of them."""
+        near = [self.near[i] for i in positions.tolist()]
+        embeds = None if self.embeds_near is None else self.embeds_near[positions]
+        return _Guided(
+            self.rows[positions],
+            self.sigma[positions],
+            near,
+            self.s_1[positions],
+            self.s_2[positions],
+            embeds,
+        )
+
+
+class _Columns:
+    """The term's trace columns at one step: one value an image, None until filled."""
+
+    _NAMES = (
+        "similarity",
+        "cosine",
+        "nearest",
+        "s_1",
+        "s_2",
+        "caption",
+        "similarity_after",
+        "factor",
+        "gradient_norm",
+    )
+
+    def __init__(self, batch_size: int, threshold: float) -> None:
+        self.threshold = threshold
+        self.values: dict[str, list[Any]] = {"threshold": [threshold] * batch_size}
+        self.values.update((name, [None] * batch_size) for name in self._NAMES)
+
+    def fill(self, rows: Tensor, **values: Tensor | Sequence[Any]) -> None:
+        images = rows.tolist()
+        for name, column in values.items():
+            items = column.tolist() if isinstance(column, Tensor) else column
+            for image, value in zip(images, items, strict=True):
+                self.values[name][image] = value
+
+
+def _broadcast(values: Tensor) -> Tensor:
+    """``[k]`` → ``[k, 1, 1, 1]``."""
+    return values.view(-1, 1, 1, 1)

@@ -1,0 +1,259 @@
+"""The guidance protocol: what a guidance term sees at a denoising step, and what it gives back.
+
+A term is a small object that holds its settings. When sampling begins, the pipeline calls ``start(run)``,
+which returns the function to call at every step; what a term remembers from step to step lives there, so one
+term can serve any number of runs. At each step the function sees a :class:`State` and returns a
+:class:`Correction` of ``ε̂``, or None.
+
+    class LessGuidance:
+        name = "less"
+
+        def start(self, run: Run) -> StepFunction:
+            def step(state: State) -> Correction | None:
+                rows = torch.arange(run.batch_size, device=state.x_t.device)
+                return Correction({"less": Part(rows, -(state.eps_cond - state.eps_uncond))})
+
+            return step
+
+A correction names the images that it changes. All others keep every bit of what the stock pipeline would have
+drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from train.memorization.magnitude import magnitude
+
+# Below this, x̂_0 = (x_t − √(1−ᾱ_t)·ε̂)/√ᾱ_t has no usable precision (the first step of zero-terminal-SNR
+# models).
+MIN_ALPHA_BAR = 1e-6
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same during one call of the pipeline."""
+
+    batch_size: int
+    """Images drawn together, all prompts and images per prompt."""
+    train_timesteps: int
+    """Length of the schedule that the model was trained with; ``t`` counts down from it."""
+    decode: Callable[[Tensor], Tensor]
+    """Latents ``[n, c, h, w]`` → pixels ``[n, 3, H, W]`` in [0, 1]; differentiable, in float32."""
+    encode_prompts: Callable[[Sequence[str]], Tensor]
+    """Texts → prompt embeddings ``[n, tokens, width]``; cut at the tokenizer's limit."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One denoising step, in ε-space and float32 whatever the model predicts and computes in.
+
+    ``x_t`` is variance preserving: schedulers that keep latents as ``x_0 + σ·noise`` are scaled to
+    ``√ᾱ_t·x_0 + √(1−ᾱ_t)·noise``, which is also what the denoiser is given.
+    """
+
+    run: Run
+    step: int
+    """From 0; a second-order scheduler counts both of its evaluations."""
+    t: float
+    alpha_bar: float
+    guidance_scale: float
+    """``s_0``."""
+    x_t: Tensor
+    """``[n, c, h, w]``."""
+    eps_uncond: Tensor | None
+    """``ε(x_t, e_∅)``, or the negative prompt's; None without classifier-free guidance."""
+    eps_cond: Tensor
+    """``ε(x_t, e_p)``."""
+    eps_hat: Tensor
+    """``ε̂``: classifier-free guidance and the corrections of the terms before this one."""
+    embeds_uncond: Tensor | None
+    embeds_cond: Tensor
+    """Prompt embeddings of each image ``[n, tokens, width]``."""
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor] = field(repr=False)
+    """``(x_t [k, …], embeddings [k, …], rows [k]) → ε [k, …]`` float32 at this step's ``t`` for the images
+    ``rows``; differentiable where gradients are enabled."""
+
+    def x0(self, rows: Tensor | None = None, eps_hat: Tensor | None = None) -> Tensor:
+        """``x̂_0 = (x_t − √(1−ᾱ_t)·ε̂) / √ᾱ_t`` of the images ``rows``, for another ``ε̂`` if given."""
+        x_t = self.x_t if rows is None else self.x_t[rows]
+        if eps_hat is None:
+            eps_hat = self.eps_hat if rows is None else self.eps_hat[rows]
+        return x0_from_eps(x_t, eps_hat, self.alpha_bar)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :attr:`Run.decode`."""
+        return self.run.decode(latents)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """See :attr:`Run.encode_prompts`."""
+        return self.run.encode_prompts(prompts)
+
+
+class Part(NamedTuple):
+    """One addend of ``ε̂`` for some images."""
+
+    rows: Tensor
+    """``[k]`` int64: which images; no image twice."""
+    delta: Tensor
+    """``[k, c, h, w]`` float32, added to their ``ε̂``."""
+
+
+@dataclass
+class Correction:
+    """What a term does at a step."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Name → addend. The name is what the trace lists as fired for the part's images."""
+    columns: Mapping[str, Sequence[Any] | Tensor] = field(default_factory=dict)
+    """Trace column → one value an image, ``[n]``."""
+
+
+StepFunction = Callable[[State], Correction | None]
+
+
+class Guidance(Protocol):
+    """A guidance term. ``name`` tells its trace columns from another term's where both have the same."""
+
+    name: str
+
+    def start(self, run: Run) -> StepFunction:
+        """Begin one run of the pipeline; the function returned is called once a step."""
+        ...
+
+
+def x0_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    """``(x_t − √(1−ᾱ_t)·ε) / √ᾱ_t``."""
+    return (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+
+
+def output_per_eps(prediction_type: str, alpha_bar: float) -> float:
+    """``∂output/∂ε`` at a fixed ``x_t``: what a correction of ε is worth in the model's own parametrisation.
+
+    ``epsilon``: 1; ``v_prediction``, from ``ε = √ᾱ_t·v + √(1−ᾱ_t)·x_t``: ``1/√ᾱ_t``; ``sample``:
+    ``−√(1−ᾱ_t)/√ᾱ_t``.
+
+    Raises:
+        ValueError: another prediction type.
+    """
+    if prediction_type == "epsilon":
+        return 1.0
+    if prediction_type == "v_prediction":
+        return alpha_bar**-0.5
+    if prediction_type == "sample":
+        return -((1 - alpha_bar) ** 0.5) * alpha_bar**-0.5
+    raise ValueError(f"guidance knows epsilon, v_prediction and sample models, not {prediction_type!r}")
+
+
+def guide(
+    terms: Iterable[tuple[str, StepFunction]], state: State
+) -> tuple[Tensor, dict[str, Part], dict[str, Sequence[Any] | Tensor]]:
+    """Apply terms in order, each seeing the ``ε̂`` that the ones before it left.
+
+    Returns:
+        ``ε̂`` ``[n, c, h, w]``, the parts by name, and the trace columns. A name that two terms share is told
+        apart as ``term.name``.
+    """
+    parts: dict[str, Part] = {}
+    columns: dict[str, Sequence[Any] | Tensor] = {}
+    for name, step in terms:
+        correction = step(state)
+        if correction is None:
+            continue
+        eps_hat = state.eps_hat
+        for part_name, part in correction.parts.items():
+            if len(part.rows):
+                eps_hat = eps_hat.index_add(0, part.rows, part.delta)
+                parts[_free(parts, name, part_name)] = part
+        for column, values in correction.columns.items():
+            columns[_free(columns, name, column)] = values
+        state = replace(state, eps_hat=eps_hat)
+    return state.eps_hat, parts, columns
+
+
+def _free(taken: Mapping[str, Any], term: str, name: str) -> str:
+    return name if name not in taken else f"{term}.{name}"
+
+
+class Trace:
+    """Collects what happened, step by step, without waiting for the accelerator until it is read."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]] = []
+
+    def add(
+        self,
+        state: State,
+        eps_hat: Tensor,
+        parts: Mapping[str, Part],
+        columns: Mapping[str, Sequence[Any] | Tensor],
+        *,
+        tensors: bool = False,
+    ) -> None:
+        """Record one step.
+
+        Args:
+            state: what the first term saw.
+            eps_hat: what the last term left.
+            parts: the addends of ``ε̂``.
+            columns: the terms' columns.
+            tensors: also keep the tensors from which ``ε̂`` can be recomputed.
+        """
+        m: Sequence[None] | Tensor = [None] * state.run.batch_size
+        if state.eps_uncond is not None:
+            m = magnitude(state.eps_cond, state.eps_uncond)
+        kept: dict[str, Any] = {"magnitude": m, **columns}
+        if tensors:
+            kept.update(x_t=state.x_t.cpu(), eps_cond=state.eps_cond.cpu(), eps_hat=eps_hat.cpu())
+            if state.eps_uncond is not None:
+                kept["eps_uncond"] = state.eps_uncond.cpu()
+            for name, part in parts.items():
+                kept[f"delta.{name}"] = torch.zeros_like(state.x_t).index_put((part.rows,), part.delta).cpu()
+        common = {"step": state.step, "t": state.t, "alpha_bar": state.alpha_bar}
+        self._steps.append((common, kept, {name: part.rows for name, part in parts.items()}))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a step and image, in that order, of plain Python values (and tensors, if asked for)."""
+        out = []
+        for common, columns, fired in self._steps:
+            lists = {
+                name: values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else values
+                for name, values in columns.items()
+            }
+            acted = {name: set(rows.tolist()) for name, rows in fired.items()}
+            for image in range(len(lists["magnitude"])):
+                row = {"image": image, **common}
+                row.update((name, values[image]) for name, values in lists.items())
+                row["fired"] = [name for name, images in acted.items() if image in images]
+                out.append(row)
+        return out
+
+
+def alpha_bar_at(scheduler: Any, t: Tensor | float) -> float | None:
+    """``ᾱ_t`` at the step that ``scheduler`` is about to take; None for flow-matching schedulers, which have
+    none.
+
+    Schedulers that work in ``σ`` know it better than ``t`` does (Karras spacing rounds ``t``): ``ᾱ =
+    1/(1+σ²)``. Call it after ``scale_model_input``.
+    """
+    if getattr(scheduler.config, "use_flow_sigmas", False) or not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None:
+        index = scheduler.step_index
+        if index is None:
+            index = scheduler.index_for_timestep(t)
+        if not getattr(scheduler, "state_in_first_order", True) and hasattr(scheduler, "sigmas_interpol"):
+            sigmas = scheduler.sigmas_interpol
+        return 1.0 / (1.0 + float(sigmas[int(index)]) ** 2)
+    table = scheduler.alphas_cumprod
+    position = min(max(float(t), 0.0), len(table) - 1.0)
+    low = int(position)
+    if low == position:
+        return float(table[low])
+    return float(torch.lerp(table[low], table[low + 1], position - low))
