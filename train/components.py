@@ -43,10 +43,12 @@ def load_pipeline(
     """
     import diffusers
     import transformers
-    from diffusers import StableDiffusionPipeline
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    # Their bars would cross ours, and their warnings (no torchvision here) tell the user nothing to act on.
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    from diffusers import StableDiffusionPipeline
     path = Path(name_or_path)
     if path.is_dir():
         if not (path / "model_index.json").is_file():

@@ -65,9 +65,7 @@ def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:
             row: dict[str, Any] = {"caption": prompt.caption, "label": prompt.label, "seed": prompt.seed}
             if prompt.image is not None:
                 image = Path(prompt.image).resolve()
-                row["image"] = (
-                    image.relative_to(folder) if image.is_relative_to(folder) else image
-                ).as_posix()
+                row["image"] = (image.relative_to(folder) if image.is_relative_to(folder) else image).as_posix()
             row = {key: value for key, value in row.items() if value is not None}
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
 
@@ -94,9 +92,7 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if "caption" not in (reader.fieldnames or []):
-                raise UserError(
-                    f"{path}: no column caption, only {', '.join(reader.fieldnames or []) or 'nothing'}"
-                )
+                raise UserError(f"{path}: no column caption, only {', '.join(reader.fieldnames or []) or 'nothing'}")
             yield from enumerate(reader, 1)
     else:
         import pyarrow

@@ -232,7 +232,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
                     float((weights > 0).sum()),
                     float((~magnitudes.isnan()).sum()),
                     float((judged & (weights == 0)).sum()),
-                    float(loss) if finite else 0.0,
+                    float(loss.detach()) if finite else 0.0,
                     float(not finite),
                     float(stop.asked),
                 ],

@@ -6,8 +6,9 @@ In the manner of SSCD (Pizzi et al., CVPR 2022, arXiv 2202.10261): two edited vi
 between them, and the differential-entropy (KoLeo) term that pushes every image away from its nearest
 neighbour. Beyond SSCD:
 
-- negatives and nearest neighbours come from the whole set through a memory of last-seen embeddings, because a
-  sampler asks for the nearest of *all* training images;
+- negatives and nearest neighbours come from the whole set through a memory of embeddings, renewed every epoch,
+  because a sampler asks for the nearest of *all* training images; and each image stands in its batch beside
+  one that it is taken for;
 - images that look alike by nature (clock faces, one flag under two names) are no negatives of one another;
 - some views are attacked before they are learned from: a few ascent steps, on pixels or on a coarse field as
   an image decoder makes them, that lower the similarity of a copy; it must stay close, so that following the
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from curate.console import get_logger, progress, write_json
+from curate.console import get_logger, progress, write_atomic, write_json
 from curate.copy_detector import WEIGHTS, CopyDetector
 from curate.edits import EDITS, strong_edit
 from curate.images import decode_image, stack_images
@@ -55,7 +56,7 @@ class CopyDetectorConfig:
     warmup_steps: int = 50  # of the learning rate
     ramp: float = 0.6  # share of the steps over which edits grow to full strength; then memory and attacks
     weight_decay: float = 0.05
-    temperature: float = 0.07  # of InfoNCE
+    temperature: float = 0.05  # of InfoNCE
     entropy_weight: float = 3.0  # of the KoLeo term
     alignment_weight: float = 0.5  # of 1 - cosine of the two views
     attack_share: float = 0.5  # of a batch's images
@@ -110,8 +111,8 @@ def edited(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     def sticker(y: Tensor) -> Tensor:
         n = len(y)
         other = whole_batch[torch.randint(0, len(whole_batch), (n,), generator=g)]
-        size, zero = _uniform((n,), 2.5, 4.5, g), torch.zeros(n)
-        pasted, inside = _affine(other, size, zero, zero, size, _uniform((n, 2), -2.2, 2.2, g))
+        size, zero = _uniform((n,), 3.0, 5.0, g), torch.zeros(n)
+        pasted, inside = _affine(other, size, zero, zero, size, _uniform((n, 2), -2.5, 2.5, g))
         plain = torch.rand((n, 1, 1, 1), generator=g) < 0.4
         return torch.where(inside, torch.where(plain, each(y, 0, 1, 3), pasted), y)
 
@@ -122,23 +123,22 @@ def edited(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         dashes = F.interpolate(torch.rand((n, 1, h // 4, w // 2), generator=g), size=(h, w)) < 0.6
         return torch.where(band & dashes, each(y, 0, 1, 3), y)
 
-    def place(y: Tensor) -> Tensor:  # crops and borders, shifts, small and quarter turns, mirrors
+    def place(y: Tensor) -> Tensor:  # crops and borders, shifts, small turns, mirrors
         n = len(y)
         zoom, aspect = (
-            torch.exp(_uniform((n,), -0.25 * s, 0.45 * s, g)),
-            torch.exp(_uniform((n,), -0.1 * s, 0.1 * s, g)),
+            torch.exp(_uniform((n,), -0.2 * s, 0.3 * s, g)),
+            torch.exp(_uniform((n,), -0.08 * s, 0.08 * s, g)),
         )
-        turned = torch.rand(n, generator=g) < 0.4 * s
-        quarters = (torch.rand(n, generator=g) < 0.05 * s) * torch.randint(1, 4, (n,), generator=g)
-        angle = turned * _uniform((n,), -0.35, 0.35, g) + quarters * (math.pi / 2)
-        flip = 1.0 - 2.0 * (torch.rand(n, generator=g) < 0.3 * s)
+        turned = torch.rand(n, generator=g) < 0.3 * s
+        angle = turned * _uniform((n,), -0.3, 0.3, g)
+        flip = 1.0 - 2.0 * (torch.rand(n, generator=g) < 0.25 * s)
         cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        shift = _uniform((n, 2), -0.15 * s, 0.15 * s, g)
+        shift = _uniform((n, 2), -0.1 * s, 0.1 * s, g)
         return _affine(y, flip * cos / aspect, -sin, flip * sin, cos * aspect, shift)[0]
 
     def colours(y: Tensor) -> Tensor:  # channels mixed at random around grey, which stays grey
         grey = y.mean(1, keepdim=True)
-        mix = torch.randn((len(y), 3, 3), generator=g) * 0.6 * s
+        mix = torch.randn((len(y), 3, 3), generator=g) * 0.5 * s
         mix = mix - mix.mean(2, keepdim=True)
         chroma = y - grey
         return grey + torch.exp(each(y, -s, 0.5 * s)) * chroma + torch.einsum("nij,njhw->nihw", mix, chroma)
@@ -156,7 +156,7 @@ def edited(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         n, _, h, w = y.shape
         return y + enlarged(torch.randn((n, 3, h // cell, w // cell), generator=g), y) * each(y, 0, 0.08 * s)
 
-    x = _some(x, 0.3 * s, sticker, g)
+    x = _some(x, 0.25 * s, sticker, g)
     x = _some(x, 0.15 * s, lines, g)
     x = _some(x, min(1.0, 2 * s), place, g)
     x = _some(x, 0.7, colours, g)
@@ -208,7 +208,9 @@ def attacked(
 
     for _ in range(steps):
         delta.requires_grad_(True)
-        (gradient,) = torch.autograd.grad((model(changed(delta)) * targets).sum(), delta)
+        with torch.autocast("cpu", torch.bfloat16):
+            similarity = (model(changed(delta)) * targets).sum()
+        (gradient,) = torch.autograd.grad(similarity, delta)
         delta = (delta.detach() - max(1.5 / steps, 0.1) * bound * gradient.sign()).clamp(-bound, bound)
     return changed(delta.detach())
 
@@ -272,6 +274,23 @@ def learning_rate(step: int, config: CopyDetectorConfig) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
+def hard_batches(memory: Tensor, alike: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """``[batches, batch_size]`` rows: each image once, beside another one that lies near it now.
+
+    Args:
+        memory: ``[n, d]`` present embeddings of all images.
+        alike: ``[n, n]`` bool, images that are not to be told apart.
+        batch_size: even.
+        generator: of the order, and of which of the four nearest comes along.
+    """
+    half = batch_size // 2
+    order = torch.randperm(len(memory), generator=generator)[: len(memory) // half * half]
+    nearest = (memory[order] @ memory.T).masked_fill(alike[order], -2).topk(4, dim=1).indices
+    pick = torch.randint(0, 4, (len(order), 1), generator=generator)
+    partner = nearest.gather(1, pick).squeeze(1)
+    return torch.cat([order.view(-1, half), partner.view(-1, half)], 1)
+
+
 def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
     """The trained detector, in evaluation mode; continues from ``work_dir`` if a run was stopped there.
 
@@ -280,73 +299,67 @@ def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
         images: ``[n, 3, 64, 64]`` float32 in [0, 1].
     """
     torch.manual_seed(config.seed)
-    model = CopyDetector().to(memory_format=torch.channels_last)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = CopyDetector()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
     )
-    memory = torch.zeros(len(images), model.dim)
     alike = pixels_alike(images, config.alike)
     log.info("%d images, %.1f alike each", len(images), alike.float().sum(1).mean() - 1)
 
-    checkpoint, first = Path(config.work_dir) / "checkpoint.pt", 0
+    first, memory, batches = 0, torch.empty(0), torch.empty(0)
+    checkpoint = Path(config.work_dir) / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        memory, first = state["memory"], state["step"]
+        first, memory, batches = state["step"], state["memory"], state["batches"]
         log.info("continuing at step %d", first)
 
-    order, epoch, per_epoch = None, -1, len(images) // config.batch_size
+    per_epoch = len(images) // (config.batch_size // 2)
     seen = {"loss": 0.0, "copies": 0.0, "attacked": 0.0, "nearest": 0.0}
     started = time.monotonic()
     with progress(total=config.steps - first, desc="copy detector", unit="step") as bar:
         for step in range(first, config.steps):
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(
-                    len(images), generator=torch.Generator().manual_seed(config.seed + 7919 * epoch)
-                )
-            rows = order[step % per_epoch * config.batch_size :][: config.batch_size]
+            if step % per_epoch == 0:
+                memory = embedded(model, images)
+                batches = hard_batches(memory, alike, config.batch_size, generator)
+            rows = batches[step % per_epoch]
             batch = images[rows]
-            strength = min(1.0, 0.4 + 0.6 * step / (config.ramp * config.steps))
-            hardened = step >= config.ramp * config.steps
-            view_a = edited(batch, 0.3, generator).contiguous(memory_format=torch.channels_last)
-            view_b = edited(batch, strength, generator).contiguous(memory_format=torch.channels_last)
-            view_b, n_attacked = view_b.clone(), 0
-            if hardened:
-                n_attacked = round(config.attack_share * len(rows))
-                model.eval()
-                with torch.autocast("cpu", torch.bfloat16):
-                    with torch.no_grad():
-                        targets = model(view_a[:n_attacked])
-                    coarse = step % 2 == 0
-                    # A milder view under attack: half the edit, all of the attack's bound.
-                    start = edited(batch[:n_attacked], 0.5, generator)
-                    view_b[:n_attacked] = attacked(
-                        model,
-                        start,
-                        targets,
-                        bound=config.attack_field if coarse else config.attack_pixels,
-                        coarse=coarse,
-                        steps=config.attack_steps,
-                        generator=generator,
-                    )
+            grown = min(1.0, step / (config.ramp * config.steps))
+            view_a = edited(batch, 0.3, generator)
+            view_b = edited(batch, 0.4 + 0.6 * grown, generator)
+            n_attacked = round(config.attack_share * len(rows)) if grown == 1 else 0
+            if n_attacked:
+                coarse = step % 2 == 0
+                # Under attack a view is edited less: the two together must leave a copy that one can see.
+                view_b[:n_attacked] = attacked(
+                    model.eval(),
+                    edited(batch[:n_attacked], 0.5, generator),
+                    embedded(model, view_a[:n_attacked]),
+                    bound=config.attack_field if coarse else config.attack_pixels,
+                    coarse=coarse,
+                    steps=config.attack_steps,
+                    generator=generator,
+                )
             model.train()
             with torch.autocast("cpu", torch.bfloat16):
-                z = model(torch.cat([view_a, view_b]).contiguous(memory_format=torch.channels_last))
-            z_a, z_b = z.chunk(2)
-            # Embeddings that are seconds old are of use once the network has settled.
-            others = memory if hardened else memory[:0]
-            near = torch.cat([alike[rows][:, rows], alike[rows][:, : len(others)]], 1)
-            everything = torch.cat([z_a, others])
+                z_a, z_b = model(torch.cat([view_a, view_b])).chunk(2)
+            near = torch.cat([alike[rows][:, rows], alike[rows]], 1)
+            everything = torch.cat([z_a, memory])
             spread = 0.5 * (entropy(z_a, everything, near) + entropy(z_b, everything, near))
-            align = (1 - (z_a * z_b).sum(1)).mean()
-            contrast = info_nce(z_a, z_b, others, near, config.temperature)
-            loss = contrast + config.entropy_weight * spread + config.alignment_weight * align
+            cosine = (z_a * z_b).sum(1)
+            loss = (
+                info_nce(z_a, z_b, memory, near, config.temperature)
+                + config.entropy_weight * spread
+                + config.alignment_weight * (1 - cosine).mean()
+            )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             optimizer.zero_grad(set_to_none=True)
@@ -355,13 +368,10 @@ def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
             optimizer.step()
 
             with torch.no_grad():
-                memory[rows] = z_a.detach()
-                cosine = (z_a * z_b).sum(1)
-                nearest = (z_a @ memory.T).masked_fill(alike[rows], -1).amax(1)
                 seen["loss"] += loss.item()
                 seen["copies"] += cosine[n_attacked:].mean().item()
                 seen["attacked"] += cosine[:n_attacked].mean().item() if n_attacked else 0.0
-                seen["nearest"] += nearest.mean().item()
+                seen["nearest"] += (z_a @ memory.T).masked_fill(alike[rows], -1).amax(1).mean().item()
             bar.update(1)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 means = "  ".join(f"{k} {v / config.checkpoint_every:.3f}" for k, v in seen.items())
@@ -370,48 +380,62 @@ def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "memory": memory,
                     "step": step + 1,
+                    "memory": memory,
+                    "batches": batches,
                 }
-                torch.save(state, checkpoint.with_suffix(".part"))
-                checkpoint.with_suffix(".part").replace(checkpoint)
+                with write_atomic(checkpoint) as path:
+                    torch.save(state, path)
     return model.eval()
+
+
+def embedded(model: CopyDetector, images: Tensor) -> Tensor:
+    """``[n, d]`` embeddings in evaluation mode, in bfloat16 where it pays, no gradient."""
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([model(some) for some in images.split(256)])
 
 
 # -------------------------------------------------------------------------------------------- the measurement
 
 
-def measure(model: CopyDetector, images: Tensor, held_out: Sequence[Image], *, seed: int) -> dict[str, Any]:
+def measure(
+    model: CopyDetector, images: Tensor, held_out: Sequence[Image], *, alike: float, seed: int
+) -> dict[str, Any]:
     """What the detector is worth, on images that it was never trained on.
 
     Args:
         model: in evaluation mode.
         images: ``[n, 3, 64, 64]``, the set that a sampler would search.
         held_out: images that stand in no part it was trained on.
+        alike: pixel correlation, grey or mirrored too, above which two images are twins: one drawing.
         seed: of the edits and attacks.
 
     Returns:
         - ``unrelated``: cosine of held-out images with images of the set: mean and standard deviation,
-        - ``nearest``: cosine of each with its nearest image of the set: quantiles. The 99 % quantile is the
-          ``threshold`` of what follows: one image in a hundred is a false copy at it,
+        - ``nearest``: cosine of each with its nearest image of the set: quantiles; ``nearest_distinct``: twins
+          (a heart in another colour) left out. The 99 % quantile of the latter is the ``threshold`` of what
+          follows: one image in a hundred is a false copy at it,
         - ``copies``: for each edit, mean cosine of a held-out image with its edited self, and the share above
           the threshold (recall),
         - ``attacked``: the same of mild copies attacked by 20 steps on pixels (L-infinity 8/255) or on a
           coarse field (32/255),
-        - ``descended``: images whose score was followed down to the threshold by steps of L2 length 0.5: the
-          L2 distance and the 16 × 16 pixel correlation at which it was reached (or not, in 60 steps).
+        - ``descended``: images whose score was followed down to 0.5 by at most 60 steps of L2 length 0.5: the
+          share that got there, the L2 distance, and the 16 × 16 pixel correlation that was left.
     """
     with torch.inference_mode():
         index = torch.cat([model(x) for x in images.split(256)])
 
-    def embedded(pictures: Sequence[Image]) -> Tensor:
+    def looked_at(pictures: Sequence[Image]) -> Tensor:
         with torch.inference_mode():
             return model(torch.from_numpy(stack_images(pictures, model.size)))
 
-    originals = embedded(held_out)
+    originals = looked_at(held_out)
     cosine = originals @ index.T
-    nearest = cosine.amax(1)
-    threshold = nearest.quantile(0.99).item()
+    pixels = torch.from_numpy(stack_images(held_out, model.size))
+    twins = pixels_alike(torch.cat([pixels, images]), alike)[: len(pixels), len(pixels) :]
+    nearest, distinct = cosine.amax(1), cosine.masked_fill(twins, -1).amax(1)
+    threshold = distinct.quantile(0.99).item()
 
     def against_originals(z: Tensor) -> dict[str, float]:
         similarity = (z * originals[: len(z)]).sum(1)
@@ -419,12 +443,12 @@ def measure(model: CopyDetector, images: Tensor, held_out: Sequence[Image], *, s
 
     rng = np.random.default_rng(seed)
     copies = {
-        name: against_originals(embedded([edit(image, rng) for image in held_out]))
+        name: against_originals(looked_at([edit(image, rng) for image in held_out]))
         for name, edit in (EDITS | {"several": strong_edit}).items()
     }
 
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.from_numpy(stack_images(held_out[:64], model.size))
+    pixels = pixels[:64]
     target = originals[:64].clone()
     attacks = {}
     for name, coarse, bound in (("pixels", False, 8 / 255), ("field", True, 32 / 255)):
@@ -437,16 +461,20 @@ def measure(model: CopyDetector, images: Tensor, held_out: Sequence[Image], *, s
     for _ in range(60):
         x.requires_grad_(True)
         similarity = (model(x) * target).sum(1)
-        done = similarity.detach() <= threshold
+        done = similarity.detach() <= 0.5
         (gradient,) = torch.autograd.grad(similarity.sum(), x)
         length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         step = torch.where(done.view(-1, 1, 1, 1), 0.0, 0.5) * gradient / length
         x = (x.detach() - step).clamp(0, 1)
     correlation = pixel_correlation(pixels, x)
-    quantiles = {f"{q:.0%}": nearest.quantile(q).item() for q in (0.5, 0.95, 0.99)}
+
+    def quantiles(values: Tensor) -> dict[str, float]:
+        return {f"{q:.0%}": values.quantile(q).item() for q in (0.5, 0.95, 0.99)}
+
     result = {
         "unrelated": {"mean": cosine.mean().item(), "std": cosine.std().item()},
-        "nearest": quantiles,
+        "nearest": quantiles(nearest),
+        "nearest_distinct": quantiles(distinct),
         "threshold": threshold,
         "copies": copies,
         "attacked": attacks,
@@ -478,8 +506,8 @@ def run(config: CopyDetectorConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     images, pictures = part_images("pretrain", "finetune"), part_pictures("held_out")
     train(config, images).save(config.out)
-    summary = measure(CopyDetector.load(config.out), images, pictures, seed=config.seed)
-    summary |= {"settings": asdict(config) | {"out": Path(config.out).name}}
+    summary = measure(CopyDetector.load(config.out), images, pictures, alike=config.alike, seed=config.seed)
+    summary["settings"] = {k: v for k, v in asdict(config).items() if k not in ("out", "work_dir")}
     write_json(Path(config.out).with_suffix(".json"), summary)
     return summary
 
