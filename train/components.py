@@ -17,6 +17,7 @@ from curate.console import UserError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
 
 Attention = Literal["auto", "math", "sdpa", "xformers"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -216,20 +217,21 @@ def build_pipeline(model: SmallModel, captions: Sequence[str], vae_dir: str | No
     return pipe
 
 
-def train_tokenizer(captions: Sequence[str], vocabulary: int, length: int):
+def train_tokenizer(captions: Sequence[str], vocabulary: int, length: int) -> CLIPTokenizer:
     """A ``CLIPTokenizer`` whose byte-pair merges are learned from ``captions``.
 
     The vocabulary starts with CLIP's 512 byte symbols, so any text can be tokenized.
     """
+    import json
+
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     start, end = "<|startoftext|>", "<|endoftext|>"
     template = CLIPTokenizer().backend_tokenizer  # CLIP's own normalisation and splitting
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     alphabet = sorted(bytes_to_unicode().values())
     trainer = trainers.BpeTrainer(
         vocab_size=max(vocabulary - 2 - len(alphabet), 1) + len(alphabet),
@@ -239,8 +241,6 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int, length: int):
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    import json
-
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     symbols = list(dict.fromkeys(alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]))
     vocab = {symbol: i for i, symbol in enumerate([*symbols, start, end])}

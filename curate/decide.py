@@ -1,0 +1,299 @@
+"""From near pairs to verdicts: who is kept, and who stands for whom. Pure: arrays in, arrays out.
+
+Rows are the readable samples in input order. Rows with equal pixels share an *image*, rows with equal
+normalised captions share a *caption*; near pairs are between distinct images and between distinct captions,
+so that a thousand copies of one placeholder cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.neighbors import Pairs
+
+Rule = Literal["greedy", "components"]
+OnCaptionDiffers = Literal["pool", "keep"]
+
+EXACT_IMAGE = "exact_image"  # the stand-in has the same pixels
+NEAR_PAIR = "near_pair"  # image near, caption near
+NEAR_IMAGE = "near_image"  # image near, caption another one (pooled, if there is one)
+CAPTION_QUOTA = "caption_quota"  # another image, the same caption, and enough samples have it
+NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough samples have one like it
+REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION)
+
+
+class Near(Protocol):
+    """What is near what, among n rows."""
+
+    @property
+    def image_of(self) -> NDArray[np.int64]:
+        """``[n]``: number of each row's distinct image, 0 … images - 1."""
+
+    @property
+    def image_pairs(self) -> Pairs:
+        """Near pairs of distinct images."""
+
+    @property
+    def caption_of(self) -> NDArray[np.int64]:
+        """``[n]``: number of each row's distinct normalised caption, 0 … captions - 1."""
+
+    @property
+    def caption_pairs(self) -> Pairs:
+        """Near pairs of distinct captions; captions too short to compare have none."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """One verdict a row.
+
+    Attributes:
+        kept: bool ``[n]``.
+        reason: object ``[n]``, one of ``REASONS`` for a dropped row, None for a kept one.
+        kept_by: int64 ``[n]``, the kept row that stands for a dropped one; -1 for a kept one.
+        image_similarity: float32 ``[n]``, cosine of a row with its stand-in, 1 for equal pixels; NaN where it
+            is not known, because there is no stand-in or the two are no near pair.
+        caption_similarity: float32 ``[n]``, likewise of the captions.
+        group: int64 ``[n]``: rows that show one image have one group, named by its first member in the order
+            of preference. A row dropped for its caption alone is its own image.
+        group_size: int64 ``[n]``, rows in the row's group.
+        pooled: the captions that a kept row inherits from dropped copies of its image, by kept row; distinct,
+            without its own, in the order of preference.
+    """
+
+    kept: NDArray[np.bool_]
+    reason: NDArray[np.object_]
+    kept_by: NDArray[np.int64]
+    image_similarity: NDArray[np.float32]
+    caption_similarity: NDArray[np.float32]
+    group: NDArray[np.int64]
+    group_size: NDArray[np.int64]
+    pooled: dict[int, list[str]]
+
+
+def decide(
+    near: Near,
+    captions: Sequence[str],
+    prefer: NDArray[np.int64] | None = None,
+    *,
+    rule: Rule = "greedy",
+    max_per_caption: int | None = None,
+    on_caption_differs: OnCaptionDiffers = "pool",
+) -> Verdicts:
+    """Keep or drop each row.
+
+    Rows are judged in the order of preference. Under ``greedy`` a row is dropped if a row *already kept*
+    shows its image or a near one, so its stand-in is a near-duplicate indeed, and a chain of near pairs
+    swallows nothing. Under ``components`` all that is linked by near pairs is one group, and its first row
+    stands for it, near or not. A copy under another caption (one that is neither equal nor near) is dropped
+    and its caption pooled, or judged a sample of its own (``keep``). What shows an image of its own is then
+    held against the caption quota.
+
+    Args:
+        near: the joins.
+        captions: of each row, as they are to be pooled; the empty one is never pooled.
+        prefer: ``[n]`` rank of each row, least first; equal ranks go by input order, as all do without it.
+        rule: ``greedy`` or ``components``.
+        max_per_caption: kept rows that may share a caption, equal or near ones counted; None for any number.
+        on_caption_differs: ``pool`` or ``keep``.
+
+    Raises:
+        ValueError: arrays of different lengths, an unknown rule, a quota below 1.
+    """
+    n = len(near.image_of)
+    if not len(near.caption_of) == len(captions) == n or (prefer is not None and len(prefer) != n):
+        raise ValueError("image_of, caption_of, captions and prefer must have one entry a row")
+    if rule not in ("greedy", "components"):
+        raise ValueError(f"unknown rule {rule!r}: choose greedy or components")
+    if on_caption_differs not in ("pool", "keep"):
+        raise ValueError(f"on_caption_differs is pool or keep, not {on_caption_differs!r}")
+    if max_per_caption is not None and max_per_caption < 1:
+        raise ValueError(f"max_per_caption must be at least 1, not {max_per_caption}")
+    order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
+    judge = _Judge(near, captions, order, max_per_caption, keep_differing=on_caption_differs == "keep")
+    if rule == "greedy":
+        judge.greedy()
+    else:
+        judge.components()
+    return judge.verdicts()
+
+
+class _Judge:
+    """The state of one decision: the verdicts so far, and who was kept of which image and caption."""
+
+    def __init__(
+        self,
+        near: Near,
+        captions: Sequence[str],
+        order: NDArray[np.int64],
+        max_per_caption: int | None,
+        keep_differing: bool,
+    ):
+        n = len(order)
+        self.order, self.captions = order.tolist(), captions
+        self.max_per_caption, self.keep_differing = max_per_caption, keep_differing
+        self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
+        self.near_images = _Neighbours(near.image_pairs, 1 + max(self.image_of, default=-1))
+        self.near_captions = _Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
+        self.rank = np.empty(n, np.int64)
+        self.rank[order] = np.arange(n)
+        self.kept_of_image: dict[int, list[int]] = {}
+        self.kept_of_caption: dict[int, list[int]] = {}
+        self.reason = np.full(n, None, object)
+        self.kept_by = np.full(n, -1, np.int64)
+        self.image_similarity = np.full(n, np.nan, np.float32)
+        self.caption_similarity = np.full(n, np.nan, np.float32)
+        self.group = np.arange(n, dtype=np.int64)
+        self.pooled: dict[int, list[str]] = {}
+
+    # --------------------------------------------------------------------------------------------- the rules
+
+    def greedy(self) -> None:
+        """Each row against the rows kept before it."""
+        for row in self.order:
+            image, copies = self.image_of[row], []
+            for other, similarity in [(image, 1.0), *self.near_images[image]]:
+                copies += [(kept, similarity) for kept in self.kept_of_image.get(other, ())]
+            if copies:
+                if self._drop_as_copy(row, copies):
+                    self.group[row] = self.group[self.kept_by[row]]
+                    continue
+                # Kept for its caption: still one image with the nearest copy, of equals the preferred one.
+                nearest = min(copies, key=lambda c: (self.image_of[c[0]] != image, -c[1], self.rank[c[0]]))
+                self.group[row] = self.group[nearest[0]]
+            self._keep_within_quota(row)
+
+    def components(self) -> None:
+        """All rows that near pairs link are one group; its first row stands for it."""
+        root = self.near_images.components()
+        first: dict[int, int] = {}  # by component
+        kept: dict[int, list[int]] = {}
+        for row in self.order:
+            component = int(root[self.image_of[row]])
+            stand_in = first.setdefault(component, row)
+            self.group[row] = stand_in
+            if stand_in != row:
+                copies = [(other, self._image_similarity(row, other)) for other in kept.get(component, ())]
+                if copies and self._drop_as_copy(row, copies):
+                    continue
+            if self._keep_within_quota(row):
+                kept.setdefault(component, []).append(row)
+
+    # --------------------------------------------------------------------------------------------- the steps
+
+    def _drop_as_copy(self, row: int, copies: list[tuple[int, float]]) -> bool:
+        """Drop ``row`` for one of the kept ``copies``, unless its caption forbids; whether it did."""
+        with_caption = [(kept, similarity, self._caption_similarity(row, kept)) for kept, similarity in copies]
+        if self.keep_differing:
+            with_caption = [c for c in with_caption if not math.isnan(c[2]) or not self._has_caption(row)]
+        if not with_caption:
+            return False
+        kept, similarity, of_captions = min(
+            with_caption,
+            key=lambda c: (
+                self.image_of[c[0]] != self.image_of[row],
+                math.isnan(c[2]),
+                1.0 if math.isnan(c[1]) else -c[1],
+                self.rank[c[0]],
+            ),
+        )
+        if self.image_of[kept] == self.image_of[row]:
+            reason = EXACT_IMAGE
+        else:
+            reason = NEAR_IMAGE if math.isnan(of_captions) else NEAR_PAIR
+        self._drop(row, kept, reason, similarity, of_captions)
+        if math.isnan(of_captions) and self._has_caption(row):
+            heirs = self.pooled.setdefault(kept, [])
+            if self.captions[row] not in heirs:
+                heirs.append(self.captions[row])
+        return True
+
+    def _keep_within_quota(self, row: int) -> bool:
+        """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""
+        caption = self.caption_of[row]
+        if self.max_per_caption is not None and self._has_caption(row):
+            same = [
+                (kept, similarity)
+                for other, similarity in [(caption, 1.0), *self.near_captions[caption]]
+                for kept in self.kept_of_caption.get(other, ())
+            ]
+            if len(same) >= self.max_per_caption:
+                kept, similarity = min(same, key=lambda c: (self.caption_of[c[0]] != caption, -c[1], self.rank[c[0]]))
+                reason = CAPTION_QUOTA if self.caption_of[kept] == caption else NEAR_CAPTION
+                self._drop(row, kept, reason, self._image_similarity(row, kept), similarity)
+                return False
+        self.kept_of_image.setdefault(self.image_of[row], []).append(row)
+        self.kept_of_caption.setdefault(caption, []).append(row)
+        return True
+
+    def _drop(self, row: int, kept: int, reason: str, image: float, caption: float) -> None:
+        self.reason[row], self.kept_by[row] = reason, kept
+        self.image_similarity[row], self.caption_similarity[row] = image, caption
+
+    def _has_caption(self, row: int) -> bool:
+        return bool(self.captions[row].strip())
+
+    def _image_similarity(self, a: int, b: int) -> float:
+        return self.near_images.similarity(self.image_of[a], self.image_of[b])
+
+    def _caption_similarity(self, a: int, b: int) -> float:
+        return self.near_captions.similarity(self.caption_of[a], self.caption_of[b])
+
+    def verdicts(self) -> Verdicts:
+        """What was decided."""
+        _, inverse, sizes = np.unique(self.group, return_inverse=True, return_counts=True)
+        return Verdicts(
+            kept=self.kept_by < 0,
+            reason=self.reason,
+            kept_by=self.kept_by,
+            image_similarity=self.image_similarity,
+            caption_similarity=self.caption_similarity,
+            group=self.group,
+            group_size=sizes[inverse].astype(np.int64) if len(sizes) else np.empty(0, np.int64),
+            pooled=self.pooled,
+        )
+
+
+class _Neighbours:
+    """Near pairs of ``n`` things, by thing: ``neighbours[a]`` lists ``(b, similarity)``."""
+
+    def __init__(self, pairs: Pairs, n: int):
+        a, b = np.concatenate([pairs.i, pairs.j]), np.concatenate([pairs.j, pairs.i])
+        order = np.lexsort((b, a))
+        self._a, self._b = a[order], b[order]
+        self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
+        self._start = np.searchsorted(self._a, np.arange(n + 1))
+
+    def __getitem__(self, thing: int) -> list[tuple[int, float]]:
+        some = slice(self._start[thing], self._start[thing + 1])
+        if some.start == some.stop:
+            return []
+        return list(zip(self._b[some].tolist(), self._similarity[some].tolist(), strict=True))
+
+    def similarity(self, a: int, b: int) -> float:
+        """Of a near pair; 1 for one thing, NaN for what is not near."""
+        if a == b:
+            return 1.0
+        start, stop = self._start[a], self._start[a + 1]
+        place = start + int(np.searchsorted(self._b[start:stop], b))
+        return float(self._similarity[place]) if place < stop and self._b[place] == b else float("nan")
+
+    def components(self) -> NDArray[np.int64]:
+        """``[n]``: the smallest thing that each is linked to."""
+        parent = np.arange(len(self._start) - 1)
+
+        def root(thing: int) -> int:
+            while parent[thing] != thing:
+                parent[thing] = parent[parent[thing]]
+                thing = int(parent[thing])
+            return thing
+
+        for a, b in zip(self._a.tolist(), self._b.tolist(), strict=True):
+            low, high = sorted((root(a), root(b)))
+            parent[high] = low
+        return np.array([root(thing) for thing in range(len(parent))], np.int64)

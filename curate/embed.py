@@ -1,0 +1,318 @@
+"""Embedders: images and captions → unit vectors whose inner product is a similarity.
+
+Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curation (PIL images, numpy out) and
+``features`` for samplers (torch pixels, differentiable). ``load_embedder`` finds one by name:
+
+- ``layout``: weight-free; where light, colour and edges lie. Survives storage, resizing, brightness, mild
+  crops.
+- ``copy-detector``: the carried network (``curate/copy_detector.py``); small images, edits of every kind.
+- ``*.pt``, ``*.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.console import UsageError, UserError
+from curate.images import stack_images
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+EMBEDDERS = ("layout", "copy-detector")
+TORCHSCRIPT_SUFFIXES = (".pt", ".torchscript")
+
+Floats = NDArray[np.float32]
+
+
+class Embedder(Protocol):
+    """What dedup, the index and the sampler ask of an image embedder."""
+
+    name: str
+    dim: int
+    size: int  # images are looked at as squares of this many pixels
+
+    def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
+        """Images → float32 ``[n, dim]``, unit rows."""
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[n, 3, H, W]`` in [0, 1], any H and W → float32 ``[n, dim]``, unit rows; differentiable."""
+
+
+def load_embedder(name_or_path: str) -> Embedder:
+    """The embedder of that name, or of that TorchScript file.
+
+    Raises:
+        UsageError: no embedder has this name and no file this path.
+        UserError: the file is there and cannot be used.
+    """
+    if name_or_path == "layout":
+        return LayoutEmbedder()
+    if name_or_path == "copy-detector":
+        from curate.copy_detector import CopyDetector
+
+        model = CopyDetector.load()
+        return TorchEmbedder("copy-detector", model, dim=model.dim, size=model.size)
+    if name_or_path.endswith(TORCHSCRIPT_SUFFIXES):
+        return _load_torchscript(name_or_path)
+    raise UsageError(
+        f"unknown embedder {name_or_path!r}: choose {', '.join(EMBEDDERS)}, or a TorchScript file "
+        f"({', '.join('*' + suffix for suffix in TORCHSCRIPT_SUFFIXES)})"
+    )
+
+
+def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """``[n, 3, H, W]`` squashed to float32 squares, as ``stack_images`` does it; differentiable."""
+    from torch.nn.functional import interpolate
+
+    pixels = pixels.float()
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    # Bicubic overshoots; PIL's answer lies in [0, 255] by its type.
+    return interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------- the layout descriptor
+
+
+class LayoutEmbedder:
+    """Weight-free descriptor: low cosine frequencies of light and colour, and edge directions by place.
+
+    Three blocks, each of about unit length, weighted and joined:
+
+    1. the 8 × 8 lowest DCT coefficients of luminance (without the mean) and the 4 × 4 lowest of both chroma
+       channels, whitened by the square root of their frequency (images have more power at low ones),
+    2. smooth histograms of 8 edge directions in 3 × 3 overlapping cells, less their common mean,
+    3. how empty the image is, and how bright then: two plain images are alike only if their grey is.
+
+    Contrast drops out by normalisation, brightness with the mean. ``embed`` computes in numpy, ``features``
+    the same formulas in torch.
+    """
+
+    name = "layout"
+    size = 64
+
+    _LUMA, _CHROMA, _EDGES, _CELLS, _DIRECTIONS = 8, 4, 32, 3, 8
+    _CHROMA_WEIGHT, _EDGE_WEIGHT = 1.5, 0.6
+    _EMPTY = 0.25  # DCT energy below which an image counts as empty, in squared units of [0, 1] pixels
+
+    dim = 2 + _LUMA**2 - 1 + 2 * _CHROMA**2 + _CELLS**2 * _DIRECTIONS
+
+    def __init__(self) -> None:
+        frequency = np.hypot(*np.meshgrid(np.arange(self._LUMA), np.arange(self._LUMA), indexing="ij"))
+        chroma_frequency = np.maximum(frequency, 0.7)[: self._CHROMA, : self._CHROMA]
+        turns = np.arange(self._DIRECTIONS) * np.pi / self._DIRECTIONS
+        self._constants = {
+            "ycc": np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], np.float32),
+            "dct": _dct_matrix(self.size, self._LUMA),
+            "luma": np.sqrt(frequency).astype(np.float32),
+            "chroma": (np.sqrt(chroma_frequency) * self._CHROMA_WEIGHT).astype(np.float32),
+            "blur": _gaussian_matrix(self.size, self._EDGES, sigma=1.5),
+            "cells": _gaussian_matrix(self._EDGES - 2, self._CELLS, sigma=0.5 * self._EDGES / self._CELLS),
+            "cos": np.cos(turns).astype(np.float32),
+            "sin": np.sin(turns).astype(np.float32),
+        }
+
+    def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
+        result = np.empty((len(images), self.dim), np.float32)
+        for start in range(0, len(images), batch_size):
+            pixels = stack_images(images[start : start + batch_size], self.size)
+            result[start : start + len(pixels)] = self._describe(pixels, self._constants, np)
+        return result
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        constants = {k: torch.as_tensor(v, device=pixels.device) for k, v in self._constants.items()}
+        return self._describe(resized(pixels, self.size), constants, torch)
+
+    def _describe(self, pixels: Any, c: dict[str, Any], xp: Any) -> Any:
+        """``pixels`` ``[n, 3, size, size]`` → ``[n, dim]``; ``xp`` is numpy or torch, ``c`` its constants."""
+        n = len(pixels)
+        ycc = (c["ycc"] @ pixels.reshape(n, 3, -1)).reshape(pixels.shape)
+
+        q = c["dct"] @ ycc @ c["dct"].T
+        luma = (q[:, 0] * c["luma"]).reshape(n, -1)[:, 1:]
+        chroma = (q[:, 1:, : self._CHROMA, : self._CHROMA] * c["chroma"]).reshape(n, -1)
+        waves = xp.concatenate([luma, chroma], 1)
+        energy = (waves**2).sum(1)[:, None] + self._EMPTY
+        waves = waves / energy**0.5
+        # A few large coefficients would decide alone: compress them (to the power of 0.8, smooth at 0).
+        waves = waves * (waves**2 + 1e-5) ** -0.1
+        empty = (self._EMPTY / energy) ** 0.5
+        brightness = q[:, :1, 0, 0] / self.size * (math.pi / 2)
+        plain = xp.concatenate([empty * xp.cos(brightness), empty * xp.sin(brightness)], 1)
+
+        light = c["blur"] @ ycc[:, 0] @ c["blur"].T
+        dx = (light[:, 1:-1, 2:] - light[:, 1:-1, :-2])[:, None]
+        dy = (light[:, 2:, 1:-1] - light[:, :-2, 1:-1])[:, None]
+        along = dx * c["cos"][:, None, None] + dy * c["sin"][:, None, None]
+        votes = along**4 / ((dx**2 + dy**2) ** 2 + 1e-8) ** 0.75  # the gradient's length, shared out by cos⁴
+        edges = (c["cells"] @ votes @ c["cells"].T).reshape(n, -1)
+        edges = edges / ((edges**2).sum(1)[:, None] + 1e-5) ** 0.5
+        edges = edges - edges.mean(1)[:, None]
+        edges = edges / ((edges**2).sum(1)[:, None] + 1e-2) ** 0.5
+
+        z = xp.concatenate([plain, waves, edges * self._EDGE_WEIGHT], 1)
+        return z / (z**2).sum(1)[:, None] ** 0.5
+
+
+def _dct_matrix(n: int, frequencies: int) -> Floats:
+    """``[frequencies, n]``: the orthonormal type-II cosines."""
+    u, i = np.arange(frequencies)[:, None], np.arange(n)[None]
+    scale = np.where(u == 0, 1.0, 2.0) / n
+    return (np.sqrt(scale) * np.cos(np.pi * (i + 0.5) * u / n)).astype(np.float32)
+
+
+def _gaussian_matrix(n: int, places: int, sigma: float) -> Floats:
+    """``[places, n]``: Gaussian windows at evenly spread places, rows summing to 1."""
+    centres = (np.arange(places) + 0.5) * n / places - 0.5
+    window = np.exp(-0.5 * ((np.arange(n)[None] - centres[:, None]) / sigma) ** 2)
+    return (window / window.sum(1, keepdims=True)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ neural embedders
+
+
+class TorchEmbedder:
+    """A torch module that takes square images and gives one vector each.
+
+    Args:
+        name: what the index records.
+        model: ``[n, 3, size, size]`` float32 → ``[n, dim]``; frozen here.
+        dim: length of the vectors.
+        size: side of the squares, in pixels.
+        mean, std: subtracted from and dividing the [0, 1] pixels, by channel.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: torch.nn.Module,
+        *,
+        dim: int,
+        size: int,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ):
+        import torch
+
+        self.name, self.dim, self.size = name, dim, size
+        self.model = model.eval()
+        for parameter in model.parameters():  # scripted modules lack requires_grad_
+            parameter.requires_grad_(False)
+        self._mean, self._std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (mean, std))
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self._device)
+
+    def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
+        import torch
+
+        result = np.empty((len(images), self.dim), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                pixels = torch.from_numpy(stack_images(images[start : start + batch_size], self.size))
+                result[start : start + len(pixels)] = self.features(pixels.to(self._device)).cpu().numpy()
+        return result
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if pixels.device != self._device:
+            self._device = pixels.device
+            self.model.to(self._device)
+        x = (resized(pixels, self.size) - self._mean.to(self._device)) / self._std.to(self._device)
+        with torch.autocast(self._device.type, enabled=False):
+            return torch.nn.functional.normalize(self.model(x).float(), dim=1)
+
+
+def _load_torchscript(path: str) -> TorchEmbedder:
+    """SSCD's own preprocessing: squares of 288 pixels, ImageNet's mean and deviation."""
+    import torch
+
+    if not Path(path).is_file():
+        raise UsageError(f"no such embedder file: {path}")
+    try:
+        model = torch.jit.load(path, map_location="cpu").eval()
+        with torch.inference_mode():
+            answer = model(torch.zeros(1, 3, 288, 288))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be used as a TorchScript image embedder: {reason}") from error
+    if not isinstance(answer, torch.Tensor) or answer.ndim != 2 or len(answer) != 1:
+        raise UserError(f"{path} is no image embedder: it does not answer one image with one vector")
+    return TorchEmbedder(
+        path,
+        model,
+        dim=answer.shape[1],
+        size=288,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+# -------------------------------------------------------------------------------------------------- captions
+
+
+def normalise_caption(caption: str) -> str:
+    """Compatibility forms and letter case unified, runs of white space made one space, none at the ends."""
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+
+
+def embed_captions(captions: Sequence[str], dim: int = 512, block: int = 16_384) -> Floats:
+    """Hashed character n-grams (n = 2, 3, 4) of the normalised captions, weight-free.
+
+    Each n-gram adds ±1 to one of ``dim`` places, both chosen by its hash (Weinberger et al. 2009, arXiv
+    0902.2206), so the inner product estimates the cosine of n-gram counts without bias.
+
+    Args:
+        captions: any strings; the empty one has a vector of its own.
+        dim: length of the vectors.
+        block: captions worked on at a time, which bounds memory.
+
+    Returns:
+        float32 ``[n, dim]``, unit rows; the same caption gives the same row whatever stands beside it.
+    """
+    result = np.empty((len(captions), dim), np.float32)
+    for start in range(0, len(captions), block):
+        # The marks at both ends make n-grams of beginnings and ends, and one of the empty caption.
+        texts = [f"\x02{normalise_caption(caption)}\x03" for caption in captions[start : start + block]]
+        lengths = np.array([len(text) for text in texts])
+        # surrogatepass: a lone surrogate in a caption is ugly but no reason to stop
+        codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+        row = np.repeat(np.arange(len(texts)), lengths)
+        last = np.repeat(np.cumsum(lengths), lengths)
+        hashed, counts = np.zeros(len(codes), np.uint64), np.zeros(len(texts) * dim, np.float32)
+        for n in range(1, 5):
+            # Rolling polynomial: of the n characters from each place on.
+            hashed = hashed[: len(codes) - n + 1] * np.uint64(0x100000001B3) + codes[n - 1 :]
+            if n == 1:
+                continue
+            whole = np.arange(len(hashed)) + n <= last[: len(hashed)]
+            mixed = _mixed(hashed[whole] + np.uint64(n))
+            place = row[: len(hashed)][whole] * dim + (mixed % np.uint64(dim)).astype(np.int64)
+            sign = np.where(mixed >> np.uint64(63), 1.0, -1.0)
+            counts += np.bincount(place, sign, minlength=len(counts)).astype(np.float32)
+        vectors = counts.reshape(-1, dim)
+        norm = np.sqrt((vectors**2).sum(1, keepdims=True))
+        # All n-grams of a very short caption may cancel; then its hash alone places it.
+        for i in np.flatnonzero(norm[:, 0] == 0):
+            vectors[i, int(_mixed(codes[row == i].sum(keepdims=True))[0]) % dim] = 1.0
+            norm[i] = 1.0
+        result[start : start + len(texts)] = vectors / norm
+    return result
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: every input bit moves every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,356 @@
+"""TrainingIndex: what curation leaves for the sampler and for search.
+
+A folder of three files, written whole or not at all: ``embeddings.npy`` (float16 ``[n, d]``, read as a memory
+map), ``samples.parquet`` (shard, key, caption, kept, group of each row) and ``index.json`` (embedder, shape,
+calibration). Rows are the kept samples and the dropped ones: a dropped near-copy is still a training image
+somebody may have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.console import UserError, write_atomic, write_json
+from curate.embed import normalise_caption
+
+FORMAT = 1
+_BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at a time: 64 MB
+_CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
+
+
+# ----------------------------------------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A monotone piecewise-linear map of an embedder's cosine onto the scale of SSCD.
+
+    Published thresholds (AMG's above all) speak of SSCD's cosine, where a set's images that are no copies
+    find their nearest neighbour near 0.1 and a copy lies above 0.5. Other embedders crowd their cosines
+    elsewhere.
+
+    Attributes:
+        cosine: increasing anchors, from -1 to 1.
+        value: what they map to, increasing, from -1 to 1.
+    """
+
+    cosine: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    value: tuple[float, ...] = (-1.0, 0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.cosine) != len(self.value) or len(self.cosine) < 2:
+            raise ValueError("a calibration has two or more anchors, each a cosine and a value")
+        if (np.diff(self.cosine) <= 0).any() or (np.diff(self.value) <= 0).any():
+            raise ValueError("a calibration's anchors must increase")
+
+    @classmethod
+    def fit(cls, nn_similarities: NDArray | Sequence[float]) -> Calibration:
+        """Calibrate on the nearest-neighbour cosines of images known not to be copies of one another.
+
+        Their least becomes 0, their median 0.1, their 99 % quantile 0.5, and a cosine of 1 stays 1. With
+        fewer than two there is nothing to go by, and the map is the identity.
+        """
+        cosines = np.asarray(nn_similarities, np.float64)
+        cosines = cosines[np.isfinite(cosines)]
+        if len(cosines) < 2:
+            return cls()
+        anchors = [float(cosines.min()), *(float(q) for q in np.quantile(cosines, (0.5, 0.99)))]
+        # Strictly increasing and inside (-1, 1), even if all cosines are one number.
+        gap = 1e-3
+        anchors = [min(max(a, -1 + gap * (i + 1)), 1 - gap * (3 - i)) for i, a in enumerate(anchors)]
+        for i in (1, 2):
+            anchors[i] = max(anchors[i], anchors[i - 1] + gap)
+        return cls(cosine=(-1.0, *(round(a, 6) for a in anchors), 1.0), value=(-1.0, 0.0, 0.1, 0.5, 1.0))
+
+    def __call__(self, cosine: Any) -> Any:
+        """Arrays and numbers → numpy; torch tensors → torch, differentiable."""
+        x: Any
+        y: Any
+        if type(cosine).__module__.partition(".")[0] == "torch":
+            import torch
+
+            kind = {"dtype": cosine.dtype, "device": cosine.device}
+            x, y = torch.tensor(self.cosine, **kind), torch.tensor(self.value, **kind)
+            k = torch.bucketize(cosine.detach(), x[1:-1])
+        else:
+            cosine = np.asarray(cosine)
+            x, y = np.array(self.cosine), np.array(self.value)
+            k = np.searchsorted(x[1:-1], cosine)
+        slope = (y[1:] - y[:-1]) / (x[1:] - x[:-1])
+        return y[k] + (cosine - x[k]) * slope[k]
+
+    def inverse(self) -> Calibration:
+        """The map back: which cosine a value on SSCD's scale stands for."""
+        return Calibration(cosine=self.value, value=self.cosine)
+
+
+# ------------------------------------------------------------------------------------------------- the index
+
+
+@dataclass(frozen=True)
+class TrainingIndex:
+    """Embeddings of a training set, searchable, with each row's caption and how often it occurs.
+
+    Attributes:
+        embeddings: float16 ``[n, d]``; a memory map when loaded.
+        captions: of each row; None where there is none.
+        shards, keys: identity of each row.
+        kept: bool ``[n]``, whether curation kept the row.
+        group: int64 ``[n]``, rows of one image (and its copies) share a number.
+        embedder: name or path for ``load_embedder``.
+        calibration: onto SSCD's scale.
+    """
+
+    embeddings: NDArray[np.float16]
+    captions: list[str | None]
+    shards: list[str]
+    keys: list[str]
+    kept: NDArray[np.bool_]
+    group: NDArray[np.int64]
+    embedder: str
+    calibration: Calibration = field(default_factory=Calibration)
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: NDArray,
+        captions: Sequence[str | None],
+        shards: Sequence[str],
+        keys: Sequence[str],
+        kept: NDArray,
+        group: NDArray,
+        embedder_name: str,
+    ) -> TrainingIndex:
+        """An index in memory, calibrated on its own kept samples.
+
+        Args:
+            embeddings: ``[n, d]`` floating, unit rows; stored as float16.
+            captions, shards, keys: of each row.
+            kept: ``[n]`` bool.
+            group: ``[n]`` int, equal for copies of one image.
+            embedder_name: name or path for ``load_embedder``.
+
+        Raises:
+            ValueError: the lengths differ.
+        """
+        lengths = {
+            "embeddings": len(embeddings),
+            "captions": len(captions),
+            "shards": len(shards),
+            "keys": len(keys),
+            "kept": len(kept),
+            "group": len(group),
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"an index has one of each a row, not {lengths}")
+        rows = np.ascontiguousarray(embeddings, np.float16)
+        kept, group = np.asarray(kept, bool), np.asarray(group, np.int64)
+        calibration = Calibration.fit(nearest_distinct(rows, kept, group))
+        return cls(rows, list(captions), list(shards), list(keys), kept, group, embedder_name, calibration)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def dim(self) -> int:
+        """Length of the embeddings."""
+        return self.embeddings.shape[1]
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """``[n]``: how many rows bear the same normalised caption; 0 where there is no caption."""
+        normalised = [None if c is None else normalise_caption(c) for c in self.captions]
+        occurrences = Counter(normalised)
+        return np.array([0 if c is None else occurrences[c] for c in normalised], np.int64)
+
+    @cached_property
+    def group_counts(self) -> NDArray[np.int64]:
+        """``[n]``: how many rows show the same image or a copy of it."""
+        _, inverse, sizes = np.unique(self.group, return_inverse=True, return_counts=True)
+        return sizes[inverse].astype(np.int64)
+
+    def vectors(self, rows: Any) -> NDArray[np.float32]:
+        """float32 unit rows ``[…, d]`` of an array of row numbers."""
+        found = self.embeddings[np.asarray(rows)].astype(np.float32)
+        return found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
+
+    def search(self, vectors: Any, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The ``k`` nearest rows of each vector, exactly; nearest first, of equals the earlier row first.
+
+        Args:
+            vectors: ``[m, d]``, or ``[d]`` for one; numpy or torch; need not be unit vectors.
+            k: how many; not more than there are rows are answered.
+
+        Returns:
+            ``(similarity [m, min(k, n)] float32, rows [m, min(k, n)] int64)``.
+
+        Raises:
+            ValueError: vectors of another length than the index's.
+        """
+        if hasattr(vectors, "detach"):
+            vectors = vectors.detach().float().cpu().numpy()
+        queries = np.atleast_2d(np.asarray(vectors, np.float32))
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(
+                f"the index holds vectors of length {self.dim} ({self.embedder}), not {list(queries.shape)}"
+            )
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+        best = np.empty((len(queries), 0), np.float32)
+        best_rows = np.empty((len(queries), 0), np.int64)
+        step = max(1, _BLOCK_ELEMENTS // max(self.dim, len(queries)))
+        for start in range(0, len(self), step):
+            similarity = queries @ self._unit_rows(start, start + step).T
+            rows = np.broadcast_to(np.arange(start, start + similarity.shape[1]), similarity.shape)
+            best, best_rows = _nearest(np.concatenate([best, similarity], 1), np.concatenate([best_rows, rows], 1), k)
+        return best, best_rows
+
+    def calibrate(self, cosine: Any) -> Any:
+        """Cosines of this embedder → SSCD's scale; numpy or torch (differentiable)."""
+        return self.calibration(cosine)
+
+    def _unit_rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        if self._small is not None:
+            return self._small[start:stop]
+        return self.vectors(np.arange(start, min(stop, len(self))))
+
+    @cached_property
+    def _small(self) -> NDArray[np.float32] | None:
+        """All unit rows in float32 when they are few: a sampler asks at every step."""
+        return self.vectors(np.arange(len(self))) if self.embeddings.size <= _BLOCK_ELEMENTS else None
+
+    # ----------------------------------------------------------------------------------------------- on disk
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder; the same index gives the same bytes."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pa.table(
+            {
+                "shard": pa.array(self.shards, pa.string()),
+                "key": pa.array(self.keys, pa.string()),
+                "caption": pa.array(self.captions, pa.string()),
+                "kept": pa.array(self.kept),
+                "group": pa.array(self.group, pa.int64()),
+            }
+        )
+        with write_atomic(folder / "embeddings.npy") as path, open(path, "wb") as file:
+            np.save(file, np.asarray(self.embeddings))
+        with write_atomic(folder / "samples.parquet") as path:
+            pq.write_table(table, path)
+        # Last: a folder with an index.json is whole.
+        write_json(
+            folder / "index.json",
+            {
+                "format": FORMAT,
+                "embedder": self.embedder,
+                "rows": len(self),
+                "dim": self.dim,
+                "calibration": {"cosine": self.calibration.cosine, "value": self.calibration.value},
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TrainingIndex:
+        """Open an index; embeddings stay on disk until they are asked for.
+
+        Args:
+            folder: of the index, or the output folder of ``curate dedup`` that has it as ``index``.
+
+        Raises:
+            UserError: a file is missing, or they do not belong together.
+        """
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        if not (folder / "index.json").exists() and (folder / "index" / "index.json").exists():
+            folder = folder / "index"
+        for name in ("index.json", "embeddings.npy", "samples.parquet"):
+            if not (folder / name).is_file():
+                raise UserError(f"no index in {folder}: {name} is missing; `curate dedup` writes one")
+        try:
+            about = json.loads((folder / "index.json").read_text())
+            stored, rows, dim = about["format"], about["rows"], about["dim"]
+            embedder, calibration = about["embedder"], about["calibration"]
+            calibration = Calibration(tuple(calibration["cosine"]), tuple(calibration["value"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'index.json'} is not an index's description: {error!r}") from error
+        if stored != FORMAT:
+            raise UserError(f"{folder} is an index of format {stored}; this version reads format {FORMAT}")
+        try:
+            embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+            table = pq.read_table(folder / "samples.parquet", memory_map=True)
+            columns = {name: table[name] for name in ("shard", "key", "caption", "kept", "group")}
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"index {folder} cannot be read: {reason}") from error
+        if embeddings.shape != (rows, dim) or embeddings.dtype != np.float16 or table.num_rows != rows:
+            raise UserError(
+                f"index {folder} does not fit together: index.json says {rows} rows of {dim}, "
+                f"embeddings.npy is {embeddings.dtype} {list(embeddings.shape)}, "
+                f"samples.parquet has {table.num_rows} rows"
+            )
+        return cls(
+            embeddings,
+            columns["caption"].to_pylist(),
+            columns["shard"].to_pylist(),
+            columns["key"].to_pylist(),
+            columns["kept"].to_numpy().astype(bool),
+            columns["group"].to_numpy().astype(np.int64),
+            embedder,
+            calibration,
+        )
+
+
+def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Cosine of kept rows with their nearest kept row of another group.
+
+    Args:
+        embeddings: ``[n, d]``.
+        kept: bool ``[n]``.
+        group: int64 ``[n]``.
+
+    Returns:
+        float32, one for each kept row (of evenly spaced ones, where there are more than 4096).
+    """
+    rows = np.flatnonzero(kept)
+    asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
+    nearest = np.full(len(asked), -np.inf, np.float32)
+
+    def unit(some: NDArray[np.int64]) -> NDArray[np.float32]:
+        x = np.asarray(embeddings[some], np.float32)
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    queries = unit(asked) if len(asked) else np.empty((0, embeddings.shape[1]), np.float32)
+    step = max(1, _BLOCK_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        similarity = queries @ unit(some).T
+        similarity[group[asked][:, None] == group[some][None]] = -np.inf
+        nearest = np.maximum(nearest, similarity.max(1))
+    return nearest[np.isfinite(nearest)]
+
+
+def _nearest(similarity: NDArray, rows: NDArray, k: int) -> tuple[NDArray, NDArray]:
+    """The best ``k`` of each line, sorted by similarity, then by row."""
+    if similarity.shape[1] > k:
+        # All that tie with the k-th must come along, or the choice among equals would be arbitrary.
+        kth = np.partition(similarity, -k, axis=1)[:, -k]
+        width = int((similarity >= kth[:, None]).sum(1).max())
+        chosen = np.argpartition(-similarity, width - 1, axis=1)[:, :width]
+        similarity, rows = np.take_along_axis(similarity, chosen, 1), np.take_along_axis(rows, chosen, 1)
+    order = np.lexsort((rows, -similarity), axis=1)[:, :k]
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(rows, order, 1)

