@@ -117,6 +117,8 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     Raises:
         UsageError: the folder was begun with other settings, or the model is missing.
     """
+    import yaml
+
     from curate.dedup import run_dedup
     from train.evaluation.config import EvaluateConfig
     from train.evaluation.protocol import run_evaluate
@@ -159,7 +161,8 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
             "columns": config.columns,
             "amg": dataclasses.asdict(config.amg),
         }
-        write_json(out / "protocol.yaml", protocol)  # JSON is YAML
+        with write_atomic(out / "protocol.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True), encoding="utf-8")
         return run_evaluate(
             EvaluateConfig(protocol=str(out / "protocol.yaml"), out=str(out), batch_size=config.batch_size)
         )

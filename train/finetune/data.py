@@ -166,7 +166,8 @@ class Positions(Dataset):
         self.shard_set, self.order, self.size, self.seed, self.how = shard_set, order, size, seed, how
         self._open: dict[int, list[Sample]] = {}
 
-    def _sample(self, row: int) -> Sample:
+    def sample(self, row: int) -> Sample:
+        """The sample of a row; its shard is read whole, and a window of shards is kept."""
         shard, place = self.order.locate(row)
         if shard not in self._open:
             while len(self._open) >= self.order.window:
@@ -176,7 +177,7 @@ class Positions(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         row, epoch = self.order.row(position)
-        pixels = load_image(self._sample(row), self.size)
+        pixels = load_image(self.sample(row), self.size)
         readable = pixels is not None
         if pixels is None:
             pixels = torch.ones(3, self.size, self.size)
@@ -246,7 +247,7 @@ class CachedLatents:
         self.readable = torch.zeros(rows, dtype=torch.bool)
         mine = range(accelerator.process_index, rows, accelerator.num_processes)
         for row in progress(mine, desc="encode latents", unit="image"):
-            pixels = load_image(dataset._sample(row), dataset.size)
+            pixels = load_image(dataset.sample(row), dataset.size)
             if pixels is None:
                 continue
             self.readable[row] = True

@@ -135,7 +135,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         pipe.unet.enable_gradient_checkpointing()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
+        trained, lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
     )
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     set_attention(pipe.unet, config.attention)
@@ -245,8 +245,10 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
                 float(accelerator.clip_grad_norm_(trained, config.max_grad_norm)) if config.max_grad_norm else 0.0
             )
             optimizer.step()
-            updates += 1
-            if average:
+            overflow = accelerator.optimizer_step_was_skipped  # fp16: the loss scale is lowered instead
+            updates += not overflow
+            skipped += overflow
+            if average and not overflow:
                 # Warm-up as in the literature: the average follows closely while the weights still move fast.
                 decay = min(config.ema_decay, (1 + updates) / (10 + updates))
                 torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - decay)
