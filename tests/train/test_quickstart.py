@@ -67,7 +67,7 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in summary["rows"])
     assert summary["curate"]["samples"] == 501 + 3 * 5
-    assert {"auc", "tpr_at_1pct_fpr"} <= summary["detect"]["magnitude"].keys() | summary["detect"].keys()
+    assert 0 <= summary["detect"]["auc"]["magnitude"] <= 1
     assert (tmp_path / "one" / "report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "one" / "summary.json").read_text()) == summary
     assert set(summary["seconds"]) == {"plant", "curate", "finetune_raw", "finetune_curated", "detect", "evaluate"}

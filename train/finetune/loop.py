@@ -109,9 +109,11 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         UserError: the model or the shards cannot be read, or the loss is not finite several times in a row.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     check_config(config)
     out = Path(config.out)
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker,
