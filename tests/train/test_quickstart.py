@@ -69,7 +69,7 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
     assert summary["curate"]["samples"] == 501 + 3 * 5
     assert 0 <= summary["detect"]["auc"]["magnitude"] <= 1
     assert (tmp_path / "one" / "report.html").stat().st_size > 10_000
-    assert json.loads((tmp_path / "one" / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "one" / "summary.json").read_text())["rows"] == summary["rows"]
     assert set(summary["seconds"]) == {"plant", "curate", "finetune_raw", "finetune_curated", "detect", "evaluate"}
 
     # A stage that is done is not repeated, one whose record is missing is, with the same result.
