@@ -33,6 +33,10 @@ from train.sample_set import load_part
 
 log = get_logger(__name__)
 COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
+COLUMNS = (
+    "model", "guidance", "prompts", "images", "memorized_share", "copied_share", "pixel_copied_share", "similarity",
+    "similarity_among_seeds", "alignment", "retrieval_rank", "quality", "seconds_per_image",
+)  # fmt: skip
 
 
 def sample_model_dir() -> Path:
@@ -205,7 +209,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
             stored = json.loads(record.read_text())  # so that a first run and a continued one return the same
         results[name], seconds[name] = stored["result"], stored["seconds"]
     summary = {
-        "rows": results["evaluate"]["rows"],
+        "rows": [{name: row[name] for name in COLUMNS} for row in results["evaluate"]["rows"]],
         "copy_threshold": results["evaluate"]["copy_threshold"],
         "detect": results["detect"],
         "curate": results["curate"],
