@@ -244,3 +244,25 @@ def to_json(obj: Any) -> Any:
     if isinstance(obj, os.PathLike):
         return os.fspath(obj)
     raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """Begin or continue a job in ``folder``: its ``run.json`` holds the settings that the result depends on.
+
+    Raises:
+        UsageError: the folder was begun with other settings (names them), or cannot be written.
+    """
+    path = Path(folder) / "run.json"
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+        if changed:
+            raise UsageError(
+                f"{folder}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
+            )
+        return
+    try:
+        write_json(path, settings)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror or error}") from error

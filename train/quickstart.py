@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from curate.console import UsageError, get_logger, write_atomic, write_json
+from curate.console import claim, get_logger, write_atomic, write_json
 from curate.edits import EDITS, Edit
 from curate.images import decode_image
 from curate.shards import Sample, write_shard
@@ -132,7 +132,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
     out = Path(config.out)
     model = config.model or str(sample_model_dir())
-    begin(out, config)
+    claim(out, dataclasses.asdict(config))
 
     def curate() -> dict[str, Any]:
         shards = [str(out / "raw")]
@@ -219,21 +219,3 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     }
     write_json(out / "summary.json", summary)
     return summary
-
-
-def begin(out: Path, config: QuickstartConfig) -> None:
-    """Claim the folder for this configuration."""
-    run = json.loads(json.dumps(dataclasses.asdict(config)))
-    path = out / "run.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in before.keys() | run.keys() if before.get(name) != run.get(name))
-        if changed:
-            raise UsageError(
-                f"{out}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
-            )
-        return
-    try:
-        write_json(path, run)
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror or error}") from error

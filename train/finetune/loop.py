@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from curate.console import UsageError, UserError, get_logger, progress, write_json
+from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
 from train.components import load_pipeline, pixel_size, set_attention, tokenize
 from train.finetune.checkpoint import load_latest, save_checkpoint
 from train.finetune.config import FinetuneConfig
@@ -121,7 +121,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
-        done = begin(out, config, world, write=accelerator.is_main_process)
+        done = begin(out, config, world)
     if done is not None:
         return done
 
@@ -374,24 +374,12 @@ def check_config(config: FinetuneConfig) -> None:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
 
 
-def begin(out: Path, config: FinetuneConfig, world: int, *, write: bool) -> dict[str, Any] | None:
+def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
     run = dataclasses.asdict(config) | {"processes": world}
     for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker"):
         run.pop(free)  # these may change between a run and its resumption: the result does not depend on them
-    path = out / "run.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in before.keys() | run.keys() if before.get(name) != run.get(name))
-        if changed:
-            raise UsageError(
-                f"{out}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
-            )
-    elif write:
-        try:
-            write_json(path, run)
-        except OSError as error:
-            raise UsageError(f"{out}: cannot be written: {error.strerror or error}") from error
+    claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
         log.info("%s is finished already", out)
         return json.loads((out / "summary.json").read_text())
