@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Preference = Literal["resolution", "caption_length"]
+Preference = Literal["lossless", "resolution", "caption_length"]
 
 
 @dataclass
@@ -23,6 +23,9 @@ class DedupConfig:
         rule: ``greedy`` drops what is near a sample that is kept, so that chains swallow nothing;
             ``components`` keeps one sample of everything that is linked.
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
+            ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
+            JPEG copy has the higher resolution, and less to show); ``resolution`` more pixels;
+            ``caption_length`` more characters.
         on_caption_differs: of images near under different captions, ``pool`` drops the copy and hands its
             caption to the sample that stays; ``keep`` keeps both.
         max_per_caption: how many samples with different images may share one caption; null for any number.

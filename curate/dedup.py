@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 BATCH_PIXELS = 32_000_000  # decoded pixels held at a time, whatever the batch size
 HISTOGRAM_SAMPLE = 2000
 
@@ -219,6 +219,7 @@ READ_COLUMNS = (
     ("pixels", pa.string()),
     ("width", pa.int32()),
     ("height", pa.int32()),
+    ("lossless", pa.bool_()),
 )
 
 
@@ -254,7 +255,7 @@ def _read_stage(
 
 def _read_shard(task: _ReadTask) -> None:
     """Hash and embed one shard's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
-    from curate.images import ImageError, decode_image, pixel_hash
+    from curate.images import ImageError, decode_image, is_lossless, pixel_hash
 
     embedder = _embedder(task.embedder)
     columns: dict[str, list[Any]] = {name: [] for name, _ in READ_COLUMNS}
@@ -284,6 +285,7 @@ def _read_shard(task: _ReadTask) -> None:
                 else:
                     row["width"], row["height"] = image.size
                     row["pixels"] = pixel_hash(image)
+                    row["lossless"] = is_lossless(item.image)
                     batch.append((len(vectors), image))
                     pixels_held += image.width * image.height
             for name in columns:
@@ -520,6 +522,7 @@ def _preference(rows: _Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
     """Rank of each row, 0 for the one to be kept before all others; ties go by input order."""
     width, height = rows.column("width").astype(np.int64), rows.column("height").astype(np.int64)
     criteria = {
+        "lossless": -rows.column("lossless").astype(np.int64),
         "resolution": -(width * height),
         "caption_length": -np.array([len(caption) for caption in rows.captions], dtype=np.int64),
     }

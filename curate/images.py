@@ -82,6 +82,13 @@ def stack_images(images: Sequence[Image.Image], size: int) -> NDArray[np.float32
     return stack
 
 
+def is_lossless(data: bytes) -> bool:
+    """Whether encoded bytes keep every pixel as it was stored: PNG, GIF, BMP and lossless WebP; not JPEG."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return b"VP8L" in data[12 : 12 + 4096]  # an extended file has it behind its profile
+    return data.startswith((b"\x89PNG", b"GIF8", b"BM"))
+
+
 def pixel_hash(image: Image.Image) -> str:
     """SHA-256 (hex) of the size and the RGB pixels: equal for images that are seen as equal."""
     if image.mode != "RGB":

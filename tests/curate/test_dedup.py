@@ -290,6 +290,21 @@ def test_images_without_caption_are_curated_when_asked(mess, tmp_path):
     assert rows["broken"]["status"] == "unreadable"
 
 
+@pytest.mark.parametrize("prefer, kept", [(["resolution"], "big"), (["lossless", "resolution"], "stored"), ([], "first")])
+def test_the_preferred_copy_is_kept(sample_shards, tmp_path, prefer, kept):
+    sample = next(s for s in read_samples(sample_shards[0]) if isinstance(s, Sample))
+    image = decode_image(sample.image)
+    caption = {"txt": b"one caption of them all"}
+    copies = [
+        ("first", {"jpg": encode(image, "JPEG", quality=90), **caption}),
+        ("stored", {"png": encode(image, "PNG"), **caption}),
+        ("big", {"jpg": encode(image.resize((2 * image.width, 2 * image.height)), "JPEG", quality=90), **caption}),
+    ]
+    write_shard(str(tmp_path / "in" / "000000.tar"), copies)
+    run_dedup(settings(tmp_path / "in", tmp_path / "out", prefer=prefer))
+    assert [key for _, key in everything(tmp_path / "out" / "shards")] == [kept]
+
+
 def test_a_set_without_readable_samples_fails_with_a_ledger(tmp_path):
     write_shard(tmp_path / "s.tar", [("a", {"jpg": b"?", "txt": b"words"})])
     with pytest.raises(UserError, match="none of the 1 samples"):

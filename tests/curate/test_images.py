@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curate.images import ImageError, decode_image, image_array, pixel_hash, stack_images
+from curate.images import ImageError, decode_image, image_array, is_lossless, pixel_hash, stack_images
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -153,3 +153,12 @@ def test_the_pixel_hash_sees_pixels_not_bytes():
     changed.putpixel((0, 0), (1, 2, 3))
     assert pixel_hash(changed) != pixel_hash(image)
     assert pixel_hash(Image.new("RGB", (2, 8))) != pixel_hash(Image.new("RGB", (8, 2)))
+
+
+def test_lossless_is_told_from_lossy_by_the_bytes():
+    image = gradient()
+    assert all(is_lossless(encode(image, kind)) for kind in ("PNG", "GIF", "BMP"))
+    assert is_lossless(encode(image, "WEBP", lossless=True))
+    assert is_lossless(encode(image, "WEBP", lossless=True, icc_profile=bytes(200)))  # an extended file
+    assert not is_lossless(encode(image, "WEBP", quality=100))
+    assert not is_lossless(encode(image, "JPEG"))
