@@ -5,6 +5,7 @@ python -m train.sample_model.install runs/sample_model/pretrain/model
 
 from __future__ import annotations
 
+import json
 import sys
 
 import torch
@@ -16,6 +17,11 @@ from train.quickstart import sample_model_dir
 def main(folder: str) -> None:
     pipe = load_pipeline(folder, dtype=torch.float16)
     pipe.save_pretrained(sample_model_dir())
+    for config in sample_model_dir().rglob("*.json"):  # diffusers notes where a model was loaded from
+        text = config.read_text(encoding="utf-8")
+        if '"_name_or_path"' in text:
+            kept = {name: value for name, value in json.loads(text).items() if name != "_name_or_path"}
+            config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in sample_model_dir().rglob("*") if path.is_file())
     print(f"{sample_model_dir()}: {size / 1e6:.1f} MB")
 
