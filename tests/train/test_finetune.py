@@ -22,7 +22,7 @@ from train.finetune.checkpoint import load_latest, save_checkpoint
 from train.finetune.config import Augmentation, FilterConfig, FinetuneConfig
 from train.finetune.data import ShardOrder, generator, sample_captions
 from train.finetune.filter import VerdictTable, filter_weights, is_judged, weighted_loss
-from train.finetune.loop import batch_positions, learning_rate, run_finetune
+from train.finetune.loop import batch_positions, learning_rate, resolve_precision, run_finetune
 from train.sample_set import load_part, parts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -152,6 +152,14 @@ def test_learning_rate_warms_up_and_ends_as_its_schedule_says():
     assert learning_rate(10, config) == pytest.approx(1.0)
     assert learning_rate(60, config) == pytest.approx(0.5)
     assert learning_rate(110, config) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "no")])
+def test_auto_precision_is_bf16_only_where_it_is_fast(monkeypatch, amx, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    assert resolve_precision("auto") == precision
+    assert resolve_precision("fp16") == "fp16"
 
 
 def test_an_image_is_augmented_alike_whatever_batch_it_falls_in():

@@ -76,7 +76,8 @@ class FinetuneConfig:
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
         caption_dropout: probability of training on the empty caption.
         train_text_encoder: train it along with the UNet.
-        mixed_precision: autocast type.
+        mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
+            else no.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attention: how the UNet computes attention (``train.components.set_attention``).
         augmentation: random changes of the images.
@@ -106,7 +107,7 @@ class FinetuneConfig:
     ema_decay: float = 0.0
     caption_dropout: float = 0.1
     train_text_encoder: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
     augmentation: Augmentation = field(default_factory=Augmentation)

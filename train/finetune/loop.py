@@ -112,6 +112,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
 
     check_config(config)
+    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     out = Path(config.out)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
@@ -376,6 +377,16 @@ def check_config(config: FinetuneConfig) -> None:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
     if config.filter.policy != "off" and config.filter.threshold <= 0:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
+
+
+def resolve_precision(name: str) -> Any:
+    """The autocast type that ``auto`` stands for on this machine; any other name is itself."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    # CPUs without matrix instructions for it are slower in bf16 than in float32.
+    return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "no"
 
 
 def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
