@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from curate.commands import Verb, run
@@ -37,4 +38,6 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 success, 1 failure, 2 bad usage."""
+    # transformers warns at import of every optional package that is missing; none of it is for the user to act on.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return run("train", "Fine-tune Stable Diffusion, sample and measure, without memorization.", VERBS, argv)

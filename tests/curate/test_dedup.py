@@ -290,7 +290,9 @@ def test_images_without_caption_are_curated_when_asked(mess, tmp_path):
     assert rows["broken"]["status"] == "unreadable"
 
 
-@pytest.mark.parametrize("prefer, kept", [(["resolution"], "big"), (["lossless", "resolution"], "stored"), ([], "first")])
+@pytest.mark.parametrize(
+    "prefer, kept", [(["resolution"], "big"), (["lossless", "resolution"], "stored"), ([], "first")]
+)
 def test_the_preferred_copy_is_kept(sample_shards, tmp_path, prefer, kept):
     sample = next(s for s in read_samples(sample_shards[0]) if isinstance(s, Sample))
     image = decode_image(sample.image)
