@@ -16,9 +16,10 @@ from curate.edits import EDITS
 from curate.embed import load_embedder
 from curate.images import decode_image, stack_images
 from curate.index import TrainingIndex
+from train.evaluation.drawn import Drawn
 from train.evaluation.dual_encoder import DualEncoder
 from train.evaluation.metrics import pixel_correlation
-from train.evaluation.protocol import Drawn, Judge, evaluate_images, read_protocol, write_table
+from train.evaluation.protocol import Judge, evaluate_images, read_protocol, write_table
 from train.evaluation.report import Cell, Figure, conclude, headline, percent, story, write_report
 from train.sample_set import load_part
 

@@ -10,15 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.evaluation.drawn import Drawn
     from train.evaluation.dual_encoder import DualEncoder
-    from train.evaluation.protocol import Drawn, Judge, evaluate_images
+    from train.evaluation.protocol import Judge, evaluate_images
     from train.evaluation.report import Cell, Figure, write_report
 
 __all__ = ["Cell", "Drawn", "DualEncoder", "Figure", "Judge", "evaluate_images", "write_report"]
 
 _HOME = {
     "Cell": "report",
-    "Drawn": "protocol",
+    "Drawn": "drawn",
     "DualEncoder": "dual_encoder",
     "Figure": "report",
     "Judge": "protocol",

@@ -17,7 +17,6 @@ import io
 import os
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from curate.console import UsageError, UserError, get_logger, write_atomic, write_json
 from train.evaluation.config import EvaluateConfig, Protocol, Setting
+from train.evaluation.drawn import Drawn, Measured, read_drawn
 from train.evaluation.metrics import (
     copy_threshold,
     frechet_distance,
@@ -47,35 +47,6 @@ MEMORIZED = 0.5
 """Replication threshold on SSCD's scale, to which the index calibrates its embedder."""
 PIXEL_COPY = 0.9
 """Correlation of 16 × 16 pixels above which an image counts as a pixel copy."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The images of one table row."""
-
-    model: str
-    guidance: str
-    prompts: str
-    """Kind of the prompts: repeated, held_out, …"""
-    images: Sequence[Image]
-    captions: Sequence[str]
-    """What each image was drawn for; images of one caption are its seeds."""
-    seconds_per_image: float = float("nan")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A table row, and what it rests on, image by image."""
-
-    row: dict[str, Any]
-    similarity: NDArray[np.float32]
-    """``[n]`` to the nearest training image by the own embedder, on SSCD's scale."""
-    judged: NDArray[np.float32]
-    """``[n]`` to the nearest training image by the independent judge (cosine)."""
-    copied: NDArray[np.bool_]
-    """``[n]`` whether the independent judge counts the image as a copy."""
-    pixel: NDArray[np.float32]
-    """``[n]`` highest pixel correlation with a training image."""
 
 
 class Judge:
@@ -346,29 +317,6 @@ def read_images(shards: Sequence[str]) -> tuple[list[Image], list[str]]:
     if not images:
         raise UserError(f"{', '.join(shards)}: no readable image")
     return list(images.values()), list(captions)
-
-
-def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> Drawn:
-    """What ``train sample`` wrote into a folder.
-
-    Raises:
-        UserError: the folder holds no ``samples.parquet``, or an image is missing.
-    """
-    import pyarrow.parquet as parquet
-
-    from curate.images import decode_image
-
-    folder = Path(folder)
-    table = folder / "samples.parquet"
-    if not table.is_file():
-        raise UserError(f"{table}: missing; train sample writes it")
-    rows = parquet.read_table(table, columns=["file", "prompt", "seconds"]).to_pylist()
-    try:
-        images = [decode_image((folder / row["file"]).read_bytes()) for row in rows]
-    except OSError as error:
-        raise UserError(f"{folder}: an image of samples.parquet is missing ({error})") from None
-    seconds = float(np.mean([row["seconds"] for row in rows])) if rows else float("nan")
-    return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds)
 
 
 def read_originals(prompts: Sequence[Any]) -> dict[str, Image]:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from curate.console import write_atomic
 
 if TYPE_CHECKING:
-    from train.evaluation.protocol import Drawn, Measured
+    from train.evaluation.drawn import Drawn, Measured
 
 MODELS = {"raw": "raw model", "curated": "curated and filtered model"}
 GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG"}

@@ -386,7 +386,8 @@ def resolve_precision(name: str) -> Any:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     # CPUs without matrix instructions for it are slower in bf16 than in float32.
-    return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "no"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if capabilities.get("amx_bf16") else "no"
 
 
 def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
