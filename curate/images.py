@@ -85,7 +85,12 @@ def stack_images(images: Sequence[Image.Image], size: int) -> NDArray[np.float32
 def is_lossless(data: bytes) -> bool:
     """Whether encoded bytes keep every pixel as it was stored: PNG, GIF, BMP and lossless WebP; not JPEG."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return b"VP8L" in data[12 : 12 + 4096]  # an extended file has it behind its profile
+        start = 12
+        while (kind := data[start : start + 4]) not in (b"VP8L", b"VP8 ", b""):
+            # An extended file has other chunks before its pixels; an animation's frame has them within, after 16 bytes.
+            size = 16 if kind == b"ANMF" else int.from_bytes(data[start + 4 : start + 8], "little")
+            start += 8 + size + size % 2
+        return kind == b"VP8L"
     return data.startswith((b"\x89PNG", b"GIF8", b"BM"))
 
 

@@ -159,6 +159,10 @@ def test_lossless_is_told_from_lossy_by_the_bytes():
     image = gradient()
     assert all(is_lossless(encode(image, kind)) for kind in ("PNG", "GIF", "BMP"))
     assert is_lossless(encode(image, "WEBP", lossless=True))
-    assert is_lossless(encode(image, "WEBP", lossless=True, icc_profile=bytes(200)))  # an extended file
+    assert is_lossless(encode(image, "WEBP", lossless=True, icc_profile=bytes(9001)))  # an extended file
+    frames = {"save_all": True, "append_images": [image.rotate(90)]}
+    assert is_lossless(encode(image, "WEBP", lossless=True, **frames))
+    assert not is_lossless(encode(image, "WEBP", quality=50, **frames))
     assert not is_lossless(encode(image, "WEBP", quality=100))
+    assert not is_lossless(encode(image, "WEBP", quality=100, icc_profile=b"VP8L" * 9))
     assert not is_lossless(encode(image, "JPEG"))

@@ -1,6 +1,6 @@
 """Recipe: put the trained sample model where the project carries it, in half precision.
 
-python -m train.sample_model.install runs/sample_model/pretrain/model
+python -m train.sample_model.install runs/sample_model/pretrain_longer/model
 """
 
 from __future__ import annotations
