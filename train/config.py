@@ -46,6 +46,7 @@ class QuickstartConfig:
         scale: classifier-free guidance scale.
         detect_seeds: trajectories per caption that ``train detect`` watches on the raw model.
         detect_steps: denoising steps that it watches.
+        outcome_steps: denoising steps of the one image a caption that tells whether it draws a training image.
         columns: captions in the report's figure.
         batch_size: images drawn together.
     """
@@ -62,5 +63,6 @@ class QuickstartConfig:
     scale: float = 5.0
     detect_seeds: int = 4
     detect_steps: int = 5
+    outcome_steps: int = 10
     columns: int = 10
     batch_size: int = 32

@@ -6,7 +6,8 @@
 2. ``curate dedup`` removes them;
 3. fine-tune the sample model twice: on the raw set without the filter, on the curated set with it;
 4. draw repeated and held-out captions from both, and from the raw model under anti-memorization guidance;
-5. ``train detect`` on the raw model: does the magnitude tell repeated captions from held-out ones?
+5. ``train detect`` on the raw model: does the magnitude tell repeated captions from held-out ones, and those that
+   draw a training image from those that do not?
 6. one table, one figure.
 
 Every stage leaves what it made and is not repeated, so a run that was stopped goes on.
@@ -129,6 +130,8 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     from train.finetune.loop import run_finetune
     from train.memorization.config import DetectConfig
     from train.memorization.detect import run_detect
+    from train.sampling.config import SampleConfig
+    from train.sampling.job import run_sample
 
     out = Path(config.out)
     model = config.model or str(sample_model_dir())
@@ -172,11 +175,26 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
         )
 
     def detect() -> dict[str, Any]:
+        raw, prompts = str(out / "finetune_raw" / "model"), str(out / "prompts" / "detect.jsonl")
+        drawn = str(out / "detect" / "drawn")
+        run_sample(  # what each caption draws, to judge the scores by outcome too
+            SampleConfig(
+                model=raw,
+                prompts=prompts,
+                out=drawn,
+                index=str(out / "curated"),
+                seeds=1,
+                steps=config.outcome_steps,
+                scale=config.scale,
+                batch_size=config.batch_size,
+            )
+        )
         return run_detect(
             DetectConfig(
-                model=str(out / "finetune_raw" / "model"),
-                prompts=str(out / "prompts" / "detect.jsonl"),
+                model=raw,
+                prompts=prompts,
                 out=str(out / "detect" / "scores.parquet"),
+                outcomes=drawn,
                 steps=config.detect_steps,
                 seeds=config.detect_seeds,
                 num_inference_steps=config.steps,

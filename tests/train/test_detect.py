@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -195,6 +196,47 @@ def test_the_job_without_labels_ranks_only(model, tmp_path):
     values = [row["magnitude"] for row in summary["highest"]]
     assert values == sorted(values, reverse=True)
     assert not (tmp_path / "s.png").exists()
+
+
+def drawn(folder, rows: list[tuple[str, float | None]]):
+    folder.mkdir()
+    prompts, similarities = zip(*rows, strict=True)
+    table = pyarrow.table({"prompt": prompts, "similarity": pyarrow.array(similarities, pyarrow.float64())})
+    parquet.write_table(table, folder / "samples.parquet")
+    return folder
+
+
+def test_the_job_judges_by_outcome_what_the_labels_get_wrong(model, tmp_path):
+    captions = [f"{word} face" for word in "abcd"]
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps({"caption": c, "label": i % 2}) for i, c in enumerate(captions))
+    )
+    # a (labelled 0) draws a copy with one of two seeds; b (labelled 1) draws none.
+    similarities = [("a face", 0.1), ("a face", 0.9), ("b face", 0.5), ("c face", 0.0), ("d face", 0.51)]
+    folder = drawn(tmp_path / "drawn", similarities)
+    config = DetectConfig(
+        model, str(tmp_path / "p.jsonl"), str(tmp_path / "s.parquet"), seeds=1, outcomes=str(folder), bootstrap=10
+    )
+    summary = run_detect(config)
+    table = parquet.read_table(tmp_path / "s.parquet").to_pylist()
+    assert [row["outcome"] for row in table] == pytest.approx([0.9, 0.5, 0.0, 0.51])
+    a, b, c, d = (row["magnitude"] for row in table)
+    by_outcome = summary["by_outcome"]
+    assert by_outcome["auc"]["magnitude"] == pytest.approx(np.mean([a > b, a > c, d > b, d > c]))
+    assert summary["auc"]["magnitude"] == pytest.approx(np.mean([b > a, b > c, d > a, d > c]))
+    assert (by_outcome["memorized"], by_outcome["not_memorized"]) == (2, 2)
+    assert (by_outcome["label_0_memorized"], by_outcome["label_1_not_memorized"]) == (1, 1)
+
+    for rows, complaint in (
+        (similarities[:3], "no image of 'c face'"),
+        ([("a face", None)], "no similarities; draw with train sample --index"),
+    ):
+        config.outcomes = str(drawn(tmp_path / complaint[:9], rows))
+        with pytest.raises(UserError, match=complaint):
+            run_detect(config)
+    config.outcomes = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere: missing; train sample"):
+        run_detect(config)
 
 
 def test_the_job_names_what_is_wrong(model, tmp_path):

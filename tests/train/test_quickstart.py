@@ -32,6 +32,7 @@ def small(out: Path, **changes) -> QuickstartConfig:
         "steps": 2,
         "detect_seeds": 1,
         "detect_steps": 1,
+        "outcome_steps": 2,
         "columns": 3,
     }
     return QuickstartConfig(out=str(out), **values | changes)
@@ -68,6 +69,7 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
     assert all(wanted <= row.keys() for row in summary["rows"])
     assert summary["curate"]["samples"] == 501 + 3 * 5
     assert 0 <= summary["detect"]["auc"]["magnitude"] <= 1
+    assert {"label_0_memorized", "label_1_not_memorized"} <= summary["detect"]["by_outcome"].keys()
     assert (tmp_path / "one" / "report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "one" / "summary.json").read_text())["rows"] == summary["rows"]
     assert set(summary["seconds"]) == {"plant", "curate", "finetune_raw", "finetune_curated", "detect", "evaluate"}

@@ -35,6 +35,7 @@ from train.evaluation.metrics import (
     similarity_among_seeds,
     thumbnails,
 )
+from train.memorization.config import MEMORIZED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from curate.index import TrainingIndex
     from train.evaluation.dual_encoder import DualEncoder
 
-MEMORIZED = 0.5
-"""Replication threshold on SSCD's scale, to which the index calibrates its embedder."""
 PIXEL_COPY = 0.9
 """Correlation of 16 × 16 pixels above which an image counts as a pixel copy."""
 

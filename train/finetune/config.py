@@ -74,6 +74,7 @@ class FinetuneConfig:
         weight_decay: of AdamW.
         max_grad_norm: gradient clipping; 0 switches it off.
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
+        snr_gamma: weigh timesteps by Min-SNR-γ (5 is usual); 0 weighs all alike.
         caption_dropout: probability of training on the empty caption.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
@@ -105,6 +106,7 @@ class FinetuneConfig:
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
+    snr_gamma: float = 0.0
     caption_dropout: float = 0.1
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"

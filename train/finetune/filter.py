@@ -58,17 +58,6 @@ def filter_weights(
     return (~dropped).float(), torch.where(judged, m, torch.full_like(m, float("nan")))
 
 
-def weighted_loss(losses: torch.Tensor, weights: torch.Tensor, nominal_batch: int) -> torch.Tensor:
-    """``Σ wᵢ ℓᵢ / nominal batch``; a loss of weight 0 contributes nothing even when it is not finite.
-
-    Args:
-        losses: ``[n]`` per-sample losses.
-        weights: ``[n]``.
-        nominal_batch: samples that the optimizer step is meant to average over on this process.
-    """
-    return torch.where(weights > 0, losses * weights, torch.zeros_like(losses)).sum() / nominal_batch
-
-
 class VerdictTable:
     """What the filter saw and did, by sample id; written as Parquet at the end of a run.
 

@@ -28,7 +28,8 @@ from train.components import load_pipeline, pixel_size, set_attention, tokenize
 from train.finetune.checkpoint import load_latest, save_checkpoint
 from train.finetune.config import FinetuneConfig
 from train.finetune.data import CachedBatches, CachedLatents, Positions, ShardOrder, StreamedBatches, generator, scan
-from train.finetune.filter import VerdictTable, filter_weights, is_judged, weighted_loss
+from train.finetune.filter import VerdictTable, filter_weights, is_judged
+from train.finetune.loss import min_snr_weights, prediction_target, weighted_loss
 from train.memorization.magnitude import to_eps
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     size = pixel_size(pipe)
     scheduler = pipe.scheduler
     prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"{config.model}: a model that predicts {prediction_type!r} cannot be trained here")
     alpha_bar = scheduler.alphas_cumprod.to(accelerator.device)
     vae = pipe.vae.to(accelerator.device).requires_grad_(False)
     denoiser = Denoiser(pipe.unet.requires_grad_(True), pipe.text_encoder.requires_grad_(config.train_text_encoder))
@@ -230,8 +233,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
                     eps_uncond = to_eps(eps_uncond.float(), x_t, alpha_bar[t], prediction_type)
                     kept, magnitudes = filter_weights(eps_cond, eps_uncond, judged, config.filter)
                     weights = weights * kept
-                target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
+                target = prediction_target(x_0, noise, alpha_bar[t], prediction_type)
                 losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
+                losses = losses * min_snr_weights(alpha_bar[t], prediction_type, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
             table.record(rows, t, weights, magnitudes)
@@ -374,6 +378,8 @@ def check_config(config: FinetuneConfig) -> None:
     for name in ("steps", "batch_size", "gradient_accumulation", "learning_rate", "log_every"):
         if getattr(config, name) <= 0:
             raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
+    if config.snr_gamma < 0:
+        raise UsageError(f"snr_gamma must be 0 or more, not {config.snr_gamma}")
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")

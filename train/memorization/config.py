@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+MEMORIZED = 0.5
+"""Similarity to the nearest training image, on SSCD's scale, above which an image counts as memorized: the
+literature's replication threshold."""
+
 
 @dataclass
 class DetectConfig:
@@ -20,6 +24,9 @@ class DetectConfig:
         seeds: initial noises per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first noise.
         scale: classifier-free guidance scale of the trajectory.
+        outcomes: what the model draws for these prompts: the folder that ``train sample --index`` wrote for them. A
+            prompt is memorized in outcome when an image of its own lies above 0.5 (SSCD's scale) to a training image;
+            the scores are then judged by that too.
         signals: scores to compute: magnitude (the text-conditional noise magnitude, averaged over the steps).
         form: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         batch_size: prompt and seed pairs per UNet call.
@@ -36,6 +43,7 @@ class DetectConfig:
     seeds: int = 4
     first_seed: int = 0
     scale: float = 7.5
+    outcomes: str = ""
     signals: list[str] = field(default_factory=lambda: ["magnitude"])
     form: Literal["l2", "rms"] = "l2"
     batch_size: int = 32

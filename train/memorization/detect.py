@@ -12,7 +12,7 @@ the first step of one noise already tells much.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from curate.console import Progress, UsageError, UserError, get_logger, progress, write_atomic, write_json
 from train.components import encode_captions, load_pipeline
-from train.memorization.config import DetectConfig
+from train.memorization.config import MEMORIZED, DetectConfig
 from train.memorization.magnitude import Form, magnitude, to_eps
 from train.memorization.roc import bootstrap_interval, roc_auc, roc_curve, tpr_at_fpr
 from train.prompts import Prompt, read_prompts
@@ -178,6 +178,7 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     prompts = read_prompts(config.prompts)
     first = [config.first_seed if prompt.seed is None else prompt.seed for prompt in prompts]
     seeds = np.array(first)[:, None] + np.arange(config.seeds)
+    outcomes = read_outcomes(config.outcomes, prompts) if config.outcomes else None
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,8 +199,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
             bar=bar,
         )
     seconds = time.perf_counter() - start
-    write_rows(config.out, prompts, scores)
-    summary = summarise(prompts, scores, config.signals, bootstrap=config.bootstrap)
+    write_rows(config.out, prompts, scores, outcomes)
+    summary = summarise(prompts, scores, config.signals, outcomes, bootstrap=config.bootstrap)
     summary |= {
         "out": config.out,
         "form": config.form,
@@ -217,9 +218,39 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     return summary
 
 
-def write_rows(path: str | Path, prompts: Sequence[Prompt], scores: Scores) -> None:
-    """One row a prompt and seed: ``prompt`` (its row in the file), ``caption, label, seed, magnitude``, and
-    the magnitude of every step in ``magnitude_by_step`` with its ``timesteps``.
+def read_outcomes(path: str | Path, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+    """``[prompts]``: the highest similarity to a training image among the images drawn for each prompt.
+
+    Args:
+        path: folder of ``train sample --index``, or its ``samples.parquet``.
+        prompts: what is asked for, found by caption.
+
+    Raises:
+        UserError: there is no such table, it was written without an index, or it lacks a prompt.
+    """
+    import pyarrow.parquet as parquet
+
+    path = Path(path)
+    table = path / "samples.parquet" if path.is_dir() else path
+    if not table.is_file():
+        raise UserError(f"{table}: missing; train sample --index writes it")
+    highest: dict[str, float] = {}
+    for row in parquet.read_table(table, columns=["prompt", "similarity"]).to_pylist():
+        if row["similarity"] is None:
+            raise UserError(f"{table}: holds no similarities; draw with train sample --index")
+        highest[row["prompt"]] = max(row["similarity"], highest.get(row["prompt"], -1.0))
+    missing = [prompt.caption for prompt in prompts if prompt.caption not in highest]
+    if missing:
+        raise UserError(f"{table}: no image of {missing[0]!r}; draw every prompt of the file")
+    return np.array([highest[prompt.caption] for prompt in prompts], np.float32)
+
+
+def write_rows(
+    path: str | Path, prompts: Sequence[Prompt], scores: Scores, outcomes: NDArray[np.float32] | None = None
+) -> None:
+    """One row a prompt and seed: ``prompt`` (its row in the file), ``caption, label, seed, magnitude``, the
+    magnitude of every step in ``magnitude_by_step`` with its ``timesteps``, and ``outcome`` (see
+    :func:`read_outcomes`; null without).
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -235,6 +266,7 @@ def write_rows(path: str | Path, prompts: Sequence[Prompt], scores: Scores) -> N
             "magnitude": pa.array(scores.signal("magnitude").ravel(), pa.float32()),
             "magnitude_by_step": pa.array(scores.magnitudes.reshape(n * s, -1).tolist(), pa.list_(pa.float32())),
             "timesteps": pa.array([scores.timesteps.tolist()] * (n * s), pa.list_(pa.int64())),
+            "outcome": pa.array([None if outcomes is None else outcomes[row] for row in rows], pa.float32()),
         }
     )
     with write_atomic(path) as temporary:
@@ -242,13 +274,21 @@ def write_rows(path: str | Path, prompts: Sequence[Prompt], scores: Scores) -> N
 
 
 def summarise(
-    prompts: Sequence[Prompt], scores: Scores, signals: Sequence[str] = SIGNALS, *, bootstrap: int = 1000
+    prompts: Sequence[Prompt],
+    scores: Scores,
+    signals: Sequence[str] = SIGNALS,
+    outcomes: NDArray[np.float32] | None = None,
+    *,
+    bootstrap: int = 1000,
 ) -> dict[str, Any]:
-    """Counts, the prompts that score highest, and with labels of both kinds how well each signal separates
-    them.
+    """Counts, the prompts that score highest, and how well each signal separates: with labels of both kinds by
+    label, and with outcomes of both kinds by outcome, in ``by_outcome``.
+
+    The two differ where a caption that was never trained on is near enough to a memorized one to draw its image
+    (labelled 0, memorized in outcome), or a repeated caption draws something else.
     """
     labels = np.array([-1 if prompt.label is None else prompt.label for prompt in prompts])
-    known = labels >= 0
+    values = {name: scores.per_prompt(name) for name in signals}
     summary: dict[str, Any] = {
         "prompts": len(prompts),
         "seeds": scores.seeds.shape[1],
@@ -256,28 +296,48 @@ def summarise(
         "timesteps": scores.timesteps.tolist(),
         "signals": list(signals),
         "evaluations": scores.evaluations,
+        **separation(values, labels, bootstrap=bootstrap),
     }
-    both = {0, 1} <= set(labels.tolist())
-    if both:
-        summary |= {"memorized": int((labels == 1).sum()), "not_memorized": int((labels == 0).sum())}
-        for key in ("auc", "auc_interval", "tpr_at_1pct_fpr", "tpr_at_1pct_fpr_interval"):
-            summary[key] = {}
-    for name in signals:
-        values = scores.per_prompt(name)
-        if both:
-            judged = values[known], labels[known]
-            summary["auc"][name] = roc_auc(*judged)
-            summary["tpr_at_1pct_fpr"][name] = tpr_at_fpr(*judged)
-            if bootstrap:
-                summary["auc_interval"][name] = bootstrap_interval(roc_auc, *judged, samples=bootstrap)
-                interval = bootstrap_interval(tpr_at_fpr, *judged, samples=bootstrap)
-                summary["tpr_at_1pct_fpr_interval"][name] = interval
-        if name == signals[0]:
-            summary["highest"] = [
-                {name: float(values[row]), "label": prompts[row].label, "caption": prompts[row].caption}
-                for row in np.argsort(-values, kind="stable")[:5]
-            ]
+    if outcomes is not None:
+        drawn = (outcomes > MEMORIZED).astype(np.int64)
+        summary["by_outcome"] = separation(values, drawn, bootstrap=bootstrap) | {
+            "label_0_memorized": int(((labels == 0) & (drawn == 1)).sum()),
+            "label_1_not_memorized": int(((labels == 1) & (drawn == 0)).sum()),
+        }
+    first = signals[0]
+    summary["highest"] = [
+        {first: float(values[first][row]), "label": prompts[row].label, "caption": prompts[row].caption}
+        for row in np.argsort(-values[first], kind="stable")[:5]
+    ]
     return summary
+
+
+def separation(
+    values: Mapping[str, NDArray[np.float32]], labels: NDArray[np.int64], *, bootstrap: int = 1000
+) -> dict[str, Any]:
+    """How well signals tell 1 from 0; empty unless both occur.
+
+    Args:
+        values: signal → ``[n]``, higher = more likely memorized.
+        labels: ``[n]``, 1 memorized, 0 not, -1 unknown (left out).
+        bootstrap: resamples behind the 95 % intervals; 0 leaves them out.
+
+    Returns:
+        ``memorized`` and ``not_memorized`` (counts); by signal ``auc``, ``tpr_at_1pct_fpr`` (strict), and their
+        ``…_interval``.
+    """
+    known = labels >= 0
+    if not {0, 1} <= set(labels.tolist()):
+        return {}
+    result: dict[str, Any] = {"memorized": int((labels == 1).sum()), "not_memorized": int((labels == 0).sum())}
+    for key, statistic in (("auc", roc_auc), ("tpr_at_1pct_fpr", tpr_at_fpr)):
+        result[key] = {name: statistic(column[known], labels[known]) for name, column in values.items()}
+        result[f"{key}_interval"] = {
+            name: bootstrap_interval(statistic, column[known], labels[known], samples=bootstrap)
+            for name, column in values.items()
+            if bootstrap
+        }
+    return result
 
 
 def draw_chart(path: str | Path, prompts: Sequence[Prompt], scores: Scores, signals: Sequence[str] = SIGNALS) -> None:

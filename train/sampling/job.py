@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from curate.console import UsageError, UserError, get_logger, progress, to_json, write_atomic
 from train.components import load_pipeline
+from train.memorization.config import MEMORIZED
 from train.prompts import Prompt, read_prompts
 from train.sampling.amg import AMG, check_embedder
 from train.sampling.config import SampleConfig
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 RECORD = "afresh"
 """PNG text key of the record; prompt, seed, guidance, nearest and similarity also stand under their own."""
-COPY = 0.5
-"""Similarity on SSCD's scale above which the literature calls an image a copy."""
 GRID_PROMPTS, GRID_SEEDS, THUMBNAIL = 40, 8, 128
 
 # Columns of samples.parquet; similarities are None without an index.
@@ -132,7 +131,7 @@ def run_sample(config: SampleConfig) -> dict[str, Any]:
         "seconds_per_image": sum(row["seconds"] for row in rows) / len(rows),
         "fired": sum(row["steps_fired"] > 0 for row in rows),
         "max_similarity": max(similarities, default=None),
-        "copies": sum(s > COPY for s in similarities) if similarities else None,
+        "copies": sum(s > MEMORIZED for s in similarities) if similarities else None,
         "out": str(out),
     }
 
