@@ -1,21 +1,39 @@
 """The near-duplicate join: all pairs of embeddings whose cosine reaches a threshold.
 
-Exact by construction. Tiles of the upper triangle are multiplied in float32 (BLAS threads do the work), every
-pair that could reach the threshold within float32's error bound becomes a candidate, and candidates are
-decided in float64. So the pairs, and their similarities to the last bit, depend neither on the tile size nor
-on the BLAS.
+Exact by construction, at a fraction of brute force's work:
+
+1. *Screen.* Rows are made unit rows and turned onto the set's principal axes. With ``x₁`` the first k coordinates
+   of a row and ``x₂`` the others, ``x·y ≤ x₁·y₁ + ‖x₂‖‖y₂‖`` (Cauchy–Schwarz). So the k + 1 numbers
+   ``(x₁, ‖x₂‖)`` of each row rule out nearly all pairs by a product of short rows (BLAS does the work).
+2. *Blocks.* Rows are sorted into small boxes by a k-d tree on the first axes. A near pair is at most
+   ``√(2 (1 − threshold))`` apart, so a row farther than that from a block's box is not compared with the block.
+3. *Verify.* What is left is decided in float64 from the rows as they were given.
+
+Every bound has room for float32's rounding in any order of summation. So the pairs, and their similarities to
+the last bit, depend neither on the blocks, nor on the threads, nor on the BLAS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-BLOCK = 2048  # rows of a tile: 16 MB of float32 products
-_VERIFY_ELEMENTS = 1 << 22  # float64 elements of each side that are verified at a time
+if TYPE_CHECKING:
+    from curate.console import Progress
+
+BLOCK = 256  # rows of a block: small boxes rule out more, large ones keep the BLAS busy
+_TILE = 1024  # rows compared with a block at a time: 1 MB of products
+_SAMPLE = 8192  # rows that the axes are taken from
+_SMALL = 2048  # fewer rows are compared as they are: finding axes would cost more than it saves
+_BOX_AXES = 4  # axes that blocks are boxes of
+_VERIFY_COST = 30_000  # verifying one pair costs about as much as screening this many by one coordinate
+_VERIFY_ELEMENTS = 1 << 20  # float64 elements of each side that are verified at a time
 _SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
 
 
@@ -41,18 +59,29 @@ class Pairs:
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def find_pairs(embeddings: NDArray, threshold: float, *, block: int = BLOCK, engine: str = "exact") -> Pairs:
+def find_pairs(
+    embeddings: NDArray,
+    threshold: float,
+    *,
+    block: int = BLOCK,
+    engine: str = "exact",
+    threads: int = 0,
+    bar: Progress | None = None,
+) -> Pairs:
     """All pairs of rows with cosine ≥ ``threshold``.
 
-    Memory beside the result: a few tiles of ``block`` rows; ``embeddings`` is read block by block and may be
-    a memory map. Time grows with n². Many identical rows give quadratically many pairs: collapse them
-    beforehand.
+    Memory beside the result: about ``4 (k + 8)`` bytes a row, where k, the length of the screen, is chosen by
+    the data (often 20 to 40), and a few megabytes a thread; ``embeddings`` is read in pieces and may be a memory
+    map. Time grows with n², by a small constant. Many identical rows give quadratically many pairs: collapse
+    them beforehand.
 
     Args:
         embeddings: ``[n, d]`` float16, float32 or float64; any length of rows, zero rows are near to nothing.
         threshold: cosine in (0, 1]; a pair whose cosine, rounded to float32, equals it counts.
-        block: rows of a tile.
+        block: rows of a block.
         engine: ``exact`` is the one there is.
+        threads: that compare blocks; 0 takes the CPU cores at hand. The result is the same.
+        bar: told of the pairs that are done, ``n (n + 1) / 2`` in all, each row with itself counted.
 
     Raises:
         ValueError: a bad argument, or a row that is not finite (named).
@@ -60,27 +89,28 @@ def find_pairs(embeddings: NDArray, threshold: float, *, block: int = BLOCK, eng
     _check(embeddings, threshold)
     if block < 1:
         raise ValueError(f"block must be at least 1, not {block}")
+    if threads < 0:
+        raise ValueError(f"threads must be 0 or more, not {threads}")
     if engine != "exact":
         raise ValueError(f"unknown engine {engine!r} of find_pairs: choose exact")
-    n, d = embeddings.shape
-    lowest = np.float32(_candidate_threshold(threshold, d))
-    found: list[Pairs] = []
-    for i in range(0, n, block):
-        rows = _unit(embeddings, i, min(i + block, n))
-        for j in range(i, n, block):
-            columns = rows if j == i else _unit(embeddings, j, min(j + block, n))
-            near = (rows @ columns.T) >= lowest
-            if j == i:
-                near = np.triu(near, 1)
-            a, b = np.nonzero(near)
-            if len(a):
-                found.append(_verified(embeddings, a + i, b + j, threshold))
-    if not found:
+    if len(embeddings) == 0:
         return Pairs.empty()
-    i_all, j_all = np.concatenate([p.i for p in found]), np.concatenate([p.j for p in found])
-    order = np.lexsort((j_all, i_all))
-    similarity = np.concatenate([p.similarity for p in found])
-    return Pairs(i_all[order], j_all[order], similarity[order])
+    found: list[Pairs] = []
+    # One BLAS thread in each of ours, so that the comparisons between products run side by side, too.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads or _cores()) as pool:
+        screen = _Screen.of(embeddings, threshold, block)
+
+        def near(start: int, stop: int) -> Pairs:
+            return _verified(embeddings, *screen.candidates(start, stop), threshold)
+
+        starts, stops = screen.starts[:-1].tolist(), screen.starts[1:].tolist()
+        for start, stop, pairs in zip(starts, stops, pool.map(near, starts, stops), strict=True):
+            found.append(pairs)
+            if bar is not None:
+                bar.update((stop - start) * (len(embeddings) - (start + stop - 1) / 2))
+    i, j = np.concatenate([p.i for p in found]), np.concatenate([p.j for p in found])
+    order = np.lexsort((j, i))
+    return Pairs(i[order], j[order], np.concatenate([p.similarity for p in found])[order])
 
 
 def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int = 512, seed: int = 0) -> float:
@@ -111,6 +141,131 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
         verified = _verified(embeddings, low[different], high[different], threshold)
         true = np.union1d(true, verified.i * n + verified.j)
     return float(np.isin(true, known).mean()) if len(true) else 1.0
+
+
+@dataclass(frozen=True)
+class _Screen:
+    """Short rows whose products are no smaller than the cosines, sorted into blocks that lie close together.
+
+    Attributes:
+        rows: float32 ``[n, k + 1]`` in block order, ``(x₁, ‖x₂‖)`` of each unit row.
+        places: float32 ``[axes, n]``, the coordinates that blocks are boxes of.
+        order: int64 ``[n]``, the embedding behind each row.
+        starts: int64 ``[blocks + 1]``.
+        lowest: a product below this is no near pair.
+        reach: a row farther than this from a box, squared, has no near one in it.
+    """
+
+    rows: NDArray[np.float32]
+    places: NDArray[np.float32]
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lowest: np.float32
+    reach: np.float32
+
+    @classmethod
+    def of(cls, embeddings: NDArray, threshold: float, block: int) -> _Screen:
+        """Two passes over the embeddings: for the blocks, and for the rows in their order."""
+        n, d = embeddings.shape
+        axes = _screening_axes(embeddings, threshold)
+        k, boxed = axes.shape[1], min(_BOX_AXES, axes.shape[1])
+        # A coordinate errs by at most (d + 8) 2^-24 of a unit row's length, k of them by √k times that; products of
+        # two rows by twice that again. The same room makes ‖x₂‖ no smaller than it is.
+        slack = 4 * (d + 8) * k**0.5 * 2.0**-24
+
+        places = np.empty((boxed, n), np.float32)
+        for start, some in _chunks(embeddings, n, 4096):
+            places[:, start : start + len(some)] = (some @ axes[:, :boxed]).T
+        order, starts = _tree(places, block)
+        places = places[:, order]
+
+        rank = np.empty(n, np.int64)
+        rank[order] = np.arange(n)
+        rows = np.empty((n, k + 1), np.float32)
+        for start, some in _chunks(embeddings, n, 4096):
+            first = some @ axes
+            square = np.einsum("nd,nd->n", some, some, dtype=np.float64)  # 1, and 0 of a zero row
+            rest = square - np.einsum("nd,nd->n", first, first, dtype=np.float64)
+            where = rank[start : start + len(some)]
+            rows[where, :k], rows[where, k] = first, np.sqrt(rest.clip(0) + slack)
+        apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
+        return cls(rows, places, order, starts, np.float32(threshold - slack - 1e-6), np.float32(apart**2))
+
+    def candidates(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pairs of a row in the block ``start … stop`` and one in it or after it that may be near: i < j."""
+        rows, places = self.rows[start:stop], self.places[:, start:]
+        apart = np.zeros(places.shape[1], np.float32)
+        for place in places:
+            inside = place[: stop - start]
+            gap = np.maximum(inside.min() - place, place - inside.max())
+            np.maximum(gap, 0, out=gap)
+            apart += gap * gap
+        within = start + np.flatnonzero(apart <= self.reach)
+        found_a, found_b = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for tile in range(0, len(within), _TILE):
+            others = within[tile : tile + _TILE]
+            near = self.rows[others] @ rows.T >= self.lowest
+            if near.any():
+                a, b = np.divmod(np.flatnonzero(near), stop - start)
+                a, b = others[a], start + b
+                found_a.append(a[a > b])
+                found_b.append(b[a > b])
+        a, b = self.order[np.concatenate(found_a)], self.order[np.concatenate(found_b)]
+        return np.minimum(a, b), np.maximum(a, b)
+
+
+def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]:
+    """``[d, k]`` orthonormal axes: the first principal ones, as many as make the join cheapest.
+
+    k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
+    screen lets through costs its verification.
+    """
+    n, d = embeddings.shape
+    if n <= _SMALL:
+        return np.eye(d, dtype=np.float32)
+    sampled = np.sort(np.random.default_rng(0).choice(n, min(_SAMPLE, n), replace=False))
+    rows = np.concatenate([_unit(embeddings, row, row + 1) for row in sampled])
+    axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, ::-1]  # of the largest share first
+    turned = rows @ axes.astype(np.float32)
+    half = min(len(rows) // 2, 1024)
+    x, y = turned[:half], turned[-half:]
+    best, least = d, float(d)
+    product, before = np.zeros((half, half), np.float32), 0
+    for k in sorted({*range(8, 64, 4), *range(64, 128, 16), *range(128, 1024, 64)}):
+        if k >= d:
+            break
+        product += x[:, before:k] @ y[:, before:k].T
+        rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
+        let_through = float((product + rest_x[:, None] * rest_y >= threshold).mean())
+        cost, before = k + _VERIFY_COST * let_through, k
+        if cost < least:
+            best, least = k, cost
+    return np.ascontiguousarray(axes[:, :best], np.float32)
+
+
+def _tree(places: NDArray[np.float32], block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A k-d tree's leaves, one after the other: the order of the rows, and where each leaf starts.
+
+    Each cut is at the middle of the axis with the largest variance; all leaves but the last hold ``block`` rows.
+    """
+    order: list[NDArray[np.int64]] = []
+    left = [np.arange(places.shape[1], dtype=np.int64)]
+    while left:
+        rows = left.pop()
+        if len(rows) <= block:
+            order.append(rows)
+            continue
+        inside = places[:, rows]
+        cut = (len(rows) // block + 1) // 2 * block
+        parted = rows[np.argpartition(inside[inside.var(axis=1).argmax()], cut)]
+        left += [parted[cut:], parted[:cut]]
+    return np.concatenate(order), np.cumsum([0, *(len(leaf) for leaf in order)])
+
+
+def _cores() -> int:
+    from curate.engine import cpu_count
+
+    return cpu_count()
 
 
 def _check(embeddings: NDArray, threshold: float) -> None:

@@ -1,0 +1,203 @@
+"""The exact near-duplicate join beside faiss's brute force: time, pairs and memory.
+
+    python -m benchmarks.join                                 200,000 rows, both kinds of embeddings
+    python -m benchmarks.join --curve                         25,000 to 400,000 rows, ours alone, and the exponent
+    python -m benchmarks.join --rows 1000000 --no_faiss --kinds gaussian
+
+Each side runs in a process of its own on the same memory-mapped float16 embeddings and the same number of threads.
+Its peak memory is what the process gains over its state before the join; the embeddings' own pages count. faiss
+answers queries in blocks of 4,096 rows; its pairs are kept where i < j.
+
+Kinds:
+
+- ``gaussian``: unit rows of 256 dimensions, the i-th of standard deviation i^-½, of which a tenth are groups of near
+  copies;
+- ``mosaics``: the layout descriptor of 2 × 2 mosaics of randomly cropped, mirrored and tinted sample images, a tenth
+  of which are copies at other JPEG qualities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from curate.engine import cpu_count
+
+THRESHOLD = 0.9
+QUERIES = 4096
+TOLERANCE = 2e-6  # pairs nearer to the threshold than this may fall either way in faiss's float32 sums
+
+
+def gaussian(rows: int, seed: int = 0) -> np.ndarray:
+    """``[rows, 256]`` float16; every tenth row is a copy of another one, at a cosine of about 0.98."""
+    rng = np.random.default_rng(seed)
+    deviation = np.arange(1, 257, dtype=np.float32) ** -0.5
+    result = np.empty((rows, 256), np.float16)
+    for start in range(0, rows, 8192):
+        x = rng.standard_normal((min(8192, rows - start), 256), dtype=np.float32) * deviation
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        copies = np.flatnonzero(rng.random(len(x)) < 0.1)
+        x[copies] = x[rng.integers(0, len(x), len(copies))]
+        x[copies] += 0.2 / 16 * rng.standard_normal((len(copies), 256), dtype=np.float32)
+        result[start : start + len(x)] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return result
+
+
+def mosaics(rows: int, seed: int = 0) -> np.ndarray:
+    """``[rows, 169]`` float16; see the head of this file."""
+    from PIL import Image
+
+    from curate.embed import LayoutEmbedder
+    from curate.images import decode_image, stack_images
+    from train.sample_set import load_part
+
+    parts = ("pretrain", "finetune", "held_out")
+    images = [decode_image(sample.image) for part in parts for sample in load_part(part)]
+    pixels = (stack_images(images, 64) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    rng, embedder, vectors = np.random.default_rng(seed), LayoutEmbedder(), []
+    batch: list[Image.Image] = []
+    for row in range(rows):
+        if row % 10 == 9:  # a copy of one of the last nine
+            buffer = io.BytesIO()
+            batch[-int(rng.integers(1, 10))].save(buffer, "JPEG", quality=int(rng.integers(30, 95)))
+            batch.append(Image.open(buffer).convert("RGB"))
+        else:
+            canvas = np.empty((64, 64, 3), np.uint8)
+            for quarter in range(4):
+                left, top = rng.integers(0, 32, 2)
+                tile = pixels[rng.integers(len(pixels)), top : top + 32, left : left + 32].astype(np.float32)
+                tile = tile[:, :: rng.choice([-1, 1])] * rng.uniform(0.6, 1.2, 3)
+                y, x = 32 * (quarter // 2), 32 * (quarter % 2)
+                canvas[y : y + 32, x : x + 32] = tile.clip(0, 255)
+            batch.append(Image.fromarray(canvas))
+        if len(batch) == 2000 or row == rows - 1:
+            vectors.append(embedder.embed(batch).astype(np.float16))
+            batch = []
+    return np.concatenate(vectors)
+
+
+MAKERS = {"gaussian": gaussian, "mosaics": mosaics}
+
+
+def ours(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``(i, j, similarity)``."""
+    from curate.neighbors import find_pairs
+
+    pairs = find_pairs(embeddings, THRESHOLD, threads=threads)
+    return pairs.i, pairs.j, pairs.similarity
+
+
+def brute_force(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``(i, j, similarity)`` from ``IndexFlatIP.range_search``."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    n, d = embeddings.shape
+    index = faiss.IndexFlatIP(d)
+    rows = np.asarray(embeddings, np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    index.add(rows)
+    found = []
+    for start in range(0, n, QUERIES):
+        limits, similarity, j = index.range_search(rows[start : start + QUERIES], THRESHOLD - TOLERANCE)
+        i = start + np.repeat(np.arange(len(limits) - 1), np.diff(limits).astype(np.int64))
+        once = i < j
+        found.append((i[once], j[once], similarity[once]))
+    i, j, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.lexsort((j, i))
+    return i[order], j[order], similarity[order]
+
+
+SIDES = {"ours": ours, "faiss": brute_force}
+
+
+def _measure(side: str, path: str, threads: int, out: str) -> None:
+    """In a process of its own: run one side, leave its pairs in ``out`` and its figures beside them."""
+    import faiss  # noqa: F401  both sides carry the same libraries
+    import threadpoolctl  # noqa: F401
+
+    import curate.neighbors  # noqa: F401
+
+    embeddings = np.load(path, mmap_mode="r")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    i, j, similarity = SIDES[side](embeddings, threads)
+    seconds = time.perf_counter() - start
+    gained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    np.savez(out, i=i, j=j, similarity=similarity)
+    Path(out + ".json").write_text(json.dumps({"seconds": seconds, "bytes": gained * 1024}))
+
+
+def measure(side: str, path: Path, threads: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Figures and pairs of one side."""
+    out = str(path.with_name(f"{side}.npz"))
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(side, str(path), threads, out))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{side} failed")
+    return json.loads(Path(out + ".json").read_text()), dict(np.load(out))
+
+
+def same_pairs(a: dict[str, np.ndarray], b: dict[str, np.ndarray], n: int) -> bool:
+    """Whether all pairs agree but those at the threshold within float32's error."""
+    keys = [side["i"].astype(np.int64) * n + side["j"] for side in (a, b)]
+    for one, other, side in ((keys[0], keys[1], a), (keys[1], keys[0], b)):
+        alone = side["similarity"][~np.isin(one, other)]
+        if (np.abs(alone - THRESHOLD) > TOLERANCE).any():
+            return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--kinds", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--threads", type=int, default=cpu_count())
+    parser.add_argument("--no_faiss", action="store_true", help="ours alone")
+    parser.add_argument("--curve", action="store_true", help="ours alone, over 25,000 to 400,000 rows")
+    arguments = parser.parse_args()
+    sizes = [25_000, 50_000, 100_000, 200_000, 400_000] if arguments.curve else [arguments.rows]
+    for kind in arguments.kinds:
+        seconds = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "embeddings.npy"
+            for rows in sizes:
+                embeddings = MAKERS[kind](rows)
+                np.save(path, embeddings)
+                size, shape = embeddings.nbytes, embeddings.shape
+                del embeddings
+                figures, pairs = measure("ours", path, arguments.threads)
+                seconds.append(figures["seconds"])
+                print(
+                    f"{kind} {shape[0]:,} × {shape[1]} float16, cosine ≥ {THRESHOLD}, {arguments.threads} threads: "
+                    f"ours {figures['seconds']:.1f} s, {len(pairs['i']):,} pairs, "
+                    f"peak {figures['bytes'] / size:.2f} × the embeddings",
+                    flush=True,
+                )
+                if arguments.no_faiss or arguments.curve:
+                    continue
+                theirs, their_pairs = measure("faiss", path, arguments.threads)
+                same = "the same pairs" if same_pairs(pairs, their_pairs, rows) else "OTHER PAIRS"
+                print(
+                    f"{kind}: faiss IndexFlatIP.range_search {theirs['seconds']:.1f} s, "
+                    f"{theirs['seconds'] / figures['seconds']:.1f} times ours, {same}, "
+                    f"peak {theirs['bytes'] / size:.2f} × the embeddings",
+                    flush=True,
+                )
+        if arguments.curve:
+            slopes = np.diff(np.log(seconds)) / np.diff(np.log(sizes))
+            print(f"{kind}: seconds grow with rows^{statistics.mean(slopes):.2f}")
+
+
+if __name__ == "__main__":
+    main()
