@@ -22,7 +22,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -128,13 +127,20 @@ def _measure(side: str, path: str, threads: int, out: str) -> None:
     import curate.neighbors  # noqa: F401
 
     embeddings = np.load(path, mmap_mode="r")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     start = time.perf_counter()
     i, j, similarity = SIDES[side](embeddings, threads)
     seconds = time.perf_counter() - start
-    gained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    gained = _resident("VmHWM") - before
     np.savez(out, i=i, j=j, similarity=similarity)
-    Path(out + ".json").write_text(json.dumps({"seconds": seconds, "bytes": gained * 1024}))
+    Path(out + ".json").write_text(json.dumps({"seconds": seconds, "bytes": gained}))
+
+
+def _resident(what: str) -> int:
+    """``VmRSS``, the resident memory in bytes, or ``VmHWM``, its peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what + ":"))
 
 
 def measure(side: str, path: Path, threads: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:

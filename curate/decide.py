@@ -138,12 +138,10 @@ class _Judge:
         self.order, self.captions = order.tolist(), captions
         self.max_per_caption, self.keep_differing = max_per_caption, keep_differing
         self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
-        self.near_images = _Neighbours(near.image_pairs, 1 + max(self.image_of, default=-1))
-        self.near_captions = _Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
+        self.images = _Neighbours(near.image_pairs, 1 + max(self.image_of, default=-1))
+        self.texts = _Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
         self.rank = np.empty(n, np.int64)
         self.rank[order] = np.arange(n)
-        self.kept_of_image: dict[int, list[int]] = {}
-        self.kept_of_caption: dict[int, list[int]] = {}
         self.reason = np.full(n, None, object)
         self.kept_by = np.full(n, -1, np.int64)
         self.image_similarity = np.full(n, np.nan, np.float32)
@@ -156,10 +154,8 @@ class _Judge:
     def greedy(self) -> None:
         """Each row against the rows kept before it."""
         for row in self.order:
-            image, copies = self.image_of[row], []
-            for other, similarity in [(image, 1.0), *self.near_images[image]]:
-                copies += [(kept, similarity) for kept in self.kept_of_image.get(other, ())]
-            if copies:
+            image = self.image_of[row]
+            if copies := self.images.kept_near(image):
                 if self._drop_as_copy(row, copies):
                     self.group[row] = self.group[self.kept_by[row]]
                     continue
@@ -170,7 +166,7 @@ class _Judge:
 
     def components(self) -> None:
         """All rows that near pairs link are one group; its first row stands for it."""
-        root = self.near_images.components()
+        root = self.images.components()
         first: dict[int, int] = {}  # by component
         kept: dict[int, list[int]] = {}
         for row in self.order:
@@ -217,18 +213,14 @@ class _Judge:
         """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""
         caption = self.caption_of[row]
         if self.max_per_caption is not None and self._has_caption(row):
-            same = [
-                (kept, similarity)
-                for other, similarity in [(caption, 1.0), *self.near_captions[caption]]
-                for kept in self.kept_of_caption.get(other, ())
-            ]
+            same = self.texts.kept_near(caption)
             if len(same) >= self.max_per_caption:
                 kept, similarity = min(same, key=lambda c: (self.caption_of[c[0]] != caption, -c[1], self.rank[c[0]]))
                 reason = CAPTION_QUOTA if self.caption_of[kept] == caption else NEAR_CAPTION
                 self._drop(row, kept, reason, self._image_similarity(row, kept), similarity)
                 return False
-        self.kept_of_image.setdefault(self.image_of[row], []).append(row)
-        self.kept_of_caption.setdefault(caption, []).append(row)
+        self.images.keep(self.image_of[row], row)
+        self.texts.keep(caption, row)
         return True
 
     def _drop(self, row: int, kept: int, reason: str, image: float, caption: float) -> None:
@@ -239,10 +231,10 @@ class _Judge:
         return bool(self.captions[row].strip())
 
     def _image_similarity(self, a: int, b: int) -> float:
-        return self.near_images.similarity(self.image_of[a], self.image_of[b])
+        return self.images.similarity(self.image_of[a], self.image_of[b])
 
     def _caption_similarity(self, a: int, b: int) -> float:
-        return self.near_captions.similarity(self.caption_of[a], self.caption_of[b])
+        return self.texts.similarity(self.caption_of[a], self.caption_of[b])
 
     def verdicts(self) -> Verdicts:
         """What was decided."""
@@ -260,7 +252,7 @@ class _Judge:
 
 
 class _Neighbours:
-    """Near pairs of ``n`` things, by thing: ``neighbours[a]`` lists ``(b, similarity)``."""
+    """Near pairs of ``n`` things, by thing, and which rows were kept of each thing."""
 
     def __init__(self, pairs: Pairs, n: int):
         a, b = np.concatenate([pairs.i, pairs.j]), np.concatenate([pairs.j, pairs.i])
@@ -268,17 +260,32 @@ class _Neighbours:
         self._a, self._b = a[order], b[order]
         self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
         self._start = np.searchsorted(self._a, np.arange(n + 1))
+        self._crowd = pairs.crowd
+        self._kept: dict[int, list[int]] = {}
+        self._kept_of_crowd: list[int] = []
 
-    def __getitem__(self, thing: int) -> list[tuple[int, float]]:
+    def keep(self, thing: int, row: int) -> None:
+        """A row that shows this thing was kept."""
+        if thing not in self._kept and self._crowd is not None and thing in self._crowd:
+            self._kept_of_crowd.append(thing)
+        self._kept.setdefault(thing, []).append(row)
+
+    def kept_near(self, thing: int) -> list[tuple[int, float]]:
+        """``(row, similarity)`` of the rows kept of the thing itself and of the things near it."""
         some = slice(self._start[thing], self._start[thing + 1])
-        if some.start == some.stop:
-            return []
-        return list(zip(self._b[some].tolist(), self._similarity[some].tolist(), strict=True))
+        near = [(thing, 1.0)]
+        if some.start < some.stop:
+            near += zip(self._b[some].tolist(), self._similarity[some].tolist(), strict=True)
+        if self._crowd is not None and thing in self._crowd:
+            near += self._crowd.near(thing, [other for other in self._kept_of_crowd if other != thing])
+        return [(row, similarity) for other, similarity in near for row in self._kept.get(other, ())]
 
     def similarity(self, a: int, b: int) -> float:
         """Of a near pair; 1 for one thing, NaN for what is not near."""
         if a == b:
             return 1.0
+        if self._crowd is not None and a in self._crowd and b in self._crowd:
+            return dict(self._crowd.near(a, [b])).get(b, float("nan"))
         start, stop = self._start[a], self._start[a + 1]
         place = start + int(np.searchsorted(self._b[start:stop], b))
         return float(self._similarity[place]) if place < stop and self._b[place] == b else float("nan")
@@ -293,7 +300,8 @@ class _Neighbours:
                 thing = int(parent[thing])
             return thing
 
-        for a, b in zip(self._a.tolist(), self._b.tolist(), strict=True):
+        links = zip(self._a.tolist(), self._b.tolist(), strict=True)
+        for a, b in [*links, *(self._crowd.links() if self._crowd is not None else ())]:
             low, high = sorted((root(a), root(b)))
             parent[high] = low
         return np.array([root(thing) for thing in range(len(parent))], np.int64)

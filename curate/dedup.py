@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 import curate
 from curate import ledger as ledgers
 from curate.config import DedupConfig
-from curate.console import UsageError, UserError, get_logger, write_json
+from curate.console import UsageError, UserError, get_logger, progress, write_json
 from curate.engine import Engine, LocalEngine, one_thread
 from curate.shards import BadSample, Sample, expand_shards, open_shard, read_samples, shard_names, write_shard
 
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
+CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
 BATCH_PIXELS = 32_000_000  # decoded pixels held at a time, whatever the batch size
 HISTOGRAM_SAMPLE = 2000
 
@@ -444,7 +445,9 @@ def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig
         / "work"
         / f"pairs-{_digest([list(keys), config.missing_caption, config.threshold, measured])}.parquet"
     )
-    image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], config.threshold, config)
+    image_pairs, recall = _joined(
+        images_cache, lambda: rows.embeddings[first], config.threshold, config, "joining images"
+    )
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
     long = np.array(
@@ -459,6 +462,7 @@ def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig
         lambda: embed_captions([captions[row] for row in long]),
         config.caption_threshold,
         config,
+        "joining captions",
     )
     return _Joined(
         image_of=image_of,
@@ -466,9 +470,7 @@ def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig
         image_pairs=image_pairs,
         caption_of=caption_of,
         captions=captions,
-        caption_pairs=type(caption_pairs)(
-            long[caption_pairs.i], long[caption_pairs.j], caption_pairs.similarity
-        ),
+        caption_pairs=caption_pairs.renumbered(long),
         recall=recall,
         caption_recall=caption_recall,
         caches=(images_cache, captions_cache),
@@ -485,23 +487,28 @@ def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def _joined(
-    cache: Path, embed: Callable[[], NDArray[Any]], threshold: float, config: DedupConfig
+    cache: Path, embed: Callable[[], NDArray[Any]], threshold: float, config: DedupConfig, desc: str
 ) -> tuple[Pairs, float]:
     """Near pairs and their measured recall: from the cache, or found and put there."""
-    from curate.neighbors import Pairs, find_pairs, recall
+    from curate.neighbors import Crowd, Pairs, find_pairs, recall
 
     if cache.is_file():
         table = pq.read_table(cache)
-        measured = json.loads(table.schema.metadata[b"recall"])
-        return Pairs(*(table[name].to_numpy() for name in ("i", "j", "similarity"))), measured
+        measured, crowd = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
+        columns = (table[name].to_numpy() for name in ("i", "j", "similarity"))
+        return Pairs(*columns, Crowd(embed(), np.array(crowd), threshold) if crowd else None), measured
     embeddings = embed()
     if len(embeddings) < 2:
         pairs, measured = Pairs.empty(), 1.0
     else:
-        pairs = find_pairs(embeddings, threshold)
+        n = len(embeddings)
+        with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
+            pairs = find_pairs(embeddings, threshold, crowd=CROWD, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
     table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
-    ledgers.write_table(table.replace_schema_metadata({"recall": json.dumps(measured)}), cache)
+    crowd = [] if pairs.crowd is None else pairs.crowd.rows.tolist()
+    metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowd)}
+    ledgers.write_table(table.replace_schema_metadata(metadata), cache)
     return pairs, measured
 
 

@@ -9,15 +9,20 @@ Exact by construction, at a fraction of brute force's work:
    ``√(2 (1 − threshold))`` apart, so a row farther than that from a block's box is not compared with the block.
 3. *Verify.* What is left is decided in float64 from the rows as they were given.
 
+A row with very many near rows stands in a *crowd* (a placeholder image in ten thousand encodings). Pairs inside a
+crowd grow with the square of its size and tell nothing new, so they can be left out and asked for where a decision
+needs them: what is found then grows with the number of rows alone.
+
 Every bound has room for float32's rounding in any order of summation. So the pairs, and their similarities to
 the last bit, depend neither on the blocks, nor on the threads, nor on the BLAS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +37,7 @@ _TILE = 1024  # rows compared with a block at a time: 1 MB of products
 _SAMPLE = 8192  # rows that the axes are taken from
 _SMALL = 2048  # fewer rows are compared as they are: finding axes would cost more than it saves
 _BOX_AXES = 4  # axes that blocks are boxes of
+_DENSE = 1 << 15  # candidates of one tile above which a product of whole rows is cheaper than verifying each
 _VERIFY_COST = 30_000  # verifying one pair costs about as much as screening this many by one coordinate
 _VERIFY_ELEMENTS = 1 << 20  # float64 elements of each side that are verified at a time
 _SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
@@ -44,11 +50,13 @@ class Pairs:
     Attributes:
         i, j: int64 ``[m]``, rows.
         similarity: float32 ``[m]``, their cosine.
+        crowd: the rows between which pairs were left out, if any.
     """
 
     i: NDArray[np.int64]
     j: NDArray[np.int64]
     similarity: NDArray[np.float32]
+    crowd: Crowd | None = None
 
     def __len__(self) -> int:
         return len(self.i)
@@ -58,11 +66,68 @@ class Pairs:
         """No pairs."""
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
+    def renumbered(self, numbers: NDArray[np.int64]) -> Pairs:
+        """The same pairs with row r called ``numbers[r]``; ``numbers`` must increase."""
+        crowd = None if self.crowd is None else self.crowd.renumbered(numbers)
+        return Pairs(numbers[self.i], numbers[self.j], self.similarity, crowd)
+
+
+class Crowd:
+    """Rows that have very many near rows, and which of them are near each other, asked for one by one.
+
+    Args:
+        embeddings: ``[n, d]``, those that the pairs were found in.
+        rows: int64 ``[m]``, the crowded rows.
+        threshold: the join's.
+        names: int64 ``[m]``, increasing, what the rows are called; None calls them by their numbers.
+    """
+
+    def __init__(
+        self,
+        embeddings: NDArray,
+        rows: NDArray[np.int64],
+        threshold: float,
+        names: NDArray[np.int64] | None = None,
+    ):
+        rows = np.sort(rows)
+        self.rows, self.threshold = rows if names is None else names, threshold
+        self._vectors = np.asarray(embeddings[rows])
+        self._place = {row: place for place, row in enumerate(self.rows.tolist())}
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._place
+
+    def renumbered(self, numbers: NDArray[np.int64]) -> Crowd:
+        """The same crowd with row r called ``numbers[r]``; ``numbers`` must increase."""
+        return Crowd(self._vectors, np.arange(len(self.rows)), self.threshold, numbers[self.rows])
+
+    def near(self, row: int, others: Sequence[int]) -> list[tuple[int, float]]:
+        """``(other, cosine)`` of those of ``others``, all in the crowd, that are near ``row``, as the join has it."""
+        if not len(others):
+            return []
+        places = np.array([self._place[other] for other in others], np.int64)
+        found = _verified(self._vectors, np.full_like(places, self._place[row]), places, self.threshold)
+        return list(zip(self.rows[found.j].tolist(), found.similarity.tolist(), strict=True))
+
+    def links(self) -> Iterator[tuple[int, int]]:
+        """Near pairs that connect what all near pairs in the crowd connect, fewer than rows: a spanning forest."""
+        left = np.arange(len(self.rows))
+        while len(left):
+            reached, left = [int(left[0])], left[1:]
+            while reached and len(left):
+                place = reached.pop()
+                near = _verified(self._vectors, np.full_like(left, place), left, self.threshold).j
+                for other in near.tolist():
+                    yield int(self.rows[place]), int(self.rows[other])
+                reached += near.tolist()
+                left = np.setdiff1d(left, near, assume_unique=True)
+
 
 def find_pairs(
     embeddings: NDArray,
     threshold: float,
     *,
+    crowd: int | None = None,
     block: int = BLOCK,
     engine: str = "exact",
     threads: int = 0,
@@ -72,12 +137,13 @@ def find_pairs(
 
     Memory beside the result: about ``4 (k + 8)`` bytes a row, where k, the length of the screen, is chosen by
     the data (often 20 to 40), and a few megabytes a thread; ``embeddings`` is read in pieces and may be a memory
-    map. Time grows with n², by a small constant. Many identical rows give quadratically many pairs: collapse
-    them beforehand.
+    map. Time grows with n², by a small constant.
 
     Args:
         embeddings: ``[n, d]`` float16, float32 or float64; any length of rows, zero rows are near to nothing.
         threshold: cosine in (0, 1]; a pair whose cosine, rounded to float32, equals it counts.
+        crowd: a row with more near rows than this is crowded, and pairs of two crowded rows are left out: what is
+            found is then at most ``crowd`` pairs a row, however large a group of copies is. None finds all pairs.
         block: rows of a block.
         engine: ``exact`` is the one there is.
         threads: that compare blocks; 0 takes the CPU cores at hand. The result is the same.
@@ -95,28 +161,64 @@ def find_pairs(
         raise ValueError(f"unknown engine {engine!r} of find_pairs: choose exact")
     if len(embeddings) == 0:
         return Pairs.empty()
-    found: list[Pairs] = []
+    tally = _Crowding(len(embeddings), crowd)
     # One BLAS thread in each of ours, so that the comparisons between products run side by side, too.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads or _cores()) as pool:
         screen = _Screen.of(embeddings, threshold, block)
 
-        def near(start: int, stop: int) -> Pairs:
-            return _verified(embeddings, *screen.candidates(start, stop), threshold)
+        def near(start: int, stop: int) -> list[Pairs]:
+            found = []
+            for i, j in screen.candidates(start, stop, tally.crowded):
+                if crowd is not None and len(i) > _DENSE:
+                    sure = _surely_near(embeddings, i, j, threshold)
+                    tally.add(i[sure], j[sure])
+                    both = tally.crowded[i] & tally.crowded[j]
+                    found.append(_verified(embeddings, i[sure & ~both], j[sure & ~both], threshold))
+                    i, j = i[~sure & ~both], j[~sure & ~both]
+                found.append(_verified(embeddings, i, j, threshold))
+                tally.add(found[-1].i, found[-1].j)
+            return found
 
         starts, stops = screen.starts[:-1].tolist(), screen.starts[1:].tolist()
-        for start, stop, pairs in zip(starts, stops, pool.map(near, starts, stops), strict=True):
-            found.append(pairs)
+        found = [Pairs.empty()]
+        for start, stop, some in zip(starts, stops, pool.map(near, starts, stops), strict=True):
+            found += some
             if bar is not None:
                 bar.update((stop - start) * (len(embeddings) - (start + stop - 1) / 2))
     i, j = np.concatenate([p.i for p in found]), np.concatenate([p.j for p in found])
+    similarity = np.concatenate([p.similarity for p in found])
+    # Whether two crowded rows were compared before both were known to be crowded is a matter of chance.
+    inside = tally.crowded[i] & tally.crowded[j]
+    i, j, similarity = i[~inside], j[~inside], similarity[~inside]
     order = np.lexsort((j, i))
-    return Pairs(i[order], j[order], np.concatenate([p.similarity for p in found])[order])
+    rows = np.flatnonzero(tally.crowded)
+    return Pairs(i[order], j[order], similarity[order], Crowd(embeddings, rows, threshold) if len(rows) else None)
+
+
+class _Crowding:
+    """Counts near rows. A row is crowded in the end exactly if it has more than ``limit`` of them: pairs are passed
+    over only between rows that are crowded already.
+    """
+
+    def __init__(self, n: int, limit: int | None):
+        self.limit, self.crowded = limit, np.zeros(n, bool)
+        self._near, self._lock = np.zeros(n if limit is not None else 0, np.int64), Lock()
+
+    def add(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> None:
+        """Count new near pairs."""
+        if self.limit is None or not len(i):
+            return
+        with self._lock:
+            rows, counts = np.unique(np.concatenate([i, j]), return_counts=True)
+            self._near[rows] += counts
+            self.crowded[rows] = self._near[rows] > self.limit
 
 
 def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int = 512, seed: int = 0) -> float:
     """Share of the true pairs of randomly sampled rows that ``pairs`` holds; 1 if these rows have none.
 
-    The true pairs come from comparing each sampled row with every other one, apart from the join's tiles.
+    The true pairs come from comparing each sampled row with every other one, apart from the join's blocks. Pairs
+    inside a crowd, which were left out on purpose, do not count.
 
     Args:
         embeddings: ``[n, d]``, what ``pairs`` was found in.
@@ -131,7 +233,7 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
     if n < 2:
         return 1.0
     lowest = _candidate_threshold(threshold, d)
-    queries = np.concatenate([_unit(embeddings, row, row + 1) for row in chosen])
+    queries = _unit(embeddings, chosen)
     known = pairs.i * n + pairs.j
     true = np.empty(0, np.int64)
     for start, some in _chunks(embeddings, n, max(1, _SEARCH_ELEMENTS // max(d, len(chosen)))):
@@ -139,6 +241,9 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
         low, high = np.minimum(chosen[a], b + start), np.maximum(chosen[a], b + start)
         different = low < high
         verified = _verified(embeddings, low[different], high[different], threshold)
+        if pairs.crowd is not None:
+            inside = np.isin(verified.i, pairs.crowd.rows) & np.isin(verified.j, pairs.crowd.rows)
+            verified = Pairs(verified.i[~inside], verified.j[~inside], verified.similarity[~inside])
         true = np.union1d(true, verified.i * n + verified.j)
     return float(np.isin(true, known).mean()) if len(true) else 1.0
 
@@ -191,8 +296,12 @@ class _Screen:
         apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
         return cls(rows, places, order, starts, np.float32(threshold - slack - 1e-6), np.float32(apart**2))
 
-    def candidates(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pairs of a row in the block ``start … stop`` and one in it or after it that may be near: i < j."""
+    def candidates(
+        self, start: int, stop: int, crowded: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Pairs ``i < j`` of a row in the block ``start … stop`` and one in it or after it that may be near, some at a
+        time; those of two ``crowded`` embeddings (``[n]``, which may change meanwhile) are passed over.
+        """
         rows, places = self.rows[start:stop], self.places[:, start:]
         apart = np.zeros(places.shape[1], np.float32)
         for place in places:
@@ -201,17 +310,21 @@ class _Screen:
             np.maximum(gap, 0, out=gap)
             apart += gap * gap
         within = start + np.flatnonzero(apart <= self.reach)
-        found_a, found_b = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for tile in range(0, len(within), _TILE):
             others = within[tile : tile + _TILE]
+            if crowded[self.order[start:stop]].all():
+                others = others[~crowded[self.order[others]]]
             near = self.rows[others] @ rows.T >= self.lowest
-            if near.any():
-                a, b = np.divmod(np.flatnonzero(near), stop - start)
-                a, b = others[a], start + b
-                found_a.append(a[a > b])
-                found_b.append(b[a > b])
-        a, b = self.order[np.concatenate(found_a)], self.order[np.concatenate(found_b)]
-        return np.minimum(a, b), np.maximum(a, b)
+            if not near.any():
+                continue
+            a, b = np.divmod(np.flatnonzero(near), stop - start)
+            a, b = others[a], start + b
+            once = a > b
+            a, b = self.order[a[once]], self.order[b[once]]
+            apart_from_crowd = ~(crowded[a] & crowded[b])
+            a, b = a[apart_from_crowd], b[apart_from_crowd]
+            if len(a):
+                yield np.minimum(a, b), np.maximum(a, b)
 
 
 def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]:
@@ -224,7 +337,7 @@ def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32
     if n <= _SMALL:
         return np.eye(d, dtype=np.float32)
     sampled = np.sort(np.random.default_rng(0).choice(n, min(_SAMPLE, n), replace=False))
-    rows = np.concatenate([_unit(embeddings, row, row + 1) for row in sampled])
+    rows = _unit(embeddings, sampled)
     axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, ::-1]  # of the largest share first
     turned = rows @ axes.astype(np.float32)
     half = min(len(rows) // 2, 1024)
@@ -280,18 +393,29 @@ def _candidate_threshold(threshold: float, d: int) -> float:
     return threshold - (d + 8) * 2.0**-23
 
 
-def _unit(embeddings: NDArray, start: int, stop: int) -> NDArray[np.float32]:
-    """float32 unit rows ``start … stop``."""
-    rows = np.asarray(embeddings[start:stop], np.float32)
+def _unit(embeddings: NDArray, chosen: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+    """The chosen rows as float32 unit rows."""
+    rows = np.asarray(embeddings[chosen], np.float32)
     norm = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     if not np.isfinite(norm).all():
-        raise ValueError(f"embedding of row {start + int(np.argmin(np.isfinite(norm)))} is not finite")
+        bad = int(np.arange(len(embeddings))[chosen][np.argmin(np.isfinite(norm))])
+        raise ValueError(f"embedding of row {bad} is not finite")
     return (rows / np.where(norm == 0, 1, norm)[:, None]).astype(np.float32, copy=False)
 
 
 def _chunks(embeddings: NDArray, n: int, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     for start in range(0, n, size):
-        yield start, _unit(embeddings, start, min(start + size, n))
+        yield start, _unit(embeddings, slice(start, min(start + size, n)))
+
+
+def _surely_near(
+    embeddings: NDArray, i: NDArray[np.int64], j: NDArray[np.int64], threshold: float
+) -> NDArray[np.bool_]:
+    """Which of many pairs among few rows are near by more than float32 can err: a product of the rows tells."""
+    rows_i, at_i = np.unique(i, return_inverse=True)
+    rows_j, at_j = np.unique(j, return_inverse=True)
+    product = _unit(embeddings, rows_i) @ _unit(embeddings, rows_j).T
+    return product[at_i, at_j] >= 2 * threshold - _candidate_threshold(threshold, embeddings.shape[1])
 
 
 def _verified(embeddings: NDArray, i: NDArray[np.int64], j: NDArray[np.int64], threshold: float) -> Pairs:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curate.decide import REASONS, decide
-from curate.neighbors import Pairs
+from curate.neighbors import Pairs, find_pairs
 
 
 @dataclass
@@ -147,6 +147,27 @@ def test_the_order_of_pairs_and_numbers_changes_nothing():
         )
         one, two = decide(case, captions, prefer), decide(other, captions, prefer)
         assert (one.kept_by == two.kept_by).all() and (one.group == two.group).all()
+
+
+@pytest.mark.parametrize(("rule", "quota", "differs"), CHOICES)
+def test_a_crowd_changes_no_verdict(rule, quota, differs):
+    rng = np.random.default_rng(3)
+    images, captions = (rng.standard_normal((60, 16)) for _ in range(2))
+    for things in (images, captions):
+        things[:30] = things[0] + 0.25 * rng.standard_normal((30, 16))  # near, though not all to all
+        things[40:] = things[40] + 0.1 * rng.standard_normal((20, 16))
+    image_of, caption_of = np.arange(80) % 60, rng.permutation(np.arange(80) % 60)
+    texts, prefer = [f"caption {c}" for c in caption_of], rng.integers(0, 9, 80)
+    options = {"rule": rule, "max_per_caption": quota, "on_caption_differs": differs}
+    results = []
+    for crowd in (None, 5):
+        joined = [find_pairs(things, 0.9, crowd=crowd) for things in (images, captions)]
+        results.append(decide(Near(image_of, joined[0], caption_of, joined[1]), texts, prefer, **options))
+    assert joined[0].crowd is not None and joined[1].crowd is not None
+    one, two = results
+    for name in ("kept", "reason", "kept_by", "group", "group_size", "image_similarity", "caption_similarity"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    assert one.pooled == two.pooled
 
 
 def test_a_chain_swallows_nothing_under_greedy_and_is_one_under_components():

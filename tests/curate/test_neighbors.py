@@ -63,6 +63,65 @@ def test_equal_rows_are_pairs_even_at_one():
     assert as_list(pairs) == [(0, 2), (0, 3), (2, 3)]
 
 
+@pytest.mark.parametrize("threshold", [0.6, 0.9, 0.97])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_screen_loses_nothing(dtype, threshold):
+    # Enough rows for axes to be found; a spectrum that falls, and one whose rows have a large common part.
+    rng = np.random.default_rng(5)
+    falling = rng.standard_normal((3000, 40)) * np.arange(1, 41) ** -0.7
+    common = rng.standard_normal((3000, 40)) * 0.3 + rng.standard_normal(40)
+    for rows in (falling, common):
+        rows[::7] = rows[1::7][: len(rows[::7])] + 0.3 * rng.standard_normal((len(rows[::7]), 40)) * rows.std()
+        rows = rows.astype(dtype)
+        pairs = find_pairs(rows, threshold, threads=2)
+        assert as_list(pairs) == brute_force(rows, threshold)
+        assert len(pairs) > 0
+
+
+def test_threads_and_blocks_change_no_bit():
+    embeddings = clustered(5000, 24, seed=6)
+    first = find_pairs(embeddings, 0.85, threads=1)
+    assert len(first) > 100
+    for options in ({"threads": 2}, {"threads": 3, "block": 100}, {"threads": 1, "block": 5000}):
+        other = find_pairs(embeddings, 0.85, **options)
+        for name in ("i", "j", "similarity"):
+            assert getattr(first, name).tobytes() == getattr(other, name).tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pairs_inside_a_crowd_are_left_out_and_all_others_found(threads):
+    rng = np.random.default_rng(7)
+    embeddings = clustered(3000, 24, seed=7)
+    placeholder = rng.standard_normal(24)
+    copies = rng.choice(3000, 900, replace=False)
+    embeddings[copies] = placeholder + 0.05 * rng.standard_normal((900, 24))
+    every, crowd = find_pairs(embeddings, 0.9), 40
+    near = np.bincount(np.concatenate([every.i, every.j]), minlength=3000)
+    crowded = near > crowd
+
+    pairs = find_pairs(embeddings, 0.9, crowd=crowd, threads=threads)
+    assert pairs.crowd is not None and pairs.crowd.rows.tolist() == np.flatnonzero(crowded).tolist()
+    outside = ~(crowded[every.i] & crowded[every.j])
+    for name in ("i", "j", "similarity"):
+        assert getattr(pairs, name).tobytes() == getattr(every, name)[outside].tobytes()
+    assert len(pairs) <= crowd * 3000 < len(every)
+
+    # What was left out is to be had one by one.
+    row = int(pairs.crowd.rows[3])
+    others = pairs.crowd.rows[pairs.crowd.rows != row]
+    known = {(a, b): s for a, b, s in zip(every.i.tolist(), every.j.tolist(), every.similarity.tolist(), strict=True)}
+    expected = [(o, known[min(o, row), max(o, row)]) for o in others.tolist() if (min(o, row), max(o, row)) in known]
+    assert pairs.crowd.near(row, others.tolist()) == expected
+    links = list(pairs.crowd.links())
+    assert all((min(link), max(link)) in known for link in links)
+    assert len(links) == len(pairs.crowd.rows) - 1 == len({b for _, b in links})
+
+
+def test_without_a_crowd_nothing_is_left_out():
+    pairs = find_pairs(clustered(400, 16, seed=4), 0.9, crowd=1000)
+    assert pairs.crowd is None and as_list(pairs) == as_list(find_pairs(clustered(400, 16, seed=4), 0.9))
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_rows_have_no_pairs(n):
     embeddings = np.ones((n, 4), np.float16)
