@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from curate.commands import Verb, run
 
 VERBS = {
+    "import": Verb(
+        "curate.config:ImportConfig",
+        "curate.ingest:run_import",
+        "turn a folder of images, a Hugging Face dataset or parquet files into tar shards",
+        positionals=("src", "out"),
+    ),
     "check": Verb(
         "curate.config:CheckConfig",
         "curate.check:run_check",
