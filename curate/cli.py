@@ -37,6 +37,12 @@ VERBS = {
         "write the report of a curation again",
         positionals=("out",),
     ),
+    "export": Verb(
+        "curate.config:ExportConfig",
+        "curate.export:run_export",
+        "hand on what a curation kept: as a Hugging Face dataset, as parquet files, or as a list of ids",
+        positionals=("out", "dest"),
+    ),
 }
 
 

@@ -146,3 +146,23 @@ class ReportConfig:
     """
 
     out: str = ""
+
+
+@dataclass
+class ExportConfig:
+    """Settings of ``curate export``.
+
+    Args:
+        out: folder that ``curate dedup`` wrote.
+        dest: what to write, and must not exist yet: a folder, or with ``ids`` a file, which is replaced.
+        format: ``dataset`` is a Hugging Face dataset as ``save_to_disk`` writes it; ``parquet`` a folder of parquet
+            files, which ``load_dataset`` reads too; ``ids`` a sorted list of input samples, ``shard/key`` a line.
+        status: which samples an id list names; the others hold those that were kept.
+        file_bytes: image bytes a parquet file holds at most, unless a single image has more.
+    """
+
+    out: str = ""
+    dest: str = ""
+    format: Literal["dataset", "parquet", "ids"] = "dataset"
+    status: Literal["kept", "dropped", "unreadable"] = "kept"
+    file_bytes: int = 500_000_000
