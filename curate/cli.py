@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from curate.commands import Verb, run
 
 VERBS = {
+    "import": Verb(
+        "curate.config:ImportConfig",
+        "curate.ingest:run_import",
+        "turn a folder of images, a Hugging Face dataset or parquet files into tar shards",
+        positionals=("src", "out"),
+    ),
     "check": Verb(
         "curate.config:CheckConfig",
         "curate.check:run_check",
@@ -30,6 +36,12 @@ VERBS = {
         "curate.report:run_report",
         "write the report of a curation again",
         positionals=("out",),
+    ),
+    "export": Verb(
+        "curate.config:ExportConfig",
+        "curate.export:run_export",
+        "hand on what a curation kept: as a Hugging Face dataset, as parquet files, or as a list of ids",
+        positionals=("out", "dest"),
     ),
 }
 

@@ -9,6 +9,49 @@ Preference = Literal["lossless", "resolution", "caption_length"]
 
 
 @dataclass
+class ImportConfig:
+    """Settings of ``curate import``.
+
+    Args:
+        src: a folder of images, a Hugging Face dataset (a local folder or a hub name), or parquet files; paths,
+            globs, brace ranges or fsspec URLs. Only parquet files may be several.
+        out: local folder for the result: ``{:06d}.tar``, ``import.parquet`` with a row for every row of the source,
+            ``summary.json``.
+        kind: what the source is, where it should not be recognised by itself.
+        caption_field: of the ``.json`` beside an image, the field with its caption.
+        text_column: the column of captions, in tables and in a folder's metadata files; null for the only one of
+            text, caption and prompt that there is, empty (``--text_column=``) for none.
+        image_column: the column of images; null for the only one that looks like it.
+        image_root: folder below which the paths of a table lie; null for the folder of the table. What leads out of
+            it is skipped, so ``/`` admits any path.
+        split: split of a dataset that has several.
+        subset: configuration of a dataset that has several.
+        streaming: read a dataset of the hub as it arrives instead of downloading it first.
+        convert: write GIF, BMP, TIFF and AVIF images as PNG, their pixels unchanged, instead of skipping them.
+        max_pixels: images with more pixels are not converted.
+        require_caption: skip images without a caption that can be read.
+        samples_per_shard: samples a shard holds at most.
+        shard_bytes: bytes a shard holds at most, unless a single sample has more.
+    """
+
+    src: list[str] = field(default_factory=list)
+    out: str = ""
+    kind: Literal["auto", "folder", "dataset", "parquet"] = "auto"
+    caption_field: str = "caption"
+    text_column: str | None = None
+    image_column: str | None = None
+    image_root: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    streaming: bool = False
+    convert: bool = False
+    max_pixels: int = 64_000_000
+    require_caption: bool = False
+    samples_per_shard: int = 1000
+    shard_bytes: int = 256_000_000
+
+
+@dataclass
 class DedupConfig:
     """Settings of ``curate dedup``.
 
@@ -103,3 +146,23 @@ class ReportConfig:
     """
 
     out: str = ""
+
+
+@dataclass
+class ExportConfig:
+    """Settings of ``curate export``.
+
+    Args:
+        out: folder that ``curate dedup`` wrote.
+        dest: what to write, and must not exist yet: a folder, or with ``ids`` a file, which is replaced.
+        format: ``dataset`` is a Hugging Face dataset as ``save_to_disk`` writes it; ``parquet`` a folder of parquet
+            files, which ``load_dataset`` reads too; ``ids`` a sorted list of input samples, ``shard/key`` a line.
+        status: which samples an id list names; the others hold those that were kept.
+        file_bytes: image bytes a parquet file holds at most, unless a single image has more.
+    """
+
+    out: str = ""
+    dest: str = ""
+    format: Literal["dataset", "parquet", "ids"] = "dataset"
+    status: Literal["kept", "dropped", "unreadable"] = "kept"
+    file_bytes: int = 500_000_000

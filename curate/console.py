@@ -246,6 +246,25 @@ def to_json(obj: Any) -> Any:
     raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
 
 
+@contextmanager
+def locked(folder: str | os.PathLike[str], lock: str | os.PathLike[str]) -> Iterator[None]:
+    """One run at a time in ``folder``, by a lock on the file ``lock``, which the system lifts when its holder dies.
+
+    Raises:
+        UserError: another run holds the lock.
+    """
+    with open(lock, "w") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise UserError(f"{folder}: another run is writing to this folder") from error
+        yield
+
+
 def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     """Begin or continue a job in ``folder``: its ``run.json`` holds the settings that the result depends on.
 

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 import curate
 from curate import ledger as ledgers
 from curate.config import DedupConfig
-from curate.console import UsageError, UserError, get_logger, progress, write_json
+from curate.console import UsageError, UserError, get_logger, locked, progress, write_json
 from curate.engine import Engine, LocalEngine, one_thread
 from curate.shards import BadSample, Sample, expand_shards, open_shard, read_samples, shard_names, write_shard
 
@@ -162,16 +162,8 @@ def _prepare(out_name: str, urls: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder; the system lifts the lock when its holder dies."""
-    with open(out / "work" / "lock", "w") as handle:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise UserError(f"{out}: another run is writing to this folder") from error
+    """One run at a time in a folder, which begins by removing what a killed one left half-written."""
+    with locked(out, out / "work" / "lock"):
         for left_over in [*out.glob(".tmp-*"), *out.glob("*/.tmp-*"), *out.glob("work/read/.tmp-*")]:
             if left_over.is_file():
                 left_over.unlink()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +22,24 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64_000_000
 # Pillow's other readers are not needed for the contract's extensions, and some (EPS) start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# What a shard does not carry and Pillow turns into pixels without a program of its own.
+CONVERTED_FORMATS = ("GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"\0\0\0\x0cjP  ", "jp2"),
+)
+_BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124))
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 class ImageError(ValueError):
@@ -94,6 +112,79 @@ def is_lossless(data: bytes) -> bool:
     return data.startswith((b"\x89PNG", b"GIF8", b"BM"))
 
 
+def image_format(head: bytes) -> str | None:
+    """The format that encoded bytes begin with, by their magic numbers: the first 64 bytes are enough.
+
+    Returns:
+        ``jpg``, ``png``, ``webp``, ``gif``, ``bmp``, ``tiff``, ``avif``, ``heic`` or ``jp2``; None for anything else.
+    """
+    for magic, name in _MAGIC:
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[:2] == b"BM" and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADERS:  # two letters are not enough
+        return "bmp"
+    if head[4:8] == b"ftyp":
+        return "avif" if head[8:12] in (b"avif", b"avis") else "heic" if head[8:12] in _HEIC_BRANDS else None
+    return None
+
+
+def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """An image of another format as PNG, its pixels unchanged; of an animation the first frame.
+
+    Args:
+        data: an encoded GIF, BMP, TIFF or AVIF (which Pillow decodes to 8 bits a channel).
+        max_pixels: refuse images with more pixels than this, before any pixel is decoded.
+
+    Raises:
+        ImageError: it cannot be decoded, is too large, or has colours or a depth that PNG cannot hold unchanged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
+            opened = Image.open(io.BytesIO(data), formats=CONVERTED_FORMATS)
+        if opened.width * opened.height > max_pixels:
+            raise ImageError(f"image is {opened.width}x{opened.height}, more than {max_pixels} pixels")
+        bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (1,)) if isinstance(opened, TiffImageFile) else (8,)
+        opened.load()
+        image = _upright(opened)
+        if image.mode == "PA":
+            image = image.convert("RGBA")
+        if image.mode == "I":  # 32 bits, of which PNG has 16
+            grey = np.asarray(image)
+            if grey.min() >= 0 and grey.max() <= 65535:
+                image = Image.fromarray(grey.astype(np.uint16))
+        if image.mode not in _PNG_MODES or (max(bits) > 8 and image.mode != "I;16"):
+            raise ImageError(f"PNG cannot hold its pixels unchanged ({image.mode}, {max(bits)} bits a channel)")
+        return _encoded_png(image)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"not a {', '.join(CONVERTED_FORMATS)} image") from error
+    except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+
+
+def array_to_png(values: object) -> bytes:
+    """PNG of an array or nested lists of integers from 0 to 255: [h, w], or [h, w, 1, 3 or 4].
+
+    Raises:
+        ImageError: other shapes or values.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ImageError("rows of unequal length are no array") from error
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype.kind not in "iu" or array.size == 0 or array.min() < 0 or array.max() > 255:
+        raise ImageError(f"array of shape {array.shape} and type {array.dtype} where integers from 0 to 255 belong")
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ImageError(f"array of shape {array.shape} where [h, w] or [h, w, 1, 3 or 4] belongs")
+    return _encoded_png(Image.fromarray(array.astype(np.uint8)))
+
+
 def pixel_hash(image: Image.Image) -> str:
     """SHA-256 (hex) of the size and the RGB pixels: equal for images that are seen as equal."""
     if image.mode != "RGB":
@@ -123,6 +214,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _encoded_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _one_line(error: Exception) -> str:
