@@ -65,6 +65,9 @@ class DedupConfig:
         min_caption_chars: captions with fewer characters are near only when equal (after normalisation).
         rule: ``greedy`` drops what is near a sample that is kept, so that chains swallow nothing;
             ``components`` keeps one sample of everything that is linked.
+        against: folders of other curations: samples whose image, or a near one, stands in one of them are dropped
+            (evaluation sets that must not be trained on; batches that were curated before).
+        keep_copies: how many near copies of an image may stay; 1 keeps one of each.
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
             ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
             JPEG copy has the higher resolution, and less to show); ``resolution`` more pixels;
@@ -75,6 +78,9 @@ class DedupConfig:
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
             image alone, with an ``empty`` caption.
         max_pixels: images with more pixels are refused before they are decoded.
+        sweep: the summary and the report also say what other thresholds would do, from this much below ``threshold`` to
+            this much above; pairs are found down to there. 0 leaves it out.
+        write_dropped: write the dropped samples, too, to ``dropped/``, as they came.
         samples_per_shard: samples a written shard holds at most.
         batch_size: images embedded at a time.
         workers: processes; 1 works in this process, 0 takes the CPU cores at hand. The result is the same.
@@ -90,11 +96,15 @@ class DedupConfig:
     caption_threshold: float = 0.9
     min_caption_chars: int = 12
     rule: Literal["greedy", "components"] = "greedy"
+    against: list[str] = field(default_factory=list)
+    keep_copies: int = 1
     prefer: list[Preference] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
     max_per_caption: int | None = None
     missing_caption: Literal["unreadable", "empty"] = "unreadable"
     max_pixels: int = 64_000_000
+    sweep: float = 0.05
+    write_dropped: bool = False
     samples_per_shard: int = 10_000
     batch_size: int = 256
     workers: int = 0

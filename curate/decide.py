@@ -8,9 +8,9 @@ so that a thousand copies of one placeholder cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ NEAR_PAIR = "near_pair"  # image near, caption near
 NEAR_IMAGE = "near_image"  # image near, caption another one (pooled, if there is one)
 CAPTION_QUOTA = "caption_quota"  # another image, the same caption, and enough samples have it
 NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough samples have one like it
-REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION)
+OTHER_SET = "other_set"  # the image, or a near one, stands in a set that was to be kept apart
+REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET)
 
 
 class Near(Protocol):
@@ -55,7 +56,8 @@ class Verdicts:
     Attributes:
         kept: bool ``[n]``.
         reason: object ``[n]``, one of ``REASONS`` for a dropped row, None for a kept one.
-        kept_by: int64 ``[n]``, the kept row that stands for a dropped one; -1 for a kept one.
+        kept_by: int64 ``[n]``, the kept row that stands for a dropped one; -1 for a kept one, and for one that stands
+            in another set.
         image_similarity: float32 ``[n]``, cosine of a row with its stand-in, 1 for equal pixels; NaN where it
             is not known, because there is no stand-in or the two are no near pair.
         caption_similarity: float32 ``[n]``, likewise of the captions.
@@ -82,8 +84,10 @@ def decide(
     prefer: NDArray[np.int64] | None = None,
     *,
     rule: Rule = "greedy",
+    keep_copies: int = 1,
     max_per_caption: int | None = None,
     on_caption_differs: OnCaptionDiffers = "pool",
+    elsewhere: NDArray[np.bool_] | None = None,
 ) -> Verdicts:
     """Keep or drop each row.
 
@@ -99,11 +103,15 @@ def decide(
         captions: of each row, as they are to be pooled; the empty one is never pooled.
         prefer: ``[n]`` rank of each row, least first; equal ranks go by input order, as all do without it.
         rule: ``greedy`` or ``components``.
+        keep_copies: rows with near images that may stay beside each other: a row is dropped when as many of the rows
+            kept before it show its image or a near one.
         max_per_caption: kept rows that may share a caption, equal or near ones counted; None for any number.
         on_caption_differs: ``pool`` or ``keep``.
+        elsewhere: ``[n]``, rows that are dropped before all others since they stand in another set; they stand for
+            nothing, and each is a group of its own.
 
     Raises:
-        ValueError: arrays of different lengths, an unknown rule, a quota below 1.
+        ValueError: arrays of different lengths, an unknown rule, a number below 1.
     """
     n = len(near.image_of)
     if not len(near.caption_of) == len(captions) == n or (prefer is not None and len(prefer) != n):
@@ -114,13 +122,58 @@ def decide(
         raise ValueError(f"on_caption_differs is pool or keep, not {on_caption_differs!r}")
     if max_per_caption is not None and max_per_caption < 1:
         raise ValueError(f"max_per_caption must be at least 1, not {max_per_caption}")
+    if keep_copies < 1:
+        raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
-    judge = _Judge(near, captions, order, max_per_caption, keep_differing=on_caption_differs == "keep")
+    if elsewhere is not None:
+        order = order[~elsewhere[order]]
+    judge = _Judge(near, captions, order, keep_copies, max_per_caption, keep_differing=on_caption_differs == "keep")
     if rule == "greedy":
         judge.greedy()
     else:
         judge.components()
+    if elsewhere is not None:
+        judge.reason[elsewhere] = OTHER_SET
     return judge.verdicts()
+
+
+class _Threshold(NamedTuple):
+    """The same joins, as a higher threshold of images has them."""
+
+    image_of: NDArray[np.int64]
+    image_pairs: Pairs
+    caption_of: NDArray[np.int64]
+    caption_pairs: Pairs
+
+
+def sweep(
+    near: Near,
+    captions: Sequence[str],
+    prefer: NDArray[np.int64] | None,
+    thresholds: Iterable[float],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """What other thresholds of image similarity would do, from one join.
+
+    Args:
+        near: the joins; that of images holds all pairs down to the lowest threshold.
+        captions: see :func:`decide`, like ``prefer`` and ``options``.
+        prefer: rank of each row, or None.
+        thresholds: of the cosine of images.
+        **options: the other arguments of :func:`decide`.
+
+    Returns:
+        For each threshold ``threshold, kept, dropped, groups`` (of more than one row).
+    """
+    table = []
+    for threshold in thresholds:
+        pairs = near.image_pairs.at_least(threshold)
+        at = _Threshold(near.image_of, pairs, near.caption_of, near.caption_pairs)
+        verdicts = decide(at, captions, prefer, **options)
+        kept = int(verdicts.kept.sum())
+        groups = int((np.bincount(verdicts.group) > 1).sum()) if len(verdicts.group) else 0
+        table.append({"threshold": threshold, "kept": kept, "dropped": len(verdicts.kept) - kept, "groups": groups})
+    return table
 
 
 class _Judge:
@@ -131,17 +184,21 @@ class _Judge:
         near: Near,
         captions: Sequence[str],
         order: NDArray[np.int64],
+        keep_copies: int,
         max_per_caption: int | None,
         keep_differing: bool,
     ):
-        n = len(order)
-        self.order, self.captions = order.tolist(), captions
-        self.max_per_caption, self.keep_differing = max_per_caption, keep_differing
+        n = len(near.image_of)
+        self.captions = captions
+        self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
         self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
         self.images = _Neighbours(near.image_pairs, 1 + max(self.image_of, default=-1))
         self.texts = _Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
         self.rank = np.empty(n, np.int64)
-        self.rank[order] = np.arange(n)
+        self.rank[order] = np.arange(len(order))
+        if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others
+            order = order[self.images.has_company(near.image_of)[order]]
+        self.order = order.tolist()
         self.reason = np.full(n, None, object)
         self.kept_by = np.full(n, -1, np.int64)
         self.image_similarity = np.full(n, np.nan, np.float32)
@@ -187,7 +244,7 @@ class _Judge:
         with_caption = [(kept, similarity, self._caption_similarity(row, kept)) for kept, similarity in copies]
         if self.keep_differing:
             with_caption = [c for c in with_caption if not math.isnan(c[2]) or not self._has_caption(row)]
-        if not with_caption:
+        if len(with_caption) < self.keep_copies:
             return False
         kept, similarity, of_captions = min(
             with_caption,
@@ -240,7 +297,7 @@ class _Judge:
         """What was decided."""
         _, inverse, sizes = np.unique(self.group, return_inverse=True, return_counts=True)
         return Verdicts(
-            kept=self.kept_by < 0,
+            kept=np.array([reason is None for reason in self.reason], bool),
             reason=self.reason,
             kept_by=self.kept_by,
             image_similarity=self.image_similarity,
@@ -263,6 +320,14 @@ class _Neighbours:
         self._crowd = pairs.crowd
         self._kept: dict[int, list[int]] = {}
         self._kept_of_crowd: list[int] = []
+
+    def has_company(self, things: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the rows ``things`` ``[rows]`` show a thing that another row shows or that is near another."""
+        company = np.diff(self._start) > 0
+        if self._crowd is not None:
+            company[self._crowd.rows] = True
+        company |= np.bincount(things, minlength=len(company)) > 1
+        return company[things]
 
     def keep(self, thing: int, row: int) -> None:
         """A row that shows this thing was kept."""

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from curate.decide import Verdicts
     from curate.embed import Embedder
+    from curate.index import TrainingIndex
     from curate.neighbors import Pairs
 
 log = get_logger(__name__)
@@ -61,9 +62,9 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     Returns:
         ``samples, kept, dropped, unreadable, groups`` (of more than one sample), ``largest_group``,
         ``reasons`` (how many were dropped why), ``captions_pooled`` (kept samples that inherited captions),
-        ``recall`` (of the image join, measured), ``caption_recall``, ``shards`` (written), ``seconds``, and
-        ``stages``, the seconds of each. ``summary.json`` has the settings in place of the seconds, which
-        differ from run to run.
+        ``recall`` (of the image join, measured), ``caption_recall``, ``shards`` (written), ``sweep`` (what other
+        thresholds would do), ``seconds``, and ``stages``, the seconds of each. ``summary.json`` has the settings in
+        place of the seconds, which differ from run to run.
 
     Raises:
         UsageError: a setting is out of range, there are no shards, ``out`` is foreign or cannot be written.
@@ -74,6 +75,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     urls = expand_shards(config.shards)
     names = shard_names(urls)
     embedder = _embedder(config.image_embedder)
+    others = _open_others(config, embedder)
     out = _prepare(config.out, urls)
     engine = LocalEngine(config.workers)
     with _locked(out):
@@ -84,23 +86,26 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         rows = _Rows.load(caches, embedder.dim, config.missing_caption)
         clock.lap("read")
         if len(rows.readable) == 0:
-            _publish_ledger(out, rows, None)
+            _publish_ledger(out, rows, None, None)
             first = rows.table["reason"][0].as_py() if rows.table.num_rows else "the shards are empty"
             raise UserError(
                 f"none of the {rows.table.num_rows} samples can be read ({first}); see {out}/ledger.parquet"
             )
 
         joined = _join_stage(out, rows, keys, config)
-        verdicts = _decide_stage(rows, joined, config)
+        elsewhere = _against_stage(rows, joined, others, config)
         clock.lap("join")
+        verdicts, sweep = _decide_stage(rows, joined, elsewhere, config)
+        clock.lap("decide")
 
-        plan = _plan(out, rows, verdicts, urls, config.samples_per_shard)
-        _write_stage(engine, out, plan)
+        plan = _plan(out / "shards", rows, verdicts, urls, config.samples_per_shard, kept=True)
+        dropped = _plan(out / "dropped", rows, verdicts, urls, config.samples_per_shard, kept=False)
+        _write_stage(engine, out, [*plan, *(dropped if config.write_dropped else [])])
         clock.lap("write")
 
-        table = _publish_ledger(out, rows, verdicts)
+        table = _publish_ledger(out, rows, verdicts, elsewhere)
         _publish_index(out, rows, verdicts, embedder)
-        summary = _summarise(table, joined, verdicts, config, shards=len(plan))
+        summary = _summarise(table, joined, verdicts, config, shards=len(plan)) | {"sweep": sweep}
         _publish_report(engine, out, table, rows, joined, summary, urls, config)
         write_json(out / "summary.json", summary)
         _forget_stale(out, [*caches, *joined.caches])
@@ -117,7 +122,9 @@ def _check_settings(config: DedupConfig) -> None:
         value = getattr(config, name)
         if not 0.0 < value <= 1.0:
             raise UsageError(f"{name} must be in (0, 1], got {value}")
-    for name in ("max_pixels", "samples_per_shard", "batch_size", "recall_sample"):
+    if not 0.0 <= config.sweep < 1.0:
+        raise UsageError(f"sweep must be in [0, 1), got {config.sweep}")
+    for name in ("keep_copies", "max_pixels", "samples_per_shard", "batch_size", "recall_sample"):
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
@@ -402,7 +409,7 @@ class _Joined:
     Attributes:
         image_of: int64 [n], number of each row's distinct image (by its pixels), in order of appearance.
         first: int64 [images], the first row with each image.
-        image_pairs: near pairs of distinct images.
+        image_pairs: near pairs of distinct images, down to the lowest threshold of the sweep.
         caption_of: int64 [n], number of each row's distinct normalised caption, in order of appearance.
         captions: the distinct normalised captions.
         caption_pairs: near pairs of distinct captions.
@@ -432,14 +439,10 @@ def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig
     captions = [normalised[row] for row in first_with_caption]
 
     measured = [config.recall_sample, config.seed]
-    images_cache = (
-        out
-        / "work"
-        / f"pairs-{_digest([list(keys), config.missing_caption, config.threshold, measured])}.parquet"
-    )
-    image_pairs, recall = _joined(
-        images_cache, lambda: rows.embeddings[first], config.threshold, config, "joining images"
-    )
+    lowest = min(sweep_thresholds(config))
+    images_key = _digest([list(keys), config.missing_caption, lowest, measured])
+    images_cache = out / "work" / f"pairs-{images_key}.parquet"
+    image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], lowest, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
     long = np.array(
@@ -487,8 +490,9 @@ def _joined(
     if cache.is_file():
         table = pq.read_table(cache)
         measured, crowd = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
-        columns = (table[name].to_numpy() for name in ("i", "j", "similarity"))
-        return Pairs(*columns, Crowd(embed(), np.array(crowd), threshold) if crowd else None), measured
+        i, j, similarity = (table[name].to_numpy() for name in ("i", "j", "similarity"))
+        left_out = Crowd(embed()[crowd], np.array(crowd), threshold) if crowd else None
+        return Pairs(i, j, similarity, left_out), measured
     embeddings = embed()
     if len(embeddings) < 2:
         pairs, measured = Pairs.empty(), 1.0
@@ -504,17 +508,80 @@ def _joined(
     return pairs, measured
 
 
-def _decide_stage(rows: _Rows, joined: _Joined, config: DedupConfig) -> Verdicts:
-    from curate.decide import decide
+@dataclass(frozen=True)
+class _Elsewhere:
+    """What stands in other sets, among the n readable rows.
 
-    return decide(
-        joined,
-        rows.captions,
-        _preference(rows, config.prefer),
-        rule=config.rule,
-        max_per_caption=config.max_per_caption,
-        on_caption_differs=config.on_caption_differs,
-    )
+    Attributes:
+        shard: object [n], ``folder:shard`` of the nearest sample of another set; None where none is near.
+        key: object [n], its key.
+        similarity: float32 [n], cosine with it; NaN where none is near.
+    """
+
+    shard: NDArray[np.object_]
+    key: NDArray[np.object_]
+    similarity: NDArray[np.float32]
+
+
+def _open_others(config: DedupConfig, embedder: Embedder) -> dict[str, TrainingIndex]:
+    """The indexes of the sets to keep apart from, by the folders that name them."""
+    from curate.index import TrainingIndex
+
+    others = {folder: TrainingIndex.load(Path(folder).expanduser()) for folder in config.against}
+    for folder, index in others.items():
+        if index.embedder != embedder.name:
+            raise UsageError(
+                f"against: {folder} was curated with the embedder {index.embedder!r}, not {embedder.name!r}; "
+                "give image_embedder the same one"
+            )
+    return others
+
+
+def _against_stage(
+    rows: _Rows, joined: _Joined, others: Mapping[str, TrainingIndex], config: DedupConfig
+) -> _Elsewhere | None:
+    """The nearest sample of other sets, kept there or dropped there, for each distinct image."""
+    from curate.neighbors import find_nearest
+
+    if not others:
+        return None
+    images = rows.embeddings[joined.first]
+    shard, key = (np.full(len(images), None, dtype=object) for _ in range(2))
+    similarity = np.full(len(images), np.nan, dtype=np.float32)
+    for folder, index in others.items():
+        near, cosine = find_nearest(images, index.embeddings, config.threshold, threads=config.workers)
+        for image in np.flatnonzero((near >= 0) & ~(cosine <= similarity)).tolist():
+            shard[image], key[image] = f"{folder}:{index.shards[near[image]]}", index.keys[near[image]]
+            similarity[image] = cosine[image]
+    image_of = joined.image_of
+    return _Elsewhere(shard[image_of], key[image_of], similarity[image_of])
+
+
+def sweep_thresholds(config: DedupConfig) -> list[float]:
+    """The thresholds that are tried, ascending: the one that decides, five below and five above it, at most 1."""
+    steps = {round(config.threshold + config.sweep * step / 5, 6) for step in range(-5, 6)}
+    return sorted({config.threshold, *(step for step in steps if 0 < step <= 1)})
+
+
+def _decide_stage(
+    rows: _Rows, joined: _Joined, elsewhere: _Elsewhere | None, config: DedupConfig
+) -> tuple[Verdicts, list[dict[str, Any]]]:
+    """The verdicts, and the table of other thresholds."""
+    from curate.decide import decide, sweep
+
+    prefer = _preference(rows, config.prefer)
+    options: dict[str, Any] = {
+        "rule": config.rule,
+        "keep_copies": config.keep_copies,
+        "max_per_caption": config.max_per_caption,
+        "on_caption_differs": config.on_caption_differs,
+        "elsewhere": None if elsewhere is None else ~np.isnan(elsewhere.similarity),
+    }
+    at = dataclasses.replace(joined, image_pairs=joined.image_pairs.at_least(config.threshold))
+    verdicts = decide(at, rows.captions, prefer, **options)
+    others = sweep_thresholds(config) if config.sweep else []
+    with progress(others, desc="trying thresholds", unit="thresholds") as bar:
+        return verdicts, sweep(joined, rows.captions, prefer, bar, **options)
 
 
 def _preference(rows: _Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
@@ -546,9 +613,9 @@ class _WriteTask:
 
 
 def _plan(
-    out: Path, rows: _Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int
+    folder: Path, rows: _Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int, *, kept: bool
 ) -> list[_WriteTask]:
-    """Which kept samples go where, in input order.
+    """Which kept (or dropped) samples go where in ``folder``, in input order.
 
     A shard is full at ``per_shard`` samples, or when a key would stand in it twice: keys repeat across input
     shards, and a sample keeps its key.
@@ -564,8 +631,8 @@ def _plan(
         number = len(tasks)
         tasks.append(
             _WriteTask(
-                out / "shards" / f"{number:06d}.tar",
-                out / "work" / "shards" / f"{number:06d}.json",
+                folder / f"{number:06d}.tar",
+                folder.parent / "work" / folder.name / f"{number:06d}.json",
                 tuple((urls[shard], names[shard], tuple(picked)) for shard, picked in sources.items()),
             )
         )
@@ -573,14 +640,14 @@ def _plan(
         used.clear()
 
     for sample, row in enumerate(rows.readable.tolist()):
-        if not verdicts.kept[sample]:
+        if verdicts.kept[sample] != kept:
             continue
         key = keys[row]
         if len(used) == per_shard or key in used:
             close()
         used.add(key)
         gain = None
-        if pooled := verdicts.pooled.get(sample):
+        if pooled := verdicts.pooled.get(sample):  # of kept samples alone
             gain = json.dumps({"duplicates": int(duplicates[sample]), "captions": list(pooled)})
         sources.setdefault(int(rows.shard_number[row]), []).append((int(rows.ordinal[row]), key, gain))
     if used:
@@ -589,11 +656,14 @@ def _plan(
 
 
 def _write_stage(engine: Engine, out: Path, plan: Sequence[_WriteTask]) -> None:
-    (out / "work" / "shards").mkdir(exist_ok=True)
     planned = {task.path for task in plan}
-    for path in [*(out / "shards").glob("[0-9]*.tar")]:
-        if path not in planned:
-            path.unlink()
+    for folder in ("shards", "dropped"):
+        (out / "work" / folder).mkdir(exist_ok=True)
+        for path in [*(out / folder).glob("[0-9]*.tar")]:
+            if path not in planned:
+                path.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or not empty
+        (out / "dropped").rmdir()
     engine.map(_write_shard, [task for task in plan if not _is_written(task)], desc="writing")
 
 
@@ -660,7 +730,9 @@ def _json_bytes(fields: Any) -> bytes:
 # ------------------------------------------------------------------------------------------- stage 5: publish
 
 
-def _publish_ledger(out: Path, rows: _Rows, verdicts: Verdicts | None) -> pa.Table:
+def _publish_ledger(
+    out: Path, rows: _Rows, verdicts: Verdicts | None, elsewhere: _Elsewhere | None
+) -> pa.Table:
     """Write the ledger, and give it."""
     total = rows.table.num_rows
     columns: dict[str, Any] = {
@@ -683,6 +755,13 @@ def _publish_ledger(out: Path, rows: _Rows, verdicts: Verdicts | None) -> pa.Tab
     nobody = stand_in < 0
     for name in ("shard", "key"):
         columns[f"kept_{name}"] = rows.table[name].take(pa.array(stand_in, mask=nobody))
+        if elsewhere is not None:
+            of_others = np.full(total, None, dtype=object)
+            of_others[rows.readable] = getattr(elsewhere, name)
+            columns[f"kept_{name}"] = pc.coalesce(columns[f"kept_{name}"], pa.array(of_others, pa.string()))
+    if elsewhere is not None:
+        there = ~np.isnan(elsewhere.similarity)
+        numbers["image_similarity"][rows.readable[there]] = elsewhere.similarity[there]
     for name, values in numbers.items():
         missing = np.isnan(values) if "similarity" in name else values < 0
         columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 KEPT, DROPPED, UNREADABLE = "kept", "dropped", "unreadable"
-DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota")
+DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set")
 
 SCHEMA = pa.schema(
     [
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         pa.field("row", pa.int64(), nullable=False),  # number in input order, from 0: this row's own number
         pa.field("status", pa.string(), nullable=False),  # kept | dropped | unreadable
         pa.field("reason", pa.string()),  # null when kept, one of DROP_REASONS, or the error's text
-        pa.field("kept_shard", pa.string()),  # who stands for a dropped sample
+        pa.field("kept_shard", pa.string()),  # who stands for a dropped sample; of another set, "folder:shard"
         pa.field("kept_key", pa.string()),
         pa.field("image_similarity", pa.float32()),  # to the one that stands for it
         pa.field("caption_similarity", pa.float32()),

@@ -40,6 +40,7 @@ _BOX_AXES = 4  # axes that blocks are boxes of
 _DENSE = 1 << 15  # candidates of one tile above which a product of whole rows is cheaper than verifying each
 _VERIFY_COST = 30_000  # verifying one pair costs about as much as screening this many by one coordinate
 _VERIFY_ELEMENTS = 1 << 20  # float64 elements of each side that are verified at a time
+_QUERIES = 1 << 16  # queries screened at a time
 _SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
 
 
@@ -66,6 +67,12 @@ class Pairs:
         """No pairs."""
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
+    def at_least(self, threshold: float) -> Pairs:
+        """The pairs whose cosine reaches a threshold, no lower than the join's."""
+        near = self.similarity >= np.float32(threshold)
+        crowd = None if self.crowd is None else self.crowd.at_least(threshold)
+        return Pairs(self.i[near], self.j[near], self.similarity[near], crowd)
+
     def renumbered(self, numbers: NDArray[np.int64]) -> Pairs:
         """The same pairs with row r called ``numbers[r]``; ``numbers`` must increase."""
         crowd = None if self.crowd is None else self.crowd.renumbered(numbers)
@@ -76,37 +83,32 @@ class Crowd:
     """Rows that have very many near rows, and which of them are near each other, asked for one by one.
 
     Args:
-        embeddings: ``[n, d]``, those that the pairs were found in.
-        rows: int64 ``[m]``, the crowded rows.
+        vectors: ``[m, d]``, embeddings of the crowded rows.
+        rows: int64 ``[m]``, increasing, which rows they are.
         threshold: the join's.
-        names: int64 ``[m]``, increasing, what the rows are called; None calls them by their numbers.
     """
 
-    def __init__(
-        self,
-        embeddings: NDArray,
-        rows: NDArray[np.int64],
-        threshold: float,
-        names: NDArray[np.int64] | None = None,
-    ):
-        rows = np.sort(rows)
-        self.rows, self.threshold = rows if names is None else names, threshold
-        self._vectors = np.asarray(embeddings[rows])
-        self._place = {row: place for place, row in enumerate(self.rows.tolist())}
+    def __init__(self, vectors: NDArray, rows: NDArray[np.int64], threshold: float):
+        self.vectors, self.rows, self.threshold = vectors, rows, threshold
+        self._place = {row: place for place, row in enumerate(rows.tolist())}
 
     def __contains__(self, row: int) -> bool:
         return row in self._place
 
+    def at_least(self, threshold: float) -> Crowd:
+        """The same rows with another threshold."""
+        return Crowd(self.vectors, self.rows, threshold)
+
     def renumbered(self, numbers: NDArray[np.int64]) -> Crowd:
         """The same crowd with row r called ``numbers[r]``; ``numbers`` must increase."""
-        return Crowd(self._vectors, np.arange(len(self.rows)), self.threshold, numbers[self.rows])
+        return Crowd(self.vectors, numbers[self.rows], self.threshold)
 
     def near(self, row: int, others: Sequence[int]) -> list[tuple[int, float]]:
         """``(other, cosine)`` of those of ``others``, all in the crowd, that are near ``row``, as the join has it."""
         if not len(others):
             return []
         places = np.array([self._place[other] for other in others], np.int64)
-        found = _verified(self._vectors, np.full_like(places, self._place[row]), places, self.threshold)
+        found = _verified(self.vectors, np.full_like(places, self._place[row]), places, self.threshold)
         return list(zip(self.rows[found.j].tolist(), found.similarity.tolist(), strict=True))
 
     def links(self) -> Iterator[tuple[int, int]]:
@@ -116,7 +118,7 @@ class Crowd:
             reached, left = [int(left[0])], left[1:]
             while reached and len(left):
                 place = reached.pop()
-                near = _verified(self._vectors, np.full_like(left, place), left, self.threshold).j
+                near = _verified(self.vectors, np.full_like(left, place), left, self.threshold).j
                 for other in near.tolist():
                     yield int(self.rows[place]), int(self.rows[other])
                 reached += near.tolist()
@@ -185,14 +187,15 @@ def find_pairs(
             found += some
             if bar is not None:
                 bar.update((stop - start) * (len(embeddings) - (start + stop - 1) / 2))
-    i, j = np.concatenate([p.i for p in found]), np.concatenate([p.j for p in found])
-    similarity = np.concatenate([p.similarity for p in found])
+    all_found = _concatenated(found)
+    i, j, similarity = all_found.i, all_found.j, all_found.similarity
     # Whether two crowded rows were compared before both were known to be crowded is a matter of chance.
     inside = tally.crowded[i] & tally.crowded[j]
     i, j, similarity = i[~inside], j[~inside], similarity[~inside]
     order = np.lexsort((j, i))
     rows = np.flatnonzero(tally.crowded)
-    return Pairs(i[order], j[order], similarity[order], Crowd(embeddings, rows, threshold) if len(rows) else None)
+    left_out = Crowd(np.asarray(embeddings[rows]), rows, threshold) if len(rows) else None
+    return Pairs(i[order], j[order], similarity[order], left_out)
 
 
 class _Crowding:
@@ -212,6 +215,67 @@ class _Crowding:
             rows, counts = np.unique(np.concatenate([i, j]), return_counts=True)
             self._near[rows] += counts
             self.crowded[rows] = self._near[rows] > self.limit
+
+
+def find_nearest(
+    queries: NDArray, known: NDArray, threshold: float, *, block: int = BLOCK, threads: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The nearest known row of each query, where one is near: the join of one set with another, exact like the join.
+
+    Args:
+        queries: ``[m, d]``, as ``known``.
+        known: ``[n, d]`` float16, float32 or float64; may be a memory map.
+        threshold: cosine in (0, 1].
+        block: known rows compared at a time.
+        threads: that compare blocks; 0 takes the CPU cores at hand. The result is the same.
+
+    Returns:
+        ``(row [m] int64, cosine [m] float32)``; row -1 and NaN where no known row is near. Of equally near rows the
+        first.
+
+    Raises:
+        ValueError: a bad argument, or a row that is not finite (named).
+    """
+    for embeddings in (queries, known):
+        _check(embeddings, threshold)
+    if queries.shape[1] != known.shape[1]:
+        raise ValueError(f"queries have {queries.shape[1]} dimensions, known rows {known.shape[1]}")
+    row, cosine = np.full(len(queries), -1, np.int64), np.full(len(queries), np.nan, np.float32)
+    if len(known) == 0:
+        return row, cosine
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads or _cores()) as pool:
+        screen = _Screen.of(known, threshold, block)
+        for first, some in _chunks(queries, len(queries), _QUERIES):
+            pairs = _near_known(pool, screen, queries, known, threshold, first, screen.screened(some))
+            best = np.lexsort((pairs.j, -pairs.similarity, pairs.i))
+            best = best[np.unique(pairs.i[best], return_index=True)[1]]
+            row[pairs.i[best]], cosine[pairs.i[best]] = pairs.j[best], pairs.similarity[best]
+    return row, cosine
+
+
+def _near_known(
+    pool: ThreadPoolExecutor,
+    screen: _Screen,
+    queries: NDArray,
+    known: NDArray,
+    threshold: float,
+    first: int,
+    asked: NDArray[np.float32],
+) -> Pairs:
+    """Pairs of a query (those from number ``first`` on, whose short rows are ``asked``) and a known row."""
+    places = np.ascontiguousarray(asked[:, : len(screen.places)].T)
+
+    def near(start: int, stop: int) -> list[Pairs]:
+        compared = screen.compare(start, stop, asked, places)
+        return [_verified(queries, first + a, screen.order[b], threshold, known) for a, b in compared]
+
+    found = pool.map(near, screen.starts[:-1].tolist(), screen.starts[1:].tolist())
+    return _concatenated([Pairs.empty(), *(pairs for some in found for pairs in some)])
+
+
+def _concatenated(some: Sequence[Pairs]) -> Pairs:
+    i, j = np.concatenate([pairs.i for pairs in some]), np.concatenate([pairs.j for pairs in some])
+    return Pairs(i, j, np.concatenate([pairs.similarity for pairs in some]))
 
 
 def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int = 512, seed: int = 0) -> float:
@@ -253,18 +317,22 @@ class _Screen:
     """Short rows whose products are no smaller than the cosines, sorted into blocks that lie close together.
 
     Attributes:
+        axes: float32 ``[d, k]``, that unit rows are turned onto.
         rows: float32 ``[n, k + 1]`` in block order, ``(x₁, ‖x₂‖)`` of each unit row.
-        places: float32 ``[axes, n]``, the coordinates that blocks are boxes of.
+        places: float32 ``[boxed, n]``, the coordinates that blocks are boxes of.
         order: int64 ``[n]``, the embedding behind each row.
         starts: int64 ``[blocks + 1]``.
+        slack: room for rounding.
         lowest: a product below this is no near pair.
         reach: a row farther than this from a box, squared, has no near one in it.
     """
 
+    axes: NDArray[np.float32]
     rows: NDArray[np.float32]
     places: NDArray[np.float32]
     order: NDArray[np.int64]
     starts: NDArray[np.int64]
+    slack: float
     lowest: np.float32
     reach: np.float32
 
@@ -277,24 +345,57 @@ class _Screen:
         # A coordinate errs by at most (d + 8) 2^-24 of a unit row's length, k of them by √k times that; products of
         # two rows by twice that again. The same room makes ‖x₂‖ no smaller than it is.
         slack = 4 * (d + 8) * k**0.5 * 2.0**-24
+        apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
 
         places = np.empty((boxed, n), np.float32)
         for start, some in _chunks(embeddings, n, 4096):
             places[:, start : start + len(some)] = (some @ axes[:, :boxed]).T
         order, starts = _tree(places, block)
-        places = places[:, order]
-
+        for axis in range(boxed):
+            places[axis] = places[axis, order]
         rank = np.empty(n, np.int64)
         rank[order] = np.arange(n)
         rows = np.empty((n, k + 1), np.float32)
+        screen = cls(
+            axes, rows, places, order, starts, slack, np.float32(threshold - slack - 1e-6), np.float32(apart**2)
+        )
         for start, some in _chunks(embeddings, n, 4096):
-            first = some @ axes
-            square = np.einsum("nd,nd->n", some, some, dtype=np.float64)  # 1, and 0 of a zero row
-            rest = square - np.einsum("nd,nd->n", first, first, dtype=np.float64)
-            where = rank[start : start + len(some)]
-            rows[where, :k], rows[where, k] = first, np.sqrt(rest.clip(0) + slack)
-        apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
-        return cls(rows, places, order, starts, np.float32(threshold - slack - 1e-6), np.float32(apart**2))
+            rows[rank[start : start + len(some)]] = screen.screened(some)
+        return screen
+
+    def screened(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Unit rows (or zero rows) ``[m, d]`` → their short rows ``[m, k + 1]``."""
+        short = np.empty((len(unit), self.axes.shape[1] + 1), np.float32)
+        first = unit @ self.axes
+        rest = np.einsum("nd,nd->n", unit, unit, dtype=np.float64)
+        rest -= np.einsum("nd,nd->n", first, first, dtype=np.float64)
+        short[:, :-1], short[:, -1] = first, np.sqrt(rest.clip(0) + self.slack)
+        return short
+
+    def compare(
+        self,
+        start: int,
+        stop: int,
+        others: NDArray[np.float32],
+        places: NDArray[np.float32],
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Which of ``others``, short rows ``[m, k + 1]`` at ``places`` ``[boxed, m]``, may be near which row of the
+        block ``start … stop``: ``(other, row)`` numbers, some at a time.
+        """
+        rows = self.rows[start:stop]
+        apart = np.zeros(places.shape[1], np.float32)
+        for inside, place in zip(self.places[:, start:stop], places, strict=True):
+            gap = np.maximum(inside.min() - place, place - inside.max())
+            np.maximum(gap, 0, out=gap)
+            gap *= gap
+            apart += gap
+        within = np.flatnonzero(apart <= self.reach)
+        for first in range(0, len(within), _TILE):
+            some = within[first : first + _TILE]
+            near = others[some] @ rows.T >= self.lowest
+            if near.any():
+                a, b = np.divmod(np.flatnonzero(near), stop - start)
+                yield some[a], start + b
 
     def candidates(
         self, start: int, stop: int, crowded: NDArray[np.bool_]
@@ -302,23 +403,13 @@ class _Screen:
         """Pairs ``i < j`` of a row in the block ``start … stop`` and one in it or after it that may be near, some at a
         time; those of two ``crowded`` embeddings (``[n]``, which may change meanwhile) are passed over.
         """
-        rows, places = self.rows[start:stop], self.places[:, start:]
-        apart = np.zeros(places.shape[1], np.float32)
-        for place in places:
-            inside = place[: stop - start]
-            gap = np.maximum(inside.min() - place, place - inside.max())
-            np.maximum(gap, 0, out=gap)
-            apart += gap * gap
-        within = start + np.flatnonzero(apart <= self.reach)
-        for tile in range(0, len(within), _TILE):
-            others = within[tile : tile + _TILE]
-            if crowded[self.order[start:stop]].all():
-                others = others[~crowded[self.order[others]]]
-            near = self.rows[others] @ rows.T >= self.lowest
-            if not near.any():
-                continue
-            a, b = np.divmod(np.flatnonzero(near), stop - start)
-            a, b = others[a], start + b
+        others, places = self.rows[start:], self.places[:, start:]
+        outside = None
+        if crowded[self.order[start:stop]].all():
+            outside = np.flatnonzero(~crowded[self.order[start:]])
+            others, places = others[outside], places[:, outside]
+        for a, b in self.compare(start, stop, others, places):
+            a = start + (a if outside is None else outside[a])
             once = a > b
             a, b = self.order[a[once]], self.order[b[once]]
             apart_from_crowd = ~(crowded[a] & crowded[b])
@@ -418,13 +509,18 @@ def _surely_near(
     return product[at_i, at_j] >= 2 * threshold - _candidate_threshold(threshold, embeddings.shape[1])
 
 
-def _verified(embeddings: NDArray, i: NDArray[np.int64], j: NDArray[np.int64], threshold: float) -> Pairs:
-    """Those of the candidates whose cosine, computed in float64, reaches the threshold."""
+def _verified(
+    embeddings: NDArray, i: NDArray[np.int64], j: NDArray[np.int64], threshold: float, others: NDArray | None = None
+) -> Pairs:
+    """Those of the candidates, rows i and rows j (of ``others``, if given), whose cosine in float64 reaches the
+    threshold.
+    """
+    others = embeddings if others is None else others
     similarity = np.empty(len(i), np.float32)
     step = max(1, _VERIFY_ELEMENTS // max(1, embeddings.shape[1]))
     for start in range(0, len(i), step):
         x = np.asarray(embeddings[i[start : start + step]], np.float64)
-        y = np.asarray(embeddings[j[start : start + step]], np.float64)
+        y = np.asarray(others[j[start : start + step]], np.float64)
         # einsum sums each row by itself, so a row's result does not depend on what stands beside it
         product = np.einsum("nd,nd->n", x, y)
         norms = np.sqrt(np.einsum("nd,nd->n", x, x) * np.einsum("nd,nd->n", y, y))

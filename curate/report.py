@@ -41,6 +41,7 @@ REASONS = {
     "near_pair": ("Near image and caption", "both the image and the caption are near the sample that stays"),
     "near_caption": ("Near caption", "another image, but enough with a caption near this one stay"),
     "caption_quota": ("Caption quota", "another image, but enough with this caption stay"),
+    "other_set": ("In another set", "the image, or a near one, stands in a set given with --against"),
 }
 SHORT = {  # beside a similarity, in the gallery
     "exact_image": "identical",
@@ -48,6 +49,7 @@ SHORT = {  # beside a similarity, in the gallery
     "near_pair": "image + caption",
     "near_caption": "caption",
     "caption_quota": "quota",
+    "other_set": "other set",
 }
 
 
@@ -243,6 +245,7 @@ def render(summary: Mapping[str, Any], table: pa.Table, pictures: Pictures) -> s
         shares=_shares(summary),
         reasons=_reasons(summary),
         histogram=_histogram_shapes(pictures.histogram, threshold),
+        sweep=_sweep_shapes(summary.get("sweep", []), threshold),
         groups=[[shown[row] for row in rows] for rows in groups],
         below=[call for call in calls if call[2] < threshold],
         above=[call for call in calls if call[2] >= threshold],
@@ -319,6 +322,27 @@ def _histogram_shapes(counts: Mapping[str, Any], threshold: float) -> dict[str, 
     ]
     line = round((threshold * BINS - start) * width, 2)
     return {"bars": bars, "ticks": ticks, "line": line, "images": counts["images"]}
+
+
+def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, Any] | None:
+    """The curve of kept samples over thresholds in a 600 × 180 drawing, and the table behind it."""
+    if len(sweep) < 2:
+        return None
+    thresholds, kept = [row["threshold"] for row in sweep], [row["kept"] for row in sweep]
+    low, high = min(kept), max(kept)
+    scale = (thresholds[-1] - thresholds[0]), max(high - low, 1)
+    points = [
+        {
+            "x": round(600 * (row["threshold"] - thresholds[0]) / scale[0], 2),
+            "y": round(170 - 160 * (row["kept"] - low) / scale[1], 2),
+            "chosen": row["threshold"] == threshold,
+            "label": f"{row['threshold']:.3g}",
+            "title": f"{row['threshold']:.3g}: {row['kept']:,} kept, {row['dropped']:,} dropped, "
+            f"{row['groups']:,} groups",
+        }
+        for row in sweep
+    ]
+    return {"points": points, "line": " ".join(f"{p['x']},{p['y']}" for p in points), "low": low, "high": high}
 
 
 def _repeated_captions(table: pa.Table) -> list[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from curate.decide import REASONS, decide
+from curate.decide import REASONS, decide, sweep
 from curate.neighbors import Pairs, find_pairs
 
 
@@ -170,6 +170,52 @@ def test_a_crowd_changes_no_verdict(rule, quota, differs):
     assert one.pooled == two.pooled
 
 
+def test_a_sweep_counts_what_each_threshold_would_decide():
+    for seed in range(10):
+        case, captions, prefer = random_case(seed)
+        thresholds = [0.9, 0.93, 0.97, 1.0]
+        table = sweep(case, captions, prefer, thresholds)
+        for row, threshold in zip(table, thresholds, strict=True):
+            at = Near(case.image_of, case.image_pairs.at_least(threshold), case.caption_of, case.caption_pairs)
+            verdicts = decide(at, captions, prefer)
+            sizes = np.unique(verdicts.group, return_counts=True)[1]
+            assert row == {
+                "threshold": threshold,
+                "kept": verdicts.kept.sum(),
+                "dropped": (~verdicts.kept).sum(),
+                "groups": (sizes > 1).sum(),
+            }
+        assert table[0]["kept"] <= table[-1]["kept"] == len(np.unique(case.image_of))
+
+
+@pytest.mark.parametrize(("rule", "quota", "differs"), CHOICES)
+def test_what_stands_in_another_set_is_dropped_and_stands_for_nothing(rule, quota, differs):
+    for seed in range(15):
+        case, captions, prefer = random_case(seed)
+        elsewhere = np.random.default_rng(seed).random(len(captions)) < 0.3
+        options = {"rule": rule, "max_per_caption": quota, "on_caption_differs": differs}
+        verdicts = decide(case, captions, prefer, elsewhere=elsewhere, **options)
+        assert (verdicts.reason[elsewhere] == "other_set").all() and not verdicts.kept[elsewhere].any()
+        assert (verdicts.kept_by[elsewhere] == -1).all() and (verdicts.group_size[elsewhere] == 1).all()
+        stand_ins = verdicts.kept_by[verdicts.kept_by >= 0]
+        assert verdicts.kept[stand_ins].all() and not elsewhere[stand_ins].any()
+        if rule == "greedy":  # as if they had never been there
+            rest = np.flatnonzero(~elsewhere)
+            alone = Near(case.image_of[rest], case.image_pairs, case.caption_of[rest], case.caption_pairs)
+            without = decide(alone, [captions[row] for row in rest], prefer[rest], **options)
+            assert verdicts.kept[rest].tolist() == without.kept.tolist()
+
+
+def test_as_many_copies_stay_as_are_asked_for():
+    star = near(range(5), range(5), [(a, b, 0.95) for a in range(5) for b in range(a + 1, 5)])
+    captions = [f"number {k}" for k in range(5)]
+    for copies in (1, 2, 3):
+        for rule in ("greedy", "components"):
+            verdicts = decide(star, captions, rule=rule, keep_copies=copies)
+            assert verdicts.kept.tolist() == [True] * copies + [False] * (5 - copies)
+            assert verdicts.group.tolist() == [0] * 5
+
+
 def test_a_chain_swallows_nothing_under_greedy_and_is_one_under_components():
     chain = near(range(5), range(5), [(k, k + 1, 0.95) for k in range(4)])
     captions = [f"number {k}" for k in range(5)]
@@ -228,5 +274,7 @@ def test_bad_arguments_are_named():
         decide(case, ["x"], rule="all")
     with pytest.raises(ValueError, match="max_per_caption"):
         decide(case, ["x"], max_per_caption=0)
+    with pytest.raises(ValueError, match="keep_copies"):
+        decide(case, ["x"], keep_copies=0)
     with pytest.raises(ValueError, match="one entry a row"):
         decide(case, ["x", "y"])

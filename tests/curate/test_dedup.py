@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,11 +22,14 @@ from PIL import Image
 from curate.config import DedupConfig, ReportConfig, SearchConfig
 from curate.console import UsageError, UserError
 from curate.dedup import run_dedup, with_account
+from curate.embed import load_embedder
 from curate.images import decode_image
+from curate.index import TrainingIndex
 from curate.ledger import SCHEMA, read_ledger
 from curate.report import run_report
 from curate.search import run_search
 from curate.shards import Sample, read_samples, write_shard
+from train.sample_set import load_part
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -103,6 +107,64 @@ def test_the_output_is_as_the_contract_lists_it(curated):
     stored = json.loads((out / "summary.json").read_text())
     assert stored.pop("settings")["threshold"] == 0.9
     assert "seconds" not in stored and stored == {key: summary[key] for key in stored}
+
+
+def test_the_sweep_says_what_other_thresholds_would_keep(curated, mess, tmp_path):
+    _, summary = curated
+    thresholds = [row["threshold"] for row in summary["sweep"]]
+    assert thresholds == [0.85, 0.86, 0.87, 0.88, 0.89, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95]
+    here = summary["sweep"][5]
+    assert (here["kept"], here["groups"]) == (summary["kept"], summary["groups"])
+    other = run_dedup(settings(mess, tmp_path / "other", threshold=0.93, sweep=0))
+    assert summary["sweep"][8] | {"threshold": 0} == {
+        "threshold": 0, "kept": other["kept"], "dropped": other["dropped"], "groups": other["groups"]
+    }  # fmt: skip
+    assert other["sweep"] == []
+
+
+def test_dropped_samples_are_written_when_asked_for(curated, mess, tmp_path):
+    out = tmp_path / "out"
+    run_dedup(settings(mess, out, write_dropped=True))
+    came = everything(mess)
+    rows = [row for row in read_ledger(out).to_pylist() if row["status"] == "dropped"]
+    written = [sample for shard in sorted((out / "dropped").glob("*.tar")) for sample in read_samples(str(shard))]
+    assert [sample.key for sample in written] == [row["key"] for row in rows]
+    assert all(came[row["shard"], row["key"]].members == s.members for row, s in zip(rows, written, strict=True))
+    of_shards = {k: v for k, v in promised(out).items() if k.startswith("shards")}
+    assert of_shards == {k: v for k, v in promised(curated[0]).items() if k.startswith("shards")}
+    run_dedup(settings(mess, out))  # and gone when they are no longer
+    assert not (out / "dropped").exists()
+
+
+def test_what_another_curation_holds_is_dropped(curated, mess, tmp_path):
+    out, _ = curated
+    samples = [s for s in everything(mess).values() if s.image_ext is not None][:12]
+    new = [(f"old{n}", dict(sample.members)) for n, sample in enumerate(samples)]
+    fresh = [dict(s.members) for s in load_part("held_out")[:8]]
+    new += [(f"new{n}", members) for n, members in enumerate(fresh)]
+    write_shard(tmp_path / "batch" / "000000.tar", new)
+    batch = DedupConfig(
+        shards=[str(tmp_path / "batch")], out=str(tmp_path / "out"), workers=1, threshold=0.98, against=[str(out)]
+    )
+    summary = run_dedup(batch)
+    rows = {row["key"]: row for row in read_ledger(tmp_path / "out").to_pylist()}
+    old = [rows[f"old{n}"] for n in range(12)]
+    assert all(row["status"] == "dropped" and row["reason"] == "other_set" for row in old)
+    assert all(row["image_similarity"] > 0.999 for row in old)
+    identities = {(f"{out}:{row['shard']}", row["key"]) for row in read_ledger(out).to_pylist()}
+    assert all((row["kept_shard"], row["kept_key"]) in identities for row in old)
+    assert summary["reasons"]["other_set"] == 12 + sum(
+        rows[f"new{n}"]["reason"] == "other_set" for n in range(8)
+    )
+    kept = [members[ext] for members in fresh for ext in members if ext in ("png", "jpg", "webp")]
+    kept = [image for n, image in enumerate(kept) if rows[f"new{n}"]["status"] == "kept"]
+    index = TrainingIndex.load(out)
+    nearest, _ = index.search(load_embedder(index.embedder).embed([decode_image(image) for image in kept]), 1)
+    assert len(kept) == summary["kept"] > 0 and (nearest < 0.98).all()
+    with pytest.raises(UsageError, match="embedder 'layout', not 'copy-detector'"):
+        run_dedup(dataclasses.replace(batch, image_embedder="copy-detector", out=str(tmp_path / "other")))
+    with pytest.raises(UserError, match="no index in"):
+        run_dedup(dataclasses.replace(batch, against=[str(tmp_path)], out=str(tmp_path / "other")))
 
 
 def test_every_sample_has_exactly_one_row(curated, mess):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from curate.neighbors import Pairs, find_pairs, recall
+from curate.neighbors import Pairs, find_nearest, find_pairs, recall
 
 
 def clustered(n: int, d: int, seed: int, dtype=np.float32) -> np.ndarray:
@@ -115,6 +115,47 @@ def test_pairs_inside_a_crowd_are_left_out_and_all_others_found(threads):
     links = list(pairs.crowd.links())
     assert all((min(link), max(link)) in known for link in links)
     assert len(links) == len(pairs.crowd.rows) - 1 == len({b for _, b in links})
+
+
+@pytest.mark.parametrize("n", [100, 3000])
+def test_the_nearest_known_row_is_found_wherever_one_is_near(n):
+    both = clustered(n + 700, 24, seed=8, dtype=np.float16)
+    known, queries = both[:n], both[n:]
+    known[n // 2] = known[0]  # of equals the first
+    queries[5] = known[0]
+    row, cosine = find_nearest(queries, known, 0.9, threads=2)
+    x, y = (rows.astype(np.float64) for rows in (queries, known))
+    every = (x @ y.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)).astype(np.float32)
+    near = every.max(axis=1) >= np.float32(0.9)
+    assert 0 < near.sum() < len(queries)
+    assert ((row >= 0) == near).all() and np.isnan(cosine[~near]).all()
+    np.testing.assert_array_equal(row[near], every.argmax(axis=1)[near])
+    np.testing.assert_allclose(cosine[near], every.max(axis=1)[near], rtol=1e-6)
+    assert row[5] == 0
+    with pytest.raises(ValueError, match="24 dimensions, known rows 12"):
+        find_nearest(queries, known[:, :12], 0.9)
+    assert (find_nearest(queries, known[:0], 0.9)[0] == -1).all()
+
+
+def test_pairs_at_a_higher_threshold_are_those_that_it_would_have_found():
+    embeddings = clustered(600, 24, seed=9)
+    embeddings[:200] = embeddings[0] + 0.2 * np.random.default_rng(0).standard_normal((200, 24)).astype(np.float32) / 5
+    low, high = find_pairs(embeddings, 0.8), find_pairs(embeddings, 0.95)
+    assert as_list(low.at_least(0.95)) == as_list(high) and len(low) > len(high) > 0
+    crowd = find_pairs(embeddings, 0.8, crowd=20).at_least(0.95).crowd
+    others = crowd.rows[1:].tolist()
+    near = {(a, b) for a, b in as_list(high)}
+    assert [o for o, _ in crowd.near(int(crowd.rows[0]), others)] == [
+        o for o in others if (int(crowd.rows[0]), o) in near
+    ]
+
+
+def test_renumbered_pairs_keep_their_crowd():
+    embeddings = np.repeat(np.eye(4, dtype=np.float32), [30, 1, 1, 1], axis=0)
+    numbers = np.arange(33) * 10 + 5
+    pairs = find_pairs(embeddings, 0.9, crowd=3).renumbered(numbers)
+    assert pairs.crowd.rows.tolist() == numbers[:30].tolist() and 15 in pairs.crowd
+    assert pairs.crowd.near(5, [15, 25]) == [(15, 1.0), (25, 1.0)]
 
 
 def test_without_a_crowd_nothing_is_left_out():

@@ -229,6 +229,7 @@ class CachedLatents:
     """
 
     LIMIT = 8 << 30
+    TOGETHER = 8  # images encoded in one pass: on a CPU, larger batches leave its caches
 
     def __init__(self, dataset: Positions, vae: AutoencoderKL, accelerator: Accelerator) -> None:
         self.order, self.how = dataset.order, dataset.how
@@ -246,23 +247,35 @@ class CachedLatents:
         self.moments = torch.zeros(rows, self.variants, channels, side, side, dtype=torch.float16)
         self.readable = torch.zeros(rows, dtype=torch.bool)
         mine = range(accelerator.process_index, rows, accelerator.num_processes)
-        for row in progress(mine, desc="encode latents", unit="image"):
-            pixels = load_image(dataset.sample(row), dataset.size)
-            if pixels is None:
-                continue
-            self.readable[row] = True
-            batch = pixels.expand(self.variants, -1, -1, -1)
-            if dataset.how.active:
-                generators = [
-                    augmentation_generator(dataset.seed, row, variant, dataset.how)
-                    for variant in range(self.variants)
-                ]
-                batch = augment(batch, draw(generators), dataset.how)
-            self.moments[row] = encode_moments(vae, batch.to(accelerator.device)).half().cpu()
+        together = max(1, self.TOGETHER // self.variants)
+        with progress(total=len(mine), desc="encode latents", unit="image") as bar:
+            for start in range(0, len(mine), together):
+                some = mine[start : start + together]
+                self._encode(dataset, some, vae, accelerator.device)
+                bar.update(len(some))
         if accelerator.num_processes > 1:  # every row was filled by one process: the sum is the whole
             device = accelerator.device
             self.moments = accelerator.reduce(self.moments.to(device), reduction="sum").cpu()
             self.readable = accelerator.reduce(self.readable.to(device).int(), reduction="sum").cpu().bool()
+
+    def _encode(self, dataset: Positions, rows: Sequence[int], vae: AutoencoderKL, device: torch.device) -> None:
+        """Fill in the posteriors of some rows, all their variants in one pass."""
+        images = [load_image(dataset.sample(row), dataset.size) for row in rows]
+        readable = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
+        if not readable:
+            return
+        numbers = [row for row, _ in readable]
+        pixels = torch.stack([image for _, image in readable]).repeat_interleave(self.variants, dim=0)
+        if self.how.active:
+            generators = [
+                augmentation_generator(dataset.seed, row, variant, self.how)
+                for row in numbers
+                for variant in range(self.variants)
+            ]
+            pixels = augment(pixels, draw(generators), self.how)
+        moments = encode_moments(vae, pixels.to(device)).half().cpu()
+        self.moments[numbers] = moments.view(len(numbers), self.variants, *moments.shape[1:])
+        self.readable[numbers] = True
 
     def batches(self, positions: Sequence[Sequence[int]]) -> CachedBatches:
         """Batches at the given positions."""
