@@ -1,12 +1,16 @@
-"""The exact near-duplicate join beside faiss's brute force: time, pairs and memory.
+"""The near-duplicate join beside faiss's brute force, and within cells beside SemDeDup's: time, pairs and memory.
 
     python -m benchmarks.join                                 200,000 rows, both kinds of embeddings
     python -m benchmarks.join --curve                         25,000 to 400,000 rows, ours alone, and the exponent
     python -m benchmarks.join --rows 1000000 --no_faiss --kinds gaussian
+    python -m benchmarks.join --cells                         the join within cells, and recall against the exact one
 
 Each side runs in a process of its own on the same memory-mapped float16 embeddings and the same number of threads.
 Its peak memory is what the process gains over its state before the join; the embeddings' own pages count. faiss
 answers queries in blocks of 4,096 rows; its pairs are kept where i < j.
+
+SemDeDup's side stands each row in its one nearest cell and compares there, as its method has it, with the k-means,
+the cell size and the comparison of ours: what differs is where pairs are looked for.
 
 Kinds:
 
@@ -19,6 +23,7 @@ Kinds:
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import multiprocessing
@@ -116,7 +121,20 @@ def brute_force(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.nd
     return i[order], j[order], similarity[order]
 
 
-SIDES = {"ours": ours, "faiss": brute_force}
+def within_cells(embeddings: np.ndarray, threads: int, probes: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``(i, j, similarity)`` of rows that share one of their ``probes`` nearest cells."""
+    from curate.cells import join_cells
+
+    pairs = join_cells(embeddings, THRESHOLD, probes=probes, threads=threads)
+    return pairs.i, pairs.j, pairs.similarity
+
+
+SIDES = {
+    "ours": ours,
+    "faiss": brute_force,
+    "cells": within_cells,
+    "one cell a row, as SemDeDup": functools.partial(within_cells, probes=1),
+}
 
 
 def _measure(side: str, path: str, threads: int, out: str) -> None:
@@ -145,7 +163,7 @@ def _resident(what: str) -> int:
 
 def measure(side: str, path: Path, threads: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Figures and pairs of one side."""
-    out = str(path.with_name(f"{side}.npz"))
+    out = str(path.with_name(f"{side.split(',')[0]}.npz"))
     process = multiprocessing.get_context("spawn").Process(target=_measure, args=(side, str(path), threads, out))
     process.start()
     process.join()
@@ -171,6 +189,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--no_faiss", action="store_true", help="ours alone")
     parser.add_argument("--curve", action="store_true", help="ours alone, over 25,000 to 400,000 rows")
+    parser.add_argument("--cells", action="store_true", help="the join within cells beside the exact one")
     arguments = parser.parse_args()
     sizes = [25_000, 50_000, 100_000, 200_000, 400_000] if arguments.curve else [arguments.rows]
     for kind in arguments.kinds:
@@ -190,6 +209,13 @@ def main() -> None:
                     f"peak {figures['bytes'] / size:.2f} × the embeddings",
                     flush=True,
                 )
+                if arguments.cells:
+                    true = pairs["i"].astype(np.int64) * rows + pairs["j"]
+                    for side in ("cells", "one cell a row, as SemDeDup"):
+                        theirs, their_pairs = measure(side, path, arguments.threads)
+                        recall = np.isin(true, their_pairs["i"].astype(np.int64) * rows + their_pairs["j"]).mean()
+                        print(f"{kind}: {side}: {theirs['seconds']:.1f} s, recall {recall:.4f}", flush=True)
+                    continue
                 if arguments.no_faiss or arguments.curve:
                     continue
                 theirs, their_pairs = measure("faiss", path, arguments.threads)

@@ -84,6 +84,9 @@ class DedupConfig:
         samples_per_shard: samples a written shard holds at most.
         batch_size: images embedded at a time.
         workers: processes; 1 works in this process, 0 takes the CPU cores at hand. The result is the same.
+        join: ``exact`` finds all near pairs; ``cells`` compares only rows of neighbouring k-means cells, for sets that
+            are too large for it, and loses a little, which ``recall`` measures; ``auto`` is exact up to two million
+            distinct images (and captions).
         engine: where stages run: ``local`` is this machine's processes.
         recall_sample: rows on which the recall of the join is measured against exact search.
         seed: of the samples on which recall and the report's histogram are measured.
@@ -108,6 +111,7 @@ class DedupConfig:
     samples_per_shard: int = 10_000
     batch_size: int = 256
     workers: int = 0
+    join: Literal["auto", "exact", "cells"] = "auto"
     engine: Literal["local"] = "local"
     recall_sample: int = 1000
     seed: int = 0

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 CACHE_FORMAT = 3
+EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
 BATCH_PIXELS = 32_000_000  # decoded pixels held at a time, whatever the batch size
 HISTOGRAM_SAMPLE = 2000
@@ -438,7 +439,7 @@ def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig
     caption_of, first_with_caption = _numbered(np.array(normalised, dtype=object))
     captions = [normalised[row] for row in first_with_caption]
 
-    measured = [config.recall_sample, config.seed]
+    measured = [config.join, config.recall_sample, config.seed]
     lowest = min(sweep_thresholds(config))
     images_key = _digest([list(keys), config.missing_caption, lowest, measured])
     images_cache = out / "work" / f"pairs-{images_key}.parquet"
@@ -498,8 +499,9 @@ def _joined(
         pairs, measured = Pairs.empty(), 1.0
     else:
         n = len(embeddings)
+        engine = config.join if config.join != "auto" else "exact" if n <= EXACT_ROWS else "cells"
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
-            pairs = find_pairs(embeddings, threshold, crowd=CROWD, threads=config.workers, bar=bar)
+            pairs = find_pairs(embeddings, threshold, crowd=CROWD, engine=engine, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
     table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
     crowd = [] if pairs.crowd is None else pairs.crowd.rows.tolist()

@@ -19,7 +19,7 @@ the last bit, depend neither on the blocks, nor on the threads, nor on the BLAS.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -147,7 +147,8 @@ def find_pairs(
         crowd: a row with more near rows than this is crowded, and pairs of two crowded rows are left out: what is
             found is then at most ``crowd`` pairs a row, however large a group of copies is. None finds all pairs.
         block: rows of a block.
-        engine: ``exact`` is the one there is.
+        engine: ``exact``, or ``cells`` for sets that are too large for it (:mod:`curate.cells`): faster, at the price
+            of some recall.
         threads: that compare blocks; 0 takes the CPU cores at hand. The result is the same.
         bar: told of the pairs that are done, ``n (n + 1) / 2`` in all, each row with itself counted.
 
@@ -159,43 +160,67 @@ def find_pairs(
         raise ValueError(f"block must be at least 1, not {block}")
     if threads < 0:
         raise ValueError(f"threads must be 0 or more, not {threads}")
-    if engine != "exact":
-        raise ValueError(f"unknown engine {engine!r} of find_pairs: choose exact")
+    if engine not in ("exact", "cells"):
+        raise ValueError(f"unknown engine {engine!r} of find_pairs: choose exact or cells")
     if len(embeddings) == 0:
         return Pairs.empty()
+    if engine == "cells":
+        from curate.cells import join_cells
+
+        return join_cells(embeddings, threshold, crowd=crowd, threads=threads, bar=bar)
+    with one_blas_thread(), ThreadPoolExecutor(threads or cores()) as pool:
+        return join_blocks(embeddings, threshold, crowd, block, pool.map, bar)
+
+
+def one_blas_thread() -> threadpool_limits:
+    """One BLAS thread in each of our own, so that the comparisons between products run side by side, too."""
+    return threadpool_limits(1, user_api="blas")
+
+
+def join_blocks(
+    embeddings: NDArray,
+    threshold: float,
+    crowd: int | None,
+    block: int,
+    run: Callable[..., Iterable[list[Pairs]]],
+    bar: Progress | None = None,
+) -> Pairs:
+    """The exact join of checked arguments; ``run`` maps a function over the blocks, as ``map`` or a pool's ``map``."""
     tally = _Crowding(len(embeddings), crowd)
-    # One BLAS thread in each of ours, so that the comparisons between products run side by side, too.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads or _cores()) as pool:
-        screen = _Screen.of(embeddings, threshold, block)
+    screen = _Screen.of(embeddings, threshold, block)
 
-        def near(start: int, stop: int) -> list[Pairs]:
-            found = []
-            for i, j in screen.candidates(start, stop, tally.crowded):
-                if crowd is not None and len(i) > _DENSE:
-                    sure = _surely_near(embeddings, i, j, threshold)
-                    tally.add(i[sure], j[sure])
-                    both = tally.crowded[i] & tally.crowded[j]
-                    found.append(_verified(embeddings, i[sure & ~both], j[sure & ~both], threshold))
-                    i, j = i[~sure & ~both], j[~sure & ~both]
-                found.append(_verified(embeddings, i, j, threshold))
-                tally.add(found[-1].i, found[-1].j)
-            return found
+    def near(start: int, stop: int) -> list[Pairs]:
+        found = []
+        for i, j in screen.candidates(start, stop, tally.crowded):
+            if crowd is not None and len(i) > _DENSE:
+                sure = _surely_near(embeddings, i, j, threshold)
+                tally.add(i[sure], j[sure])
+                both = tally.crowded[i] & tally.crowded[j]
+                found.append(_verified(embeddings, i[sure & ~both], j[sure & ~both], threshold))
+                i, j = i[~sure & ~both], j[~sure & ~both]
+            found.append(_verified(embeddings, i, j, threshold))
+            tally.add(found[-1].i, found[-1].j)
+        return found
 
-        starts, stops = screen.starts[:-1].tolist(), screen.starts[1:].tolist()
-        found = [Pairs.empty()]
-        for start, stop, some in zip(starts, stops, pool.map(near, starts, stops), strict=True):
-            found += some
-            if bar is not None:
-                bar.update((stop - start) * (len(embeddings) - (start + stop - 1) / 2))
-    all_found = _concatenated(found)
-    i, j, similarity = all_found.i, all_found.j, all_found.similarity
+    starts, stops = screen.starts[:-1].tolist(), screen.starts[1:].tolist()
+    found = [Pairs.empty()]
+    for start, stop, some in zip(starts, stops, run(near, starts, stops), strict=True):
+        found += some
+        if bar is not None:
+            bar.update((stop - start) * (len(embeddings) - (start + stop - 1) / 2))
+    return assembled(embeddings, found, tally.crowded, threshold)
+
+
+def assembled(embeddings: NDArray, found: Sequence[Pairs], crowded: NDArray[np.bool_], threshold: float) -> Pairs:
+    """Pairs that were found here and there, in order, each once, without those inside the crowd."""
+    pairs = _concatenated(found)
     # Whether two crowded rows were compared before both were known to be crowded is a matter of chance.
-    inside = tally.crowded[i] & tally.crowded[j]
-    i, j, similarity = i[~inside], j[~inside], similarity[~inside]
-    order = np.lexsort((j, i))
-    rows = np.flatnonzero(tally.crowded)
+    outside = np.flatnonzero(~(crowded[pairs.i] & crowded[pairs.j]))
+    i, j = pairs.i[outside], pairs.j[outside]
+    _, first = np.unique(i * len(embeddings) + j, return_index=True)
+    rows = np.flatnonzero(crowded)
     left_out = Crowd(np.asarray(embeddings[rows]), rows, threshold) if len(rows) else None
-    return Pairs(i[order], j[order], similarity[order], left_out)
+    return Pairs(i[first], j[first], pairs.similarity[outside][first], left_out)
 
 
 class _Crowding:
@@ -243,7 +268,7 @@ def find_nearest(
     row, cosine = np.full(len(queries), -1, np.int64), np.full(len(queries), np.nan, np.float32)
     if len(known) == 0:
         return row, cosine
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads or _cores()) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads or cores()) as pool:
         screen = _Screen.of(known, threshold, block)
         for first, some in _chunks(queries, len(queries), _QUERIES):
             pairs = _near_known(pool, screen, queries, known, threshold, first, screen.screened(some))
@@ -297,7 +322,7 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
     if n < 2:
         return 1.0
     lowest = _candidate_threshold(threshold, d)
-    queries = _unit(embeddings, chosen)
+    queries = unit_rows(embeddings, chosen)
     known = pairs.i * n + pairs.j
     true = np.empty(0, np.int64)
     for start, some in _chunks(embeddings, n, max(1, _SEARCH_ELEMENTS // max(d, len(chosen)))):
@@ -428,7 +453,7 @@ def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32
     if n <= _SMALL:
         return np.eye(d, dtype=np.float32)
     sampled = np.sort(np.random.default_rng(0).choice(n, min(_SAMPLE, n), replace=False))
-    rows = _unit(embeddings, sampled)
+    rows = unit_rows(embeddings, sampled)
     axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, ::-1]  # of the largest share first
     turned = rows @ axes.astype(np.float32)
     half = min(len(rows) // 2, 1024)
@@ -466,7 +491,7 @@ def _tree(places: NDArray[np.float32], block: int) -> tuple[NDArray[np.int64], N
     return np.concatenate(order), np.cumsum([0, *(len(leaf) for leaf in order)])
 
 
-def _cores() -> int:
+def cores() -> int:
     from curate.engine import cpu_count
 
     return cpu_count()
@@ -484,7 +509,7 @@ def _candidate_threshold(threshold: float, d: int) -> float:
     return threshold - (d + 8) * 2.0**-23
 
 
-def _unit(embeddings: NDArray, chosen: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+def unit_rows(embeddings: NDArray, chosen: NDArray[np.int64] | slice) -> NDArray[np.float32]:
     """The chosen rows as float32 unit rows."""
     rows = np.asarray(embeddings[chosen], np.float32)
     norm = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
@@ -496,7 +521,7 @@ def _unit(embeddings: NDArray, chosen: NDArray[np.int64] | slice) -> NDArray[np.
 
 def _chunks(embeddings: NDArray, n: int, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     for start in range(0, n, size):
-        yield start, _unit(embeddings, slice(start, min(start + size, n)))
+        yield start, unit_rows(embeddings, slice(start, min(start + size, n)))
 
 
 def _surely_near(
@@ -505,7 +530,7 @@ def _surely_near(
     """Which of many pairs among few rows are near by more than float32 can err: a product of the rows tells."""
     rows_i, at_i = np.unique(i, return_inverse=True)
     rows_j, at_j = np.unique(j, return_inverse=True)
-    product = _unit(embeddings, rows_i) @ _unit(embeddings, rows_j).T
+    product = unit_rows(embeddings, rows_i) @ unit_rows(embeddings, rows_j).T
     return product[at_i, at_j] >= 2 * threshold - _candidate_threshold(threshold, embeddings.shape[1])
 
 

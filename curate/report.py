@@ -325,7 +325,7 @@ def _histogram_shapes(counts: Mapping[str, Any], threshold: float) -> dict[str, 
 
 
 def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, Any] | None:
-    """The curve of kept samples over thresholds in a 600 × 180 drawing, and the table behind it."""
+    """The curve of kept samples over thresholds in a 600 × 330 drawing, and the table behind it."""
     if len(sweep) < 2:
         return None
     thresholds, kept = [row["threshold"] for row in sweep], [row["kept"] for row in sweep]
@@ -334,7 +334,7 @@ def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[
     points = [
         {
             "x": round(600 * (row["threshold"] - thresholds[0]) / scale[0], 2),
-            "y": round(170 - 160 * (row["kept"] - low) / scale[1], 2),
+            "y": round(320 - 310 * (row["kept"] - low) / scale[1], 2),
             "chosen": row["threshold"] == threshold,
             "label": f"{row['threshold']:.3g}",
             "title": f"{row['threshold']:.3g}: {row['kept']:,} kept, {row['dropped']:,} dropped, "
