@@ -826,9 +826,13 @@ def _publish_report(
     if len(joined.first) > 1:
         embeddings = rows.embeddings[joined.first]
         asked, nearest, similarity = report.nearest_similarities(embeddings, HISTOGRAM_SAMPLE, config.seed)
-        row_of = rows.readable[joined.first]
         counts = report.histogram(similarity)
-        calls = report.close_calls(row_of[asked], row_of[nearest], similarity, config.threshold)
+        # The join's pairs where it went below the threshold, and else the sample's nearest neighbours, too.
+        pairs, row_of = joined.image_pairs, rows.readable[joined.first]
+        below = similarity < min(sweep_thresholds(config))
+        one, other = np.concatenate([pairs.i, asked[below]]), np.concatenate([pairs.j, nearest[below]])
+        likeness = np.concatenate([pairs.similarity, similarity[below]])
+        calls = report.close_calls(row_of[one], row_of[other], likeness, config.threshold, config.seed)
     shown = {row for group in report.gallery(table) for row in group} | {
         row for a, b, _ in calls for row in (a, b)
     }

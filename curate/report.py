@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 GROUPS_SHOWN = 24
 DROPPED_SHOWN = 7  # of one group: with the kept one, a line
-CLOSE_CALLS_SHOWN = 6  # on each side of the threshold
+CLOSE_CALLS_SHOWN = 12  # on each side of the threshold
+CLOSE_CALLS_AMONG = 200  # on each side, what those that are shown are drawn from
 CAPTIONS_SHOWN = 12
 UNREADABLE_SHOWN = 200
 THUMBNAIL_PIXELS = 112
@@ -59,7 +60,7 @@ class Pictures:
 
     Attributes:
         histogram: ``counts`` of similarities in BINS equal bins over [0, 1]; of how many ``images``.
-        close_calls: (row, row, similarity) of image pairs nearest to the threshold, on both sides of it.
+        close_calls: (row, row, similarity) of random image pairs near the threshold, on both sides of it.
         thumbnails: encoded images by ledger row.
     """
 
@@ -194,17 +195,34 @@ def histogram(similarities: NDArray[np.float32]) -> dict[str, Any]:
 
 
 def close_calls(
-    rows: NDArray[np.int64], nearest: NDArray[np.int64], similarities: NDArray[np.float32], threshold: float
+    rows: NDArray[np.int64],
+    others: NDArray[np.int64],
+    similarities: NDArray[np.float32],
+    threshold: float,
+    seed: int = 0,
 ) -> list[tuple[int, int, float]]:
-    """The pairs nearest to the threshold: up to CLOSE_CALLS_SHOWN below and as many above, by similarity."""
-    pairs = {
-        (int(min(a, b)), int(max(a, b))): float(s)
-        for a, b, s in zip(rows, nearest, similarities, strict=True)
-    }
-    by_similarity = sorted(((s, a, b) for (a, b), s in pairs.items()))
-    below = [pair for pair in by_similarity if pair[0] < threshold][-CLOSE_CALLS_SHOWN:]
-    above = [pair for pair in by_similarity if pair[0] >= threshold][:CLOSE_CALLS_SHOWN]
-    return [(a, b, s) for s, a, b in below + above]
+    """Random pairs just below and just above the threshold, up to CLOSE_CALLS_SHOWN each, by similarity.
+
+    Of each side the CLOSE_CALLS_AMONG nearest to the threshold are drawn from, so that what is seen is what a small
+    change of the threshold would move, and not its extremes.
+
+    Args:
+        rows, others, similarities: pairs around the threshold, each ``[m]``.
+        threshold: at or above it pairs are near.
+        seed: of the choice.
+    """
+    low, high = np.minimum(rows, others), np.maximum(rows, others)
+    order = np.lexsort((high, low, similarities))
+    low, high, similarities = low[order], high[order], similarities[order]
+    fresh = np.ones(len(low), bool)  # a pair may be given from both its sides
+    fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    pairs = list(zip(low[fresh].tolist(), high[fresh].tolist(), similarities[fresh].tolist(), strict=True))
+    cut = int(np.searchsorted(similarities[fresh], np.float32(threshold)))
+    rng, shown = np.random.default_rng(seed), []
+    for side in (pairs[max(0, cut - CLOSE_CALLS_AMONG) : cut], pairs[cut : cut + CLOSE_CALLS_AMONG]):
+        chosen = rng.choice(len(side), min(CLOSE_CALLS_SHOWN, len(side)), replace=False)
+        shown += [side[place] for place in sorted(chosen.tolist())]
+    return shown
 
 
 def thumbnail(data: bytes, *, max_pixels: int = 64_000_000) -> bytes:
@@ -287,7 +305,13 @@ def _shares(summary: Mapping[str, Any]) -> list[tuple[str, int, float]]:
 def _reasons(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     most = max([1, *summary["reasons"].values()])
     return [
-        {"label": REASONS[name][0], "means": REASONS[name][1], "count": count, "width": 100.0 * count / most}
+        {
+            "name": name,
+            "label": REASONS[name][0],
+            "means": REASONS[name][1],
+            "count": count,
+            "width": 100.0 * count / most,
+        }
         for name in DROP_REASONS
         if (count := summary["reasons"].get(name, 0))
     ]

@@ -11,6 +11,7 @@ import pytest
 
 from curate.ledger import DROP_REASONS, SCHEMA
 from curate.report import (
+    CLOSE_CALLS_SHOWN,
     DROPPED_SHOWN,
     GROUPS_SHOWN,
     REASONS,
@@ -85,7 +86,7 @@ class Tags(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.names.append(tag)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href")]
 
@@ -174,11 +175,27 @@ def test_nearest_similarities_are_those_of_exact_search():
     assert len(nearest_similarities(rows[:20], 50, seed=1)[0]) == 20
 
 
-def test_close_calls_are_the_pairs_on_both_sides_of_the_threshold():
-    rows, nearest = np.array([0, 1, 2, 3, 4]), np.array([1, 0, 3, 2, 0])
-    similarity = np.array([0.95, 0.95, 0.89, 0.89, 0.2], dtype=np.float32)
-    calls = close_calls(rows, nearest, similarity, 0.9)
-    assert [(a, b) for a, b, _ in calls] == [(0, 4), (2, 3), (0, 1)]
+def test_close_calls_are_random_pairs_next_to_the_threshold_on_both_sides():
+    similarity = np.linspace(0.7, 1.0, 3001, dtype=np.float32)
+    one, other = np.arange(3001), np.arange(3001) + 5000
+    calls = close_calls(one, other, similarity, 0.9, seed=1)
+    below, above = [c for c in calls if c[2] < 0.9], [c for c in calls if c[2] >= 0.9]
+    assert len(below) == len(above) == CLOSE_CALLS_SHOWN
+    assert min(c[2] for c in below) > 0.9 - 0.021 and max(c[2] for c in above) < 0.9 + 0.021
+    assert [c[2] for c in calls] == sorted(c[2] for c in calls)
+    assert all(b == a + 5000 and s == pytest.approx(float(similarity[a])) for a, b, s in calls)
+    assert calls == close_calls(other, one, similarity, 0.9, seed=1) != close_calls(one, other, similarity, 0.9, seed=2)
+    both = close_calls(np.array([1, 2]), np.array([2, 1]), np.array([0.95, 0.95], np.float32), 0.9)
+    assert both == [(1, 2, pytest.approx(0.95))]
+    assert close_calls(one[:0], other[:0], similarity[:0], 0.9) == []
+
+
+def test_the_gallery_can_be_filtered_by_reason_without_a_script(example):
+    text = render(*example)
+    for name in ("near_pair", "exact_image"):
+        assert f'id="show-{name}" checked' in text and f'data-reason="{name}"' in text
+        assert f'main:has(#show-{name}:not(:checked)) figure[data-reason="{name}"]' in text
+    assert "show-near_image" not in text
 
 
 def test_a_histogram_counts_every_similarity_once():
