@@ -5,7 +5,8 @@
     python -m benchmarks.join --rows 1000000 --no_faiss --kinds gaussian
     python -m benchmarks.join --cells                         the join within cells, and recall against the exact one
 
-Each side runs in a process of its own on the same memory-mapped float16 embeddings and the same number of threads.
+Each side runs in a process of its own on the same memory-mapped embeddings (float32, or as ``--dtype`` says) and the
+same number of threads.
 Its peak memory is what the process gains over its state before the join; the embeddings' own pages count. faiss
 answers queries in blocks of 4,096 rows; its pairs are kept where i < j.
 
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--kinds", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--threads", type=int, default=cpu_count())
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
     parser.add_argument("--no_faiss", action="store_true", help="ours alone")
     parser.add_argument("--curve", action="store_true", help="ours alone, over 25,000 to 400,000 rows")
     parser.add_argument("--cells", action="store_true", help="the join within cells beside the exact one")
@@ -197,14 +199,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "embeddings.npy"
             for rows in sizes:
-                embeddings = MAKERS[kind](rows)
+                embeddings = MAKERS[kind](rows).astype(arguments.dtype)
                 np.save(path, embeddings)
                 size, shape = embeddings.nbytes, embeddings.shape
                 del embeddings
                 figures, pairs = measure("ours", path, arguments.threads)
                 seconds.append(figures["seconds"])
                 print(
-                    f"{kind} {shape[0]:,} × {shape[1]} float16, cosine ≥ {THRESHOLD}, {arguments.threads} threads: "
+                    f"{kind} {shape[0]:,} × {shape[1]} {arguments.dtype}, cosine ≥ {THRESHOLD}, {arguments.threads} threads: "
                     f"ours {figures['seconds']:.1f} s, {len(pairs['i']):,} pairs, "
                     f"peak {figures['bytes'] / size:.2f} × the embeddings",
                     flush=True,

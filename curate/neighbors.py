@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 BLOCK = 256  # rows of a block: small boxes rule out more, large ones keep the BLAS busy
 _TILE = 1024  # rows compared with a block at a time: 1 MB of products
-_SAMPLE = 8192  # rows that the axes are taken from
+_SAMPLE = 4096  # rows that the axes are taken from
 _SMALL = 2048  # fewer rows are compared as they are: finding axes would cost more than it saves
 _BOX_AXES = 4  # axes that blocks are boxes of
 _DENSE = 1 << 15  # candidates of one tile above which a product of whole rows is cheaper than verifying each
 _VERIFY_COST = 30_000  # verifying one pair costs about as much as screening this many by one coordinate
-_VERIFY_ELEMENTS = 1 << 20  # float64 elements of each side that are verified at a time
+_VERIFY_ELEMENTS = 1 << 17  # float64 elements of each side that are verified at a time: 1 MB
 _QUERIES = 1 << 16  # queries screened at a time
 _SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
 
@@ -237,9 +237,10 @@ class _Crowding:
         if self.limit is None or not len(i):
             return
         with self._lock:
-            rows, counts = np.unique(np.concatenate([i, j]), return_counts=True)
-            self._near[rows] += counts
-            self.crowded[rows] = self._near[rows] > self.limit
+            for rows in (i, j):
+                np.add.at(self._near, rows, 1)
+            for rows in (i, j):
+                self.crowded[rows] = self._near[rows] > self.limit
 
 
 def find_nearest(
@@ -373,7 +374,7 @@ class _Screen:
         apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
 
         places = np.empty((boxed, n), np.float32)
-        for start, some in _chunks(embeddings, n, 4096):
+        for start, some in _chunks(embeddings, n, 2048):
             places[:, start : start + len(some)] = (some @ axes[:, :boxed]).T
         order, starts = _tree(places, block)
         for axis in range(boxed):
@@ -384,7 +385,7 @@ class _Screen:
         screen = cls(
             axes, rows, places, order, starts, slack, np.float32(threshold - slack - 1e-6), np.float32(apart**2)
         )
-        for start, some in _chunks(embeddings, n, 4096):
+        for start, some in _chunks(embeddings, n, 2048):
             rows[rank[start : start + len(some)]] = screen.screened(some)
         return screen
 
@@ -528,10 +529,11 @@ def _surely_near(
     embeddings: NDArray, i: NDArray[np.int64], j: NDArray[np.int64], threshold: float
 ) -> NDArray[np.bool_]:
     """Which of many pairs among few rows are near by more than float32 can err: a product of the rows tells."""
-    rows_i, at_i = np.unique(i, return_inverse=True)
-    rows_j, at_j = np.unique(j, return_inverse=True)
-    product = unit_rows(embeddings, rows_i) @ unit_rows(embeddings, rows_j).T
-    return product[at_i, at_j] >= 2 * threshold - _candidate_threshold(threshold, embeddings.shape[1])
+    involved = np.zeros(len(embeddings), bool)
+    involved[i] = involved[j] = True
+    rows, place = np.flatnonzero(involved), np.cumsum(involved, dtype=np.int32) - 1
+    unit = unit_rows(embeddings, rows)
+    return (unit @ unit.T)[place[i], place[j]] >= 2 * threshold - _candidate_threshold(threshold, unit.shape[1])
 
 
 def _verified(
