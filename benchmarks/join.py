@@ -206,9 +206,9 @@ def main() -> None:
                 figures, pairs = measure("ours", path, arguments.threads)
                 seconds.append(figures["seconds"])
                 print(
-                    f"{kind} {shape[0]:,} × {shape[1]} {arguments.dtype}, cosine ≥ {THRESHOLD}, {arguments.threads} threads: "
-                    f"ours {figures['seconds']:.1f} s, {len(pairs['i']):,} pairs, "
-                    f"peak {figures['bytes'] / size:.2f} × the embeddings",
+                    f"{kind} {shape[0]:,} × {shape[1]} {arguments.dtype}, cosine ≥ {THRESHOLD}, "
+                    f"{arguments.threads} threads: ours {figures['seconds']:.1f} s, "
+                    f"{len(pairs['i']):,} pairs, peak {figures['bytes'] / size:.2f} × the embeddings",
                     flush=True,
                 )
                 if arguments.cells:
