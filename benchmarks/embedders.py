@@ -96,9 +96,7 @@ def library_photographs(rows: int, seed: int = 0) -> list[Image.Image]:
         photographs += list(load_sample_images().images)
     except ImportError:
         pass
-    pictures = [
-        Image.fromarray(array[..., :3] if array.ndim == 3 else array).convert("RGB") for array in photographs
-    ]
+    pictures = [Image.fromarray(array[..., :3] if array.ndim == 3 else array).convert("RGB") for array in photographs]
     rng, result = np.random.default_rng(seed), []
     for picture in pictures:
         taken: list[tuple[int, int, int]] = []
@@ -138,7 +136,7 @@ def folder_images(folder: Path) -> list[Image.Image]:
 
 def distinct(images: Sequence[Image.Image]) -> list[Image.Image]:
     """Less those that look like an earlier one: less than ``DIFFERENT`` grey levels apart, on average, at 32 × 32."""
-    pixels = stack_images(images, 32).reshape(len(images), -1) * 255
+    pixels = stack_images(images, 32).reshape(len(images), 3 * 32 * 32) * 255
     kept: list[int] = []
     for i in range(len(images)):
         if not kept or np.abs(pixels[kept] - pixels[i]).mean(1).min() >= DIFFERENT:
@@ -221,7 +219,7 @@ def main() -> None:
     for title, images in sets.items():
         found = distinct(images())
         if len(found) < 2:
-            print(f"{title}: none here (scikit-image and scikit-learn are not installed)\n", flush=True)
+            print(f"{title}: left out, there are none here\n", flush=True)
             continue
         print(table(title, found, embedders) + "\n", flush=True)
 

@@ -263,7 +263,10 @@ class TorchEmbedder:
             for start in range(0, len(images), step):
                 for places, stack in self.preprocessing.stacks(images[start : start + step]):
                     pixels = torch.from_numpy(stack).to(self._device)
-                    result[start + np.array(places)] = self._vectors(pixels, half).cpu().numpy()
+                    vectors = self._vectors(pixels, half)
+                    if half and len(lost := (~vectors.isfinite().all(1)).nonzero().flatten()):  # beyond float16's range
+                        vectors[lost] = self._vectors(pixels[lost], half=False)
+                    result[start + np.array(places)] = vectors.cpu().numpy()
         return result
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -311,9 +314,7 @@ def _load_torchscript(name: str, path: str, size: int, fit: Any, half: bool | No
         if not fits:
             raise UsageError(f"{path} takes squares only: name their side, as in {path}@{size}")
     settings = {"file": sha256}
-    return TorchEmbedder(
-        name, model, dim=answer.shape[1], preprocessing=preprocessing, settings=settings, half=half
-    )
+    return TorchEmbedder(name, model, dim=answer.shape[1], preprocessing=preprocessing, settings=settings, half=half)
 
 
 def weights_digest(model: torch.nn.Module, settings: object) -> str:

@@ -103,9 +103,7 @@ def load_image_tower(library: str, source: str, *, name: str, half: bool | None)
     if not isinstance(answer, Tensor) or answer.ndim != 2:
         raise UserError(f"{source} does not answer an image with one vector")
     settings = {"library": library, **settings}
-    return TorchEmbedder(
-        name, model, dim=answer.shape[1], preprocessing=preprocessing, settings=settings, half=half
-    )
+    return TorchEmbedder(name, model, dim=answer.shape[1], preprocessing=preprocessing, settings=settings, half=half)
 
 
 def _folder(source: str, files: Sequence[str]) -> Path:
@@ -232,7 +230,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
 
 
 # ------------------------------------------------------------------------------------------ timm, open_clip

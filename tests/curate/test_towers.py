@@ -20,7 +20,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from curate.config import DedupConfig, SearchConfig
 from curate.console import UsageError, UserError
 from curate.dedup import run_dedup
-from curate.embed import load_caption_embedder, load_embedder
+from curate.embed import TorchEmbedder, load_caption_embedder, load_embedder
+from curate.preprocess import Preprocessing
 from curate.search import run_search
 from curate.shards import write_shard
 
@@ -178,6 +179,28 @@ def test_half_precision_gives_float32_unit_rows_that_are_near(models, images):
     np.testing.assert_allclose(half, full, atol=5e-3)
 
 
+def test_what_half_precision_cannot_hold_is_computed_again(images):
+    class Steep(torch.nn.Module):
+        """Beyond float16's range for bright images."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+            self.linear.weight.data = torch.tensor([[6e4, 6e4, 0.0], [0.0, 1e4, 1e4]])
+
+        def forward(self, x):
+            return self.linear(x.mean(dim=(2, 3)))
+
+    some = [Image.new("RGB", (8, 8), colour) for colour in ("white", (20, 10, 30), (250, 250, 0))]
+    full, half = (
+        TorchEmbedder("steep", Steep(), dim=2, preprocessing=Preprocessing(8), half=half).embed(some)
+        for half in (False, True)
+    )
+    np.testing.assert_allclose(half, full, atol=2e-3)
+    np.testing.assert_allclose(half[0], full[0], atol=1e-6)
+    assert np.abs(half[1] - full[1]).max() > 1e-6  # in half precision indeed
+
+
 def test_the_digest_follows_weights_config_and_preprocessing_but_not_the_folder(models, tmp_path):
     def digest(folder: Path) -> str:
         return load_embedder(str(folder)).digest
@@ -315,7 +338,9 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     ],
 )  # fmt: skip
 def test_a_missing_package_is_one_line_that_names_the_extra(call, blocked, complaint):
-    code = BLOCKER.format(blocked=[blocked]) + f"""
+    code = (
+        BLOCKER.format(blocked=[blocked])
+        + f"""
 from curate.console import UsageError
 from curate.embed import load_caption_embedder, load_embedder
 try:
@@ -323,6 +348,7 @@ try:
 except UsageError as error:
     print(error)
 """
+    )
     done = python(code)
     assert done.stdout == complaint + "\n", done.stderr
 
@@ -332,7 +358,9 @@ def test_a_package_that_lacks_torchvision_says_so(package):
     pytest.importorskip(package)
     names = {"timm": ("timm:resnet18.a1_in1k", "timm"), "open_clip": ("open_clip:ViT-B-32/openai", "clip")}
     name, extra = names[package]
-    code = BLOCKER.format(blocked=["torchvision"]) + f"""
+    code = (
+        BLOCKER.format(blocked=["torchvision"])
+        + f"""
 from curate.console import UsageError
 from curate.embed import load_embedder
 try:
@@ -340,17 +368,21 @@ try:
 except UsageError as error:
     print(error)
 """
+    )
     done = python(code)
     assert done.stdout.startswith(f"{package} cannot be imported (No module named 'torchvision"), done.stderr
     assert done.stdout.endswith(f": pip install 'afresh[{extra}]'\n") and done.stdout.count("\n") == 1
 
 
 def test_transformers_towers_need_no_torchvision(models):
-    code = BLOCKER.format(blocked=["torchvision"]) + f"""
+    code = (
+        BLOCKER.format(blocked=["torchvision"])
+        + f"""
 from PIL import Image
 from curate.embed import load_embedder
 print(load_embedder({str(models / "siglip")!r}).embed([Image.new("RGB", (40, 50))]).shape)
 """
+    )
     assert python(code).stdout == "(1, 32)\n"
 
 
