@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import math
-import sys
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from curate.console import UsageError, UserError, progress
@@ -120,7 +121,8 @@ def _folder(source: str, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
+    if multiprocessing.parent_process() is not None:  # the parent has shown it
+        disable_progress_bars()
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:
@@ -138,8 +140,6 @@ def _imported(package: str) -> Any:
     Raises:
         UsageError: it is not installed, or lacks something itself; names the extra.
     """
-    if package in sys.modules:
-        return sys.modules[package]
     extra = _EXTRAS[package]
     try:
         return importlib.import_module(package)
@@ -239,13 +239,15 @@ def _timm_image(source: str) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
     timm = _imported("timm")
     folder = _folder(_timm_repository(timm, source), _TIMM_FILES)
     config = read_json(_need(folder, "config.json", "which says what model it is"))
-    _need(folder, "model.safetensors", "its weights; other formats are not loaded")
+    weights = _need(folder, "model.safetensors", "its weights; other formats are not loaded")
     try:
-        # With its classifier, so that every weight is asked for; then without.
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        model.reset_classifier(0)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        with safe_open(weights, "pt") as file:
+            lacking = sorted(set(model.state_dict()) - set(file.keys()))
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded: {reason(error)}") from error
+    if lacking:  # timm leaves them as they were initialised
+        raise UserError(f"{folder} lacks weights of its image tower, such as {lacking[0]}")
     data = timm.data.resolve_model_data_config(model)
     height, width = data["input_size"][-2:]
     if height != width or data["crop_mode"] not in ("center", "squash") or data["interpolation"] not in _FILTERS:
@@ -434,7 +436,9 @@ def _transformers_text(source: str) -> tuple[nn.Module, Callable[[list[str]], Te
         raise UserError(f"{folder} has no {_TOKENIZERS[0]}: its captions cannot be turned into tokens")
     with _quiet(transformers):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:
             raise UserError(f"the tokenizer of {folder} cannot be loaded: {reason(error)}") from error
     length = model.tower.config.max_position_embeddings

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -56,6 +57,7 @@ def models(tmp_path_factory, tiny_pipe) -> Path:
     registers = transformers.Dinov2WithRegistersConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=8
     )
+    dinov3 = transformers.DINOv3ViTConfig(**WIDTHS, image_size=32, patch_size=8, num_register_tokens=2)
     parts = {
         "clip": (clip, CLIPImageProcessorPil(**CLIP_SIZE)),
         "clip-vision": (
@@ -72,6 +74,7 @@ def models(tmp_path_factory, tiny_pipe) -> Path:
             SiglipImageProcessorPil(**SIGLIP_SIZE),
         ),
         "dinov2": (transformers.Dinov2Model(dinov2), BitImageProcessorPil(**DINOV2_SIZE)),
+        "dinov3": (transformers.DINOv3ViTModel(dinov3), BitImageProcessorPil(**DINOV2_SIZE)),
         "registers": (transformers.Dinov2WithRegistersModel(registers), BitImageProcessorPil(**DINOV2_SIZE)),
     }
     for name, (model, processor) in parts.items():
@@ -81,7 +84,9 @@ def models(tmp_path_factory, tiny_pipe) -> Path:
         processor.save_pretrained(folder / name)
     text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**clip_text))
     text.save_pretrained(folder / "clip-text")
-    for name in ("clip", "siglip", "clip-text"):
+    bare = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip_text))
+    bare.save_pretrained(folder / "clip-text-bare")  # as Stable Diffusion has it
+    for name in ("clip", "siglip", "clip-text", "clip-text-bare"):
         tiny_pipe.tokenizer.save_pretrained(folder / name)
     return folder
 
@@ -116,7 +121,7 @@ def official_vectors(folder: Path, images: list) -> torch.Tensor:
     return torch.nn.functional.normalize(answer, dim=1)
 
 
-TOWERS = ["clip", "clip-vision", "clip-vision-projected", "siglip", "siglip-vision", "dinov2", "registers"]
+TOWERS = ["clip", "clip-vision", "clip-vision-projected", "siglip", "siglip-vision", "dinov2", "dinov3", "registers"]
 
 
 # ------------------------------------------------------------------------------------------------ image towers
@@ -185,7 +190,7 @@ def test_what_half_precision_cannot_hold_is_computed_again(images):
 
         def __init__(self):
             super().__init__()
-            self.linear = torch.nn.Linear(3, 2)
+            self.linear = torch.nn.Linear(3, 2, bias=False)
             self.linear.weight.data = torch.tensor([[6e4, 6e4, 0.0], [0.0, 1e4, 1e4]])
 
         def forward(self, x):
@@ -217,8 +222,6 @@ def test_the_digest_follows_weights_config_and_preprocessing_but_not_the_folder(
     (other / "config.json").write_text(json.dumps(config))
     assert digest(other) != original
     trained = without(models / "clip", tmp_path / "trained")
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(trained / "model.safetensors")
     weights["visual_projection.weight"][0, 0] += 1e-3
     save_file(weights, trained / "model.safetensors", {"format": "pt"})
@@ -241,8 +244,6 @@ def test_a_folder_that_lacks_a_part_is_refused_in_one_line(lacking, complaint, m
 
 
 def test_missing_weights_are_not_made_up(models, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = without(models / "clip", tmp_path / "folder")
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
@@ -353,25 +354,31 @@ except UsageError as error:
     assert done.stdout == complaint + "\n", done.stderr
 
 
-@pytest.mark.parametrize("package", ["timm", "open_clip"])
-def test_a_package_that_lacks_torchvision_says_so(package):
-    pytest.importorskip(package)
-    names = {"timm": ("timm:resnet18.a1_in1k", "timm"), "open_clip": ("open_clip:ViT-B-32/openai", "clip")}
-    name, extra = names[package]
-    code = (
-        BLOCKER.format(blocked=["torchvision"])
-        + f"""
+@pytest.mark.parametrize(
+    ("failure", "complaint"),
+    [
+        ("import torchvision_of_no_build", "(No module named 'torchvision_of_no_build'): pip install 'afresh[timm]'"),
+        ("raise RuntimeError('operator torchvision::nms does not exist')",
+         "(operator torchvision::nms does not exist): are torch and torchvision of the same build? "
+         "pip install 'afresh[timm]'"),
+    ],
+)  # fmt: skip
+def test_a_package_that_cannot_be_imported_says_why(failure, complaint, tmp_path):
+    """With a torchvision that is missing, or built for another torch."""
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text(failure)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
 from curate.console import UsageError
 from curate.embed import load_embedder
 try:
-    load_embedder({name!r})
+    load_embedder("timm:resnet18.a1_in1k")
 except UsageError as error:
     print(error)
 """
-    )
     done = python(code)
-    assert done.stdout.startswith(f"{package} cannot be imported (No module named 'torchvision"), done.stderr
-    assert done.stdout.endswith(f": pip install 'afresh[{extra}]'\n") and done.stdout.count("\n") == 1
+    assert done.stdout == f"timm cannot be imported {complaint}\n", done.stderr
 
 
 def test_transformers_towers_need_no_torchvision(models):
@@ -413,6 +420,12 @@ def test_a_timm_folder_is_prepared_and_embedded_as_timm_does_it(tmp_path, images
         pixels = torch.rand(2, 3, 50, 40, requires_grad=True)
         (gradient,) = torch.autograd.grad((embedder.features(pixels) * torch.randn(embedder.dim)).sum(), pixels)
         assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+    weights = load_file(folder / "model.safetensors")
+    partial = without(folder, tmp_path / "partial")
+    del weights["bn1.running_mean"]
+    save_file(weights, partial / "model.safetensors")
+    with pytest.raises(UserError, match="partial lacks weights of its image tower, such as bn1.running_mean"):
+        load_embedder(f"timm:{partial}")
     lacking = without(folder, tmp_path / "lacking", "model.safetensors")
     with pytest.raises(UserError, match=r"has no model\.safetensors, its weights"):
         load_embedder(f"timm:{lacking}")
@@ -431,8 +444,6 @@ def test_timm_names_that_are_unknown_or_cannot_be_had_are_one_line():
 @pytest.mark.parametrize("fit", ["shortest", "squash"])
 def test_an_open_clip_folder_is_prepared_and_embedded_as_open_clip_does_it(fit, tmp_path, images):
     open_clip = pytest.importorskip("open_clip")
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     config = {
         "model_cfg": {
@@ -456,6 +467,10 @@ def test_an_open_clip_folder_is_prepared_and_embedded_as_open_clip_does_it(fit, 
     pixels = torch.rand(2, 3, 50, 40, requires_grad=True)
     (gradient,) = torch.autograd.grad((embedder.features(pixels) * torch.randn(embedder.dim)).sum(), pixels)
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+    weights = made.state_dict()
+    save_file({key: weights[key].contiguous() for key in list(weights)[1:]}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded as"):
+        load_embedder(f"open_clip:{tmp_path}")
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no open_clip_model\.safetensors, its weights"):
         load_embedder(f"open_clip:{tmp_path}")
@@ -481,7 +496,7 @@ def test_open_clip_names_that_are_unknown_or_cannot_be_had_are_one_line(tmp_path
 CAPTIONS = ["a red apple", "a green apple on a table", "", "grinning face, " * 30, "日本語", "\ud800"]
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "clip-text"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "clip-text", "clip-text-bare"])
 def test_a_text_tower_gives_the_librarys_own_vectors(name, models):
     embedder = load_caption_embedder(f"transformers:{models / name}")
     rows = embedder.embed(CAPTIONS)
@@ -497,6 +512,8 @@ def test_a_text_tower_gives_the_librarys_own_vectors(name, models):
     with torch.no_grad():
         if name == "clip-text":
             official = model(**tokens).text_embeds
+        elif name == "clip-text-bare":
+            official = model(**tokens).pooler_output
         elif name == "clip":
             official = model.get_text_features(**tokens).pooler_output
         else:  # its own tokenizer has no mask
@@ -594,8 +611,6 @@ def test_curation_and_search_run_on_towers_and_notice_other_weights(models, emoj
     assert caches_after() == caches
     (kept,) = caches_after(caption_embedder="ngrams") & {name for name in caches if not name.startswith("pairs")}
     assert len(caches_after() & caches) == len(caches)  # the name alone: nothing else changed
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(model / "model.safetensors")
     weights["visual_projection.weight"] *= torch.linspace(0.5, 1.5, 24)[:, None]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
