@@ -59,7 +59,12 @@ class DedupConfig:
         shards: tar shards: paths, folders, globs, brace ranges or fsspec URLs.
         out: local folder for the result: ``shards/``, ``ledger.parquet``, ``index/``, ``report.html``,
             ``summary.json``; ``work/`` beside them is a cache that may be deleted.
-        image_embedder: ``layout`` (needs no weights), ``copy-detector``, or a TorchScript file of SSCD.
+        image_embedder: ``layout`` (needs no weights), ``copy-detector``, a TorchScript file such as SSCD's, or an image
+            tower by its library and its hub name or folder: ``transformers:NAME`` (CLIP, SigLIP, DINOv2),
+            ``timm:NAME``, ``open_clip:ARCH/PRETRAINED``.
+        caption_embedder: ``ngrams`` (needs no weights), ``transformers:NAME`` (CLIP's or SigLIP's text tower) or
+            ``sentence-transformers:NAME``. Neural ones have scales of their own: choose ``caption_threshold`` by
+            looking.
         threshold: two images with at least this cosine similarity are near, in (0, 1].
         caption_threshold: two captions with at least this similarity are near, in (0, 1].
         min_caption_chars: captions with fewer characters are near only when equal (after normalisation).
@@ -95,6 +100,7 @@ class DedupConfig:
     shards: list[str] = field(default_factory=list)
     out: str = ""
     image_embedder: str = "layout"
+    caption_embedder: str = "ngrams"
     threshold: float = 0.9
     caption_threshold: float = 0.9
     min_caption_chars: int = 12
@@ -142,12 +148,14 @@ class SearchConfig:
         out: folder that ``curate dedup`` wrote.
         image: file of an image to search for.
         caption: text to search for among the captions.
+        caption_embedder: what captions are compared by, as in ``curate dedup``; a neural one embeds all of them first.
         k: how many samples to show.
     """
 
     out: str = ""
     image: str | None = None
     caption: str | None = None
+    caption_embedder: str = "ngrams"
     k: int = 10
 
 

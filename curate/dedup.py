@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from curate.decide import Verdicts
-    from curate.embed import Embedder
+    from curate.embed import CaptionEmbedder, Embedder
     from curate.index import TrainingIndex
     from curate.neighbors import Pairs
 
@@ -75,12 +75,14 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     _check_settings(config)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
-    embedder = _embedder(config.image_embedder)
+    _embedder.cache_clear()  # a file of the same name may be another one by now
+    _caption_embedder.cache_clear()
+    embedder, captioner = _embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
     others = _open_others(config, embedder)
     out = _prepare(config.out, urls)
     engine = LocalEngine(config.workers)
     with _locked(out):
-        keys = [_read_key(url, name, config) for url, name in zip(urls, names, strict=True)]
+        keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
         caches = _read_stage(engine, out, urls, names, keys, config)
@@ -93,7 +95,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
                 f"none of the {rows.table.num_rows} samples can be read ({first}); see {out}/ledger.parquet"
             )
 
-        joined = _join_stage(out, rows, keys, config)
+        joined = _join_stage(out, rows, keys, captioner, config)
         elsewhere = _against_stage(rows, joined, others, config)
         clock.lap("join")
         verdicts, sweep = _decide_stage(rows, joined, elsewhere, config)
@@ -309,13 +311,16 @@ def _embedder(name: str) -> Embedder:
     return load_embedder(name)
 
 
-def _read_key(url: str, name: str, config: DedupConfig) -> str:
-    """What the reading of a shard depends on, as a file name: its content, the embedder, the limits."""
-    embedder = config.image_embedder
-    if Path(embedder).is_file():
-        with open(embedder, "rb") as file:
-            embedder = hashlib.file_digest(file, "sha256").hexdigest()
-    made_by = [CACHE_FORMAT, curate.__version__, embedder, config.max_pixels, config.batch_size]
+@lru_cache(maxsize=2)
+def _caption_embedder(name: str) -> CaptionEmbedder:
+    from curate.embed import load_caption_embedder
+
+    return load_caption_embedder(name)
+
+
+def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
+    """What the reading of a shard depends on, as a file name: its content, the embedder's weights, the limits."""
+    made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, config.max_pixels, config.batch_size]
     return _digest([made_by, name, _fingerprint(url)])
 
 
@@ -430,9 +435,11 @@ class _Joined:
     caches: tuple[Path, Path]
 
 
-def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig) -> _Joined:
+def _join_stage(
+    out: Path, rows: _Rows, keys: Sequence[str], captioner: CaptionEmbedder, config: DedupConfig
+) -> _Joined:
     """Exact copies are collapsed by hash first, so that a group of many of them costs nothing."""
-    from curate.embed import embed_captions, normalise_caption
+    from curate.embed import normalise_caption
 
     image_of, first = _numbered(rows.column("pixels"))
     normalised = [normalise_caption(caption) for caption in rows.captions]
@@ -450,12 +457,13 @@ def _join_stage(out: Path, rows: _Rows, keys: Sequence[str], config: DedupConfig
         [row for row, text in enumerate(captions) if len(text) >= config.min_caption_chars], dtype=np.int64
     )
     near_captions = [
-        list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured
+        list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured,
+        captioner.digest,
     ]  # fmt: skip
     captions_cache = out / "work" / f"pairs-{_digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
         captions_cache,
-        lambda: embed_captions([captions[row] for row in long]),
+        lambda: captioner.embed([captions[row] for row in long]),
         config.caption_threshold,
         config,
         "joining captions",

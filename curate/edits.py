@@ -3,7 +3,7 @@
 ``EDITS`` are the named edits that descriptors are measured under, each a function ``(image, rng) → image``;
 ``strong_edit`` composes several at random. All take and return PIL images in RGB and draw every random number
 from the generator that they are given, so the same image and seed give the same pixels. The size of an image
-is kept, unless the edit is a border or a crop at its own resolution.
+is kept, unless the edit is a border, a quarter turn or a crop at its own resolution.
 """
 
 from __future__ import annotations
@@ -61,10 +61,14 @@ def flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return ImageOps.mirror(image)
 
 
-def rotate(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Turned by 3 to 15 degrees either way; the corners are white."""
-    angle = float(rng.uniform(3, 15) * rng.choice((-1, 1)))
-    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=WHITE)
+def rotate(image: Image.Image, rng: np.random.Generator, angle: float | None = None) -> Image.Image:
+    """Turned by 3 to 15 degrees either way (or by ``angle``, anticlockwise); the corners are white.
+
+    A quarter turn keeps every pixel, and its result has width and height exchanged.
+    """
+    if angle is None:
+        angle = float(rng.uniform(3, 15) * rng.choice((-1, 1)))
+    return image.rotate(angle, Image.Resampling.BICUBIC, expand=angle % 90 == 0, fillcolor=WHITE)
 
 
 def blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -79,10 +83,7 @@ def overlay(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     draw = ImageDraw.Draw(result)
     colour = tuple(int(c) for c in rng.integers(0, 256, 3))
     if rng.random() < 0.5:
-        word = "".join(rng.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), int(rng.integers(3, 7))))
-        font = ImageFont.load_default(size=max(6, image.height // 6))
-        place = (rng.uniform(0, 0.4) * image.width, rng.uniform(0, 0.8) * image.height)
-        draw.text(place, word, fill=colour, font=font)
+        _write(draw, image.size, colour, rng)
     else:
         side = rng.uniform(0.2, 0.3)
         left, top = rng.uniform(0, 1 - side, 2)
@@ -94,6 +95,23 @@ def overlay(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         )
         (draw.ellipse if rng.random() < 0.5 else draw.rectangle)(box, fill=colour)
     return result
+
+
+def text(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A word in a colour, a sixth of the image high, at a random place."""
+    result = image.copy()
+    colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+    _write(ImageDraw.Draw(result), image.size, colour, rng)
+    return result
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], colour: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    width, height = size
+    word = "".join(rng.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), int(rng.integers(3, 7))))
+    font = ImageFont.load_default(size=max(6, height // 6))
+    draw.text((rng.uniform(0, 0.4) * width, rng.uniform(0, 0.8) * height), word, fill=colour, font=font)
 
 
 def border(image: Image.Image, rng: np.random.Generator) -> Image.Image:

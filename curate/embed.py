@@ -6,14 +6,29 @@ Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curati
 - ``layout``: weight-free; where light, colour and edges lie. Survives storage, resizing, brightness, mild
   crops.
 - ``copy-detector``: the carried network (``curate/copy_detector.py``); small images, edits of every kind.
-- ``*.pt``, ``*.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing.
+- ``FILE.pt``, ``FILE.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing, the shorter edge
+  brought to 288 pixels; ``FILE.pt@320`` squashes images to squares of 320, SSCD's other official way, and
+  ``FILE.pt@short224`` brings the shorter edge to 224.
+- ``transformers:NAME``, ``timm:NAME``, ``open_clip:ARCH/PRETRAINED``: an image tower of another library, by its hub
+  name or folder (``curate/towers.py``), prepared as its own files say. A folder is recognised without the prefix.
+
+Captions have :class:`CaptionEmbedder` and ``load_caption_embedder``:
+
+- ``ngrams``: weight-free; the same letters in the same order.
+- ``transformers:NAME``: the text tower of a CLIP or SigLIP model; ``sentence-transformers:NAME``: a sentence encoder.
+
+Neural embedders run on the GPU where there is one: ``embed`` in half precision there, ``features`` in float32.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,13 +37,20 @@ from numpy.typing import NDArray
 
 from curate.console import UsageError, UserError
 from curate.images import stack_images
+from curate.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMBEDDERS = ("layout", "copy-detector")
-TORCHSCRIPT_SUFFIXES = (".pt", ".torchscript")
+CAPTION_EMBEDDERS = ("ngrams",)
+# By prefix; the extra names what pip installs.
+IMAGE_LIBRARIES = ("transformers", "timm", "open_clip")
+CAPTION_LIBRARIES = ("transformers", "sentence-transformers")
+_TORCHSCRIPT = re.compile(r"(?P<path>.+\.(?:pt|torchscript))(?:@(?P<short>short)?(?P<size>[0-9]+))?")
+_AT_ONCE = 1 << 22  # pixels that a network sees at a time, whatever the batch size: bounds its memory
 
 Floats = NDArray[np.float32]
 
@@ -38,21 +60,30 @@ class Embedder(Protocol):
 
     name: str
     dim: int
-    size: int  # images are looked at as squares of this many pixels
+    size: int  # images are looked at as squares of this many pixels, or with a shorter edge of as many
+
+    @property
+    def digest(self) -> str:
+        """Hex or a name: another one where weights or settings are others. What was embedded is cached under it."""
 
     def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
-        """Images → float32 ``[n, dim]``, unit rows."""
+        """Images → float32 ``[n, dim]``, unit rows; a row does not depend on the others but in its last bits."""
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[n, 3, H, W]`` in [0, 1], any H and W → float32 ``[n, dim]``, unit rows; differentiable."""
 
 
-def load_embedder(name_or_path: str) -> Embedder:
-    """The embedder of that name, or of that TorchScript file.
+def load_embedder(name_or_path: str, *, half: bool | None = None) -> Embedder:
+    """The embedder of that name (see the head of this module).
+
+    Args:
+        name_or_path: which one.
+        half: whether ``embed`` of a neural one computes in float16; None does so on a GPU. Vectors are float32, and
+            normalised in float32, either way.
 
     Raises:
-        UsageError: no embedder has this name and no file this path.
-        UserError: the file is there and cannot be used.
+        UsageError: no embedder has this name, no file this path; or its library is not installed.
+        UserError: the file or folder is there and cannot be used.
     """
     if name_or_path == "layout":
         return LayoutEmbedder()
@@ -60,24 +91,26 @@ def load_embedder(name_or_path: str) -> Embedder:
         from curate.copy_detector import CopyDetector
 
         model = CopyDetector.load()
-        return TorchEmbedder("copy-detector", model, dim=model.dim, size=model.size)
-    if name_or_path.endswith(TORCHSCRIPT_SUFFIXES):
-        return _load_torchscript(name_or_path)
+        preprocessing = Preprocessing(model.size)
+        return TorchEmbedder("copy-detector", model, dim=model.dim, preprocessing=preprocessing, half=half)
+    library, _, source = name_or_path.partition(":")
+    if not (library in IMAGE_LIBRARIES and source):
+        library, source = "", name_or_path
+        if Path(source).expanduser().is_dir():
+            from curate.towers import recognised
+
+            library = recognised(Path(source).expanduser())
+    if library:
+        from curate.towers import load_image_tower
+
+        return load_image_tower(library, source, name=name_or_path, half=half)
+    if named := _TORCHSCRIPT.fullmatch(name_or_path):
+        fit: Any = "shortest" if named["short"] or not named["size"] else "squash"
+        return _load_torchscript(name_or_path, named["path"], int(named["size"] or 288), fit, half)
     raise UsageError(
-        f"unknown embedder {name_or_path!r}: choose {', '.join(EMBEDDERS)}, or a TorchScript file "
-        f"({', '.join('*' + suffix for suffix in TORCHSCRIPT_SUFFIXES)})"
+        f"unknown embedder {name_or_path!r}: choose {', '.join(EMBEDDERS)}, a TorchScript file (*.pt, *.torchscript), "
+        f"or a model by its library ({', '.join(f'{name}:NAME' for name in IMAGE_LIBRARIES)})"
     )
-
-
-def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """``[n, 3, H, W]`` squashed to float32 squares, as ``stack_images`` does it; differentiable."""
-    from torch.nn.functional import interpolate
-
-    pixels = pixels.float()
-    if pixels.shape[-2:] == (size, size):
-        return pixels
-    # Bicubic overshoots; PIL's answer lies in [0, 255] by its type.
-    return interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------- the layout descriptor
@@ -97,7 +130,7 @@ class LayoutEmbedder:
     the same formulas in torch.
     """
 
-    name = "layout"
+    name = digest = "layout"
     size = 64
 
     _LUMA, _CHROMA, _EDGES, _CELLS, _DIRECTIONS = 8, 4, 32, 3, 8
@@ -132,7 +165,7 @@ class LayoutEmbedder:
         import torch
 
         constants = {k: torch.as_tensor(v, device=pixels.device) for k, v in self._constants.items()}
-        return self._describe(resized(pixels, self.size), constants, torch)
+        return self._describe(Preprocessing(self.size).resized(pixels), constants, torch)
 
     def _describe(self, pixels: Any, c: dict[str, Any], xp: Any) -> Any:
         """``pixels`` ``[n, 3, size, size]`` → ``[n, dim]``; ``xp`` is numpy or torch, ``c`` its constants."""
@@ -183,14 +216,15 @@ def _gaussian_matrix(n: int, places: int, sigma: float) -> Floats:
 
 
 class TorchEmbedder:
-    """A torch module that takes square images and gives one vector each.
+    """A torch module that takes images and gives one vector each.
 
     Args:
         name: what the index records.
-        model: ``[n, 3, size, size]`` float32 → ``[n, dim]``; frozen here.
+        model: ``[n, 3, h, w]`` float32, normalised pixels → ``[n, dim]``; frozen here.
         dim: length of the vectors.
-        size: side of the squares, in pixels.
-        mean, std: subtracted from and dividing the [0, 1] pixels, by channel.
+        preprocessing: how images become pixels.
+        settings: whatever else decides the vectors, JSON; for ``digest``.
+        half: see :func:`load_embedder`.
     """
 
     def __init__(
@@ -199,67 +233,161 @@ class TorchEmbedder:
         model: torch.nn.Module,
         *,
         dim: int,
-        size: int,
-        mean: Sequence[float] = (0.0, 0.0, 0.0),
-        std: Sequence[float] = (1.0, 1.0, 1.0),
+        preprocessing: Preprocessing,
+        settings: object = None,
+        half: bool | None = None,
     ):
         import torch
 
-        self.name, self.dim, self.size = name, dim, size
+        self.name, self.dim, self.size = name, dim, preprocessing.side
+        self.preprocessing = preprocessing
         self.model = model.eval()
         for parameter in model.parameters():  # scripted modules lack requires_grad_
             parameter.requires_grad_(False)
-        self._mean, self._std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (mean, std))
+        self._settings, self._half = settings, half
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self._device)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the weights, the preprocessing and the settings."""
+        return weights_digest(self.model, [repr(self.preprocessing), self._settings])
 
     def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
         import torch
 
         result = np.empty((len(images), self.dim), np.float32)
+        half = self._device.type == "cuda" if self._half is None else self._half
+        step = max(1, min(batch_size, _AT_ONCE // self.size**2))
         with torch.inference_mode():
-            for start in range(0, len(images), batch_size):
-                pixels = torch.from_numpy(stack_images(images[start : start + batch_size], self.size))
-                result[start : start + len(pixels)] = self.features(pixels.to(self._device)).cpu().numpy()
+            for start in range(0, len(images), step):
+                for places, stack in self.preprocessing.stacks(images[start : start + step]):
+                    pixels = torch.from_numpy(stack).to(self._device)
+                    vectors = self._vectors(pixels, half)
+                    if half and len(lost := (~vectors.isfinite().all(1)).nonzero().flatten()):  # beyond float16's range
+                        vectors[lost] = self._vectors(pixels[lost], half=False)
+                    result[start + np.array(places)] = vectors.cpu().numpy()
         return result
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if pixels.device != self._device:
             self._device = pixels.device
             self.model.to(self._device)
-        x = (resized(pixels, self.size) - self._mean.to(self._device)) / self._std.to(self._device)
+        return self._vectors(self.preprocessing.resized(pixels), half=False)
+
+    def _vectors(self, pixels: torch.Tensor, half: bool) -> torch.Tensor:
+        """``[n, 3, h, w]`` in [0, 1], resized → float32 ``[n, dim]``, unit rows."""
+        import torch
+
+        x = self.preprocessing.normalised(pixels)
+        # Of its own, whatever precision a sampler runs in.
+        with torch.autocast(self._device.type, dtype=torch.float16, enabled=half):
+            vectors = self.model(x)
         with torch.autocast(self._device.type, enabled=False):
-            return torch.nn.functional.normalize(self.model(x).float(), dim=1)
+            return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
-def _load_torchscript(path: str) -> TorchEmbedder:
-    """SSCD's own preprocessing: squares of 288 pixels, ImageNet's mean and deviation."""
+def _load_torchscript(name: str, path: str, size: int, fit: Any, half: bool | None) -> TorchEmbedder:
+    """As SSCD's README prepares images: bilinear, ImageNet's mean and deviation."""
     import torch
 
-    if not Path(path).is_file():
+    if not Path(path).expanduser().is_file():
         raise UsageError(f"no such embedder file: {path}")
+    longer = size + 32 if fit == "shortest" else size
+    preprocessing = Preprocessing(size, fit=fit, filter="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     try:
-        model = torch.jit.load(path, map_location="cpu").eval()
+        with open(Path(path).expanduser(), "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        model = torch.jit.load(str(Path(path).expanduser()), map_location="cpu").eval()
         with torch.inference_mode():
-            answer = model(torch.zeros(1, 3, 288, 288))
+            answer = model(torch.zeros(1, 3, size, size))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be used as a TorchScript image embedder: {reason}") from error
+        raise UserError(f"{path} cannot be used as a TorchScript image embedder: {reason(error)}") from error
     if not isinstance(answer, torch.Tensor) or answer.ndim != 2 or len(answer) != 1:
         raise UserError(f"{path} is no image embedder: it does not answer one image with one vector")
-    return TorchEmbedder(
-        path,
-        model,
-        dim=answer.shape[1],
-        size=288,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )
+    if longer > size:
+        with torch.inference_mode():
+            try:
+                fits = model(torch.zeros(1, 3, size, longer)).shape == answer.shape
+            except Exception:
+                fits = False
+        if not fits:
+            raise UsageError(f"{path} takes squares only: name their side, as in {path}@{size}")
+    settings = {"file": sha256}
+    return TorchEmbedder(name, model, dim=answer.shape[1], preprocessing=preprocessing, settings=settings, half=half)
+
+
+def weights_digest(model: torch.nn.Module, settings: object) -> str:
+    """SHA-256 (hex) of a module's weights and buffers, and of settings (JSON)."""
+    import torch
+
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """The first line of an exception's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -------------------------------------------------------------------------------------------------- captions
+
+
+class CaptionEmbedder(Protocol):
+    """What the join of captions and the search ask of a caption embedder."""
+
+    name: str
+    dim: int
+
+    @property
+    def digest(self) -> str:
+        """As of :class:`Embedder`."""
+
+    def embed(self, captions: Sequence[str]) -> Floats:
+        """Captions → float32 ``[n, dim]``, unit rows; a row does not depend on the others but in its last bits."""
+
+
+def load_caption_embedder(name_or_path: str, *, half: bool | None = None) -> CaptionEmbedder:
+    """The caption embedder of that name (see the head of this module).
+
+    Args:
+        name_or_path: which one.
+        half: as in :func:`load_embedder`.
+
+    Raises:
+        UsageError: none has this name; or its library is not installed.
+        UserError: the folder is there and cannot be used.
+    """
+    if name_or_path == "ngrams":
+        return NgramEmbedder()
+    library, _, source = name_or_path.partition(":")
+    if not (library in CAPTION_LIBRARIES and source):
+        library, source = "", name_or_path
+        if Path(source).expanduser().is_dir():
+            from curate.towers import recognised
+
+            library = recognised(Path(source).expanduser(), captions=True)
+    if library:
+        from curate.towers import load_text_tower
+
+        return load_text_tower(library, source, name=name_or_path, half=half)
+    raise UsageError(
+        f"unknown caption embedder {name_or_path!r}: choose {', '.join(CAPTION_EMBEDDERS)}, or a model by its library "
+        f"({', '.join(f'{name}:NAME' for name in CAPTION_LIBRARIES)})"
+    )
+
+
+class NgramEmbedder:
+    """Weight-free: :func:`embed_captions`, hashed character n-grams."""
+
+    name = digest = "ngrams"
+    dim = 512
+
+    def embed(self, captions: Sequence[str]) -> Floats:
+        return embed_captions(captions, dim=self.dim)
 
 
 def normalise_caption(caption: str) -> str:

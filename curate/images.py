@@ -83,12 +83,22 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
 
 
-def image_array(image: Image.Image, size: int) -> NDArray[np.float32]:
-    """One image squashed to a square: float32 [3, size, size] in [0, 1] (antialiased bicubic)."""
+def image_array(
+    image: Image.Image, size: int | tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> NDArray[np.float32]:
+    """One image brought to a size: float32 [3, height, width] in [0, 1].
+
+    Args:
+        image: of any mode.
+        size: side of the square that it is squashed to, or (width, height).
+        resample: PIL's filter, antialiased.
+    """
+    if isinstance(size, int):
+        size = (size, size)
     if image.mode != "RGB":
         image = _as_rgb(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if image.size != size:
+        image = image.resize(size, resample)
     return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
 
 

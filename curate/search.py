@@ -37,7 +37,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         similarity, rows = _by_image(index, config.image, config.k)
         asked = {"image": config.image}
     else:
-        similarity, rows = _by_caption(index, str(config.caption), config.k)
+        similarity, rows = _by_caption(index, str(config.caption), config.caption_embedder, config.k)
         asked = {"caption": str(config.caption)}
     nearest = [
         {
@@ -68,15 +68,16 @@ def _by_image(index: Any, file: str, k: int) -> tuple[Any, Any]:
     return similarity[0], rows[0]
 
 
-def _by_caption(index: Any, caption: str, k: int) -> tuple[Any, Any]:
+def _by_caption(index: Any, caption: str, embedder_name: str, k: int) -> tuple[Any, Any]:
     import numpy as np
 
-    from curate.embed import embed_captions
+    from curate.embed import load_caption_embedder
 
-    wanted = embed_captions([caption])[0]
+    embedder = load_caption_embedder(embedder_name)
+    wanted = embedder.embed([caption])[0]
     similarity = np.empty(len(index.captions), dtype=np.float32)
     for start in range(0, len(similarity), _BLOCK):
         captions = [str(text) for text in index.captions[start : start + _BLOCK]]
-        similarity[start : start + _BLOCK] = embed_captions(captions) @ wanted
+        similarity[start : start + _BLOCK] = embedder.embed(captions) @ wanted
     rows = np.argsort(-similarity, kind="stable")[:k]
     return similarity[rows], rows

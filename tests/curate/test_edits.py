@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from curate.edits import EDITS, crop, jpeg, resize, strong_edit
+from curate.edits import EDITS, crop, jpeg, resize, rotate, strong_edit, text
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -30,6 +30,26 @@ def test_amounts_can_be_set(emoji):
     coarse, fine = (np.asarray(jpeg(image, rng, quality), float) for quality in (5, 95))
     original = np.asarray(image, float)
     assert np.abs(coarse - original).mean() > 2 * np.abs(fine - original).mean()
+
+
+def test_rotation_by_an_angle_needs_no_luck_and_a_quarter_turn_keeps_every_pixel(emoji):
+    image = emoji[3][0].crop((0, 0, 60, 40))
+    tilted = rotate(image, np.random.default_rng(0), 15)
+    assert tilted.size == (60, 40) and tilted.tobytes() == rotate(image, np.random.default_rng(1), 15).tobytes()
+    assert tilted.getpixel((0, 0)) == (255, 255, 255)
+    turned = np.asarray(rotate(image, np.random.default_rng(0), 90))
+    assert (turned == np.rot90(np.asarray(image))).all()
+
+
+def test_text_is_written_in_one_colour_over_a_small_part(emoji):
+    image = emoji[3][0].resize((256, 256))
+    for seed in range(5):
+        written = text(image, np.random.default_rng(seed))
+        assert written.tobytes() == text(image, np.random.default_rng(seed)).tobytes()
+        changed = (np.asarray(written) != np.asarray(image)).any(axis=2)
+        assert 0.005 < changed.mean() < 0.1
+        colours, counts = np.unique(np.asarray(written)[changed], axis=0, return_counts=True)
+        assert counts.max() > 0.5 * changed.sum()
 
 
 def test_grayscale_has_no_colour_and_flip_is_its_own_inverse(emoji):

@@ -101,8 +101,65 @@ def test_a_torchscript_file_is_an_embedder(tmp_path, images):
     assert (embedder.name, embedder.dim, embedder.size) == (path, 3, 288)
     rows = embedder.embed(images[:3])
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    expected = (stack_images(images[:3], 288).mean((2, 3)) - mean) / std + 2
-    np.testing.assert_allclose(rows, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-4)
+    resized = [image.resize((288, 288), Image.Resampling.BILINEAR) for image in images[:3]]
+    expected = (stack_images(resized, 288).mean((2, 3)) - mean) / std + 2
+    np.testing.assert_allclose(rows, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+
+
+class Shape(torch.nn.Module):
+    """Height and width of its input, a mark."""
+
+    def forward(self, x):
+        return torch.tensor([[float(x.shape[2]), float(x.shape[3]), 1.0]]).repeat(x.shape[0], 1)
+
+
+class Square(torch.nn.Module):
+    """Takes images of 64 × 64 only, as a vision transformer takes its own size only."""
+
+    def forward(self, x):
+        return x.reshape(-1, 3, 64 * 64).mean(dim=2) + 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("suffix", "height", "width"), [("", 288, 576), ("@320", 320, 320), ("@short64", 64, 128)]
+)
+def test_sscds_ways_to_prepare_an_image_are_chosen_by_suffix(suffix, height, width, tmp_path):
+    path = str(tmp_path / "shape.pt")
+    torch.jit.script(Shape()).save(path)
+    embedder = load_embedder(path + suffix)
+    assert (embedder.name, embedder.size) == (path + suffix, height)
+    wide, tall = Image.new("RGB", (80, 40)), Image.new("RGB", (40, 80))
+    rows = embedder.embed([wide, tall, wide])
+    expected = np.array([[height, width, 1], [width, height, 1], [height, width, 1]], np.float32)
+    np.testing.assert_allclose(rows, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(embedder.features(torch.zeros(1, 3, 40, 80))[0], rows[0], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_torchscript_file_that_takes_squares_only_says_so(tmp_path):
+    path = str(tmp_path / "square.pt")
+    torch.jit.script(Square()).save(path)
+    with pytest.raises(UsageError, match=r"square\.pt takes squares only: name their side, as in .*square\.pt@64"):
+        load_embedder(path + "@short64")
+    assert load_embedder(path + "@64").embed([Image.new("RGB", (9, 5))]).shape == (1, 3)
+    with pytest.raises(UserError, match=r"square\.pt cannot be used"):
+        load_embedder(path + "@63")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_digests_tell_other_weights_and_other_preprocessing(tmp_path):
+    def digest(mark: float, suffix: str = "") -> str:
+        model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+        torch.nn.init.constant_(model[2].weight, mark)
+        torch.nn.init.constant_(model[2].bias, 0.0)
+        torch.jit.script(model).save(tmp_path / "model.pt")
+        return load_embedder(f"{tmp_path / 'model.pt'}{suffix}").digest
+
+    assert digest(0.5) == digest(0.5) != digest(0.25)
+    assert len({digest(0.5), digest(0.5, "@320"), digest(0.5, "@288")}) == 3
+    assert load_embedder("layout").digest == "layout"
+    assert load_embedder("copy-detector").digest == load_embedder("copy-detector").digest
 
 
 # ------------------------------------------------------------------------------------------------- captions
