@@ -13,6 +13,21 @@ from curate.engine import LocalEngine
 from curate.shards import expand_shards, shard_names
 
 LISTED_PER_SHARD = 100_000
+# The words of ``kinds`` and of ``kind`` in ``listed``: scripts rely on them, so they are added to and never changed.
+KINDS = {
+    "truncated": "the archive ends before its end; the key names the sample that was cut, if there is one",
+    "corrupt_archive": "a header or the compressed stream is damaged; what follows is not read",
+    "trailing_data": "something follows the end of the archive; it is not read",
+    "refused_member": "a link, device, sparse or oversized file, or a name that leads outside",
+    "repeated_key": "members of a key that stood in the shard before: not side by side, or a second sample",
+    "stray_member": "a file without key and extension",
+    "no_image": "a sample without an image member",
+    "several_images": "a sample with more than one image member; the first of jpg, jpeg, png, webp is taken",
+    "unreadable_image": "an image that cannot be decoded, or is too large",
+    "no_caption": "neither txt nor json hold a caption that can be read",
+    "empty_caption": "a caption without a character",
+}
+USABLE = ("several_images", "empty_caption")  # said of samples that curation takes all the same
 
 
 class CheckSummary(dict[str, Any]):
@@ -34,8 +49,8 @@ def run_check(config: CheckConfig) -> CheckSummary:
     """Read every member of every shard, changing nothing.
 
     Returns:
-        ``samples, readable, problems``, ``kinds`` (how many problems of each kind), ``listed`` (rows shard,
-        key, kind, reason; at most ``list_at_most``) and ``seconds``.
+        ``samples, readable`` (those that curation can take), ``problems``, ``kinds`` (how many problems of each of
+        ``KINDS``), ``listed`` (rows shard, key, kind, reason; at most ``list_at_most``) and ``seconds``.
 
     Raises:
         UsageError: a setting is out of range, or there are no shards.
@@ -87,7 +102,12 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
                 found.append(("unreadable_image", str(error)))
             if (reason := item.caption_problem) is not None:
                 found.append(("no_caption", reason))
-        readable += not found
+            elif not item.caption:
+                found.append(("empty_caption", "caption is empty"))
+            if len(item.images) > 1:
+                reason = f"{len(item.images)} images ({', '.join(item.images)}): {item.image_ext} is taken"
+                found.append(("several_images", reason))
+        readable += all(kind in USABLE for kind, _ in found)
         for kind, reason in found:
             kinds[kind] += 1
             if len(listed) < LISTED_PER_SHARD:
