@@ -8,8 +8,8 @@ Stages, each of which leaves files so that a stopped run is continued where it w
 4. write: the kept samples' bytes → ``shards/*.tar``,
 5. publish: ledger, index, report and, last, ``summary.json``. A folder without it is unfinished.
 
-Image bytes are held one batch at a time; what grows with the set are the embeddings and one row of text a
-sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
+Of the images, memory holds the few that are being read; what grows with the set are the embeddings and one row
+of text a sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
 workers, the clock, or the place where the set lies.
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
 HISTOGRAM_SAMPLE = 2000
@@ -216,7 +216,7 @@ def _read_key(url: str, name: str, config: DedupConfig) -> str:
     if Path(embedder).is_file():
         with open(embedder, "rb") as file:
             embedder = hashlib.file_digest(file, "sha256").hexdigest()
-    made_by = [CACHE_FORMAT, curate.__version__, embedder, config.max_pixels, config.batch_size]
+    made_by = [CACHE_FORMAT, curate.__version__, embedder, config.pixel_hash, config.max_pixels, config.batch_size]
     return _digest([made_by, name, _fingerprint(url)])
 
 

@@ -132,13 +132,16 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
         raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
 
 
-def image_array(image: Image.Image, size: int) -> NDArray[np.float32]:
-    """One image squashed to a square: float32 [3, size, size] in [0, 1] (antialiased bicubic)."""
+def squashed(image: Image.Image, size: int) -> Image.Image:
+    """An image brought to a square of ``size`` pixels, in RGB (antialiased bicubic)."""
     if image.mode != "RGB":
         image = _as_rgb(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def image_array(image: Image.Image, size: int) -> NDArray[np.float32]:
+    """One image squashed to a square: float32 [3, size, size] in [0, 1]."""
+    return np.asarray(squashed(image, size), dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
 
 
 def stack_images(images: Sequence[Image.Image], size: int) -> NDArray[np.float32]:

@@ -1,11 +1,16 @@
-"""The read stage of curation: each shard once, to hashes, sizes, captions and image embeddings."""
+"""The read stage of curation: each shard once, to hashes, sizes, captions and image embeddings.
+
+One pass over the bytes of a shard, whose images are decoded on threads that run ahead of the embedder by a bounded
+amount: memory holds some encoded images, the squares that the embedder asks for, and a few thousand rows, whatever the
+number and size of the samples.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +20,22 @@ import pyarrow as pa
 from curate import ledger as ledgers
 from curate.config import DedupConfig
 from curate.console import get_logger
-from curate.engine import Engine, one_thread
-from curate.shards import BadSample, read_samples
+from curate.engine import Engine, cpu_count, in_order, one_thread, shares
+from curate.shards import BadSample, Sample, read_samples, sample_bytes, shard_bytes
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from curate.embed import Embedder
 
 log = get_logger(__name__)
 
-BATCH_PIXELS = 32_000_000  # decoded pixels held at a time, whatever the batch size
+# A JPEG is decoded at no less than this many times the size that the embedder looks at: what the coarser scale makes of
+# the pixels is then far below what the embedder tells apart (tests/curate/test_read.py has the tolerance).
+SCALE_TO_SPARE = 2
+ROWS_HELD = 16_384
+BYTES_AHEAD = 1 << 26  # of samples that are decoded or wait for the embedder
+SQUARES_AHEAD = 1 << 25  # bytes of their squares
 
 READ_COLUMNS = (
     ("shard", pa.string()),
@@ -32,7 +44,7 @@ READ_COLUMNS = (
     ("caption_problem", pa.string()),
     ("caption", pa.string()),
     ("sha256", pa.string()),
-    ("pixels", pa.string()),
+    ("pixels", pa.string()),  # equal only for images with equal pixels
     ("width", pa.int32()),
     ("height", pa.int32()),
     ("lossless", pa.bool_()),
@@ -47,6 +59,8 @@ class _ReadTask:
     embedder: str
     max_pixels: int
     batch_size: int
+    pixel_hash: bool
+    threads: int
 
 
 def read_stage(
@@ -57,64 +71,92 @@ def read_stage(
     keys: Sequence[str],
     config: DedupConfig,
 ) -> list[Path]:
+    """Read the shards that were not read before; one cache file each, named by its key.
+
+    A shard has threads by its share of the bytes, so that the cores are busy with one huge shard as with many small
+    ones. The files do not depend on their number.
+    """
     caches = [out / "work" / "read" / f"{key}.parquet" for key in keys]
+    missing = [number for number, cache in enumerate(caches) if not cache.is_file()]
+    if len(missing) < len(caches):
+        log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
+    threads = shares([shard_bytes(urls[number]) for number in missing], config.workers or cpu_count())
     tasks = [
-        _ReadTask(url, name, cache, config.image_embedder, config.max_pixels, config.batch_size)
-        for url, name, cache in zip(urls, names, caches, strict=True)
-        if not cache.is_file()
+        _ReadTask(
+            urls[number],
+            names[number],
+            caches[number],
+            config.image_embedder,
+            config.max_pixels,
+            config.batch_size,
+            config.pixel_hash,
+            of_shard,
+        )
+        for number, of_shard in zip(missing, threads, strict=True)
     ]
-    if len(tasks) < len(caches):
-        log.info("%d of %d shards were read before", len(caches) - len(tasks), len(caches))
     engine.map(_read_shard, tasks, desc="reading")
     return caches
 
 
 def _read_shard(task: _ReadTask) -> None:
     """Hash and embed one shard's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
-    from curate.images import ImageError, decode_image, is_lossless, pixel_hash
-
     embedder = cached_embedder(task.embedder)
-    columns: dict[str, list[Any]] = {name: [] for name, _ in READ_COLUMNS}
-    vectors: list[bytes] = []
     nothing = bytes(2 * embedder.dim)
-    batch: list[tuple[int, Any]] = []
+    schema = pa.schema([*READ_COLUMNS, ("embedding", pa.binary(len(nothing)))])
+    rows: list[dict[str, Any]] = []
+    batch: list[tuple[dict[str, Any], Image]] = []
 
-    def flush() -> None:
-        embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
+    def embed() -> None:
+        embedded = embedder.embed([square for _, square in batch], batch_size=task.batch_size)
         for (row, _), vector in zip(batch, np.asarray(embedded, dtype=np.float16), strict=True):
-            vectors[row] = vector.tobytes()
+            row["embedding"] = vector.tobytes()
         batch.clear()
 
-    pixels_held = 0
-    with one_thread():
-        for item in read_samples(task.url, name=task.name):
-            row: dict[str, Any] = {"shard": item.shard, "key": item.key}
-            if isinstance(item, BadSample):
-                row["reason"] = item.reason
-            else:
-                row["caption"], row["caption_problem"] = item.caption, item.caption_problem
-                row["sha256"] = hashlib.sha256(item.image).hexdigest()
-                try:
-                    image = decode_image(item.image, max_pixels=task.max_pixels)
-                except ImageError as error:
-                    row["reason"] = str(error)
-                else:
-                    row["width"], row["height"] = image.size
-                    row["pixels"] = pixel_hash(image)
-                    row["lossless"] = is_lossless(item.image)
-                    batch.append((len(vectors), image))
-                    pixels_held += image.width * image.height
-            for name in columns:
-                columns[name].append(row.get(name))
-            vectors.append(nothing)
-            if len(batch) == task.batch_size or pixels_held > BATCH_PIXELS:
-                flush()
-                pixels_held = 0
+    samples = read_samples(task.url, name=task.name)
+    look = partial(_look, task, embedder.size)
+    ahead = max(2 * task.threads, SQUARES_AHEAD // (4 * embedder.size**2))
+    looked_at = in_order(look, samples, task.threads, at_most=ahead, weigh=sample_bytes, weight=BYTES_AHEAD)
+    with one_thread(), ledgers.table_writer(schema, task.cache) as writer:
+        for row, square in looked_at:
+            rows.append(row)
+            row["embedding"] = nothing
+            if square is not None:
+                batch.append((row, square))
+            if len(batch) == task.batch_size or (batch and len(rows) == ROWS_HELD):
+                embed()
+            if len(rows) == ROWS_HELD:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows.clear()
         if batch:
-            flush()
-    arrays = {name: pa.array(columns[name], kind) for name, kind in READ_COLUMNS}
-    arrays["embedding"] = pa.array(vectors, pa.binary(len(nothing)))
-    ledgers.write_table(pa.table(arrays), task.cache)
+            embed()
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _look(task: _ReadTask, size: int, sample: Sample | BadSample) -> tuple[dict[str, Any], Image | None]:
+    """What there is to say of a sample without its embedding, and the square that is to be embedded."""
+    from curate.images import ImageError, coded_hash, decode_scaled, is_lossless, pixel_hash, squashed
+
+    row: dict[str, Any] = {"shard": sample.shard, "key": sample.key}
+    if isinstance(sample, BadSample):
+        row["reason"] = sample.reason
+        return row, None
+    row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
+    data = sample.image
+    row["sha256"] = hashlib.sha256(data).hexdigest()
+    at_least = None if task.pixel_hash else SCALE_TO_SPARE * size
+    try:
+        decoded = decode_scaled(data, at_least, max_pixels=task.max_pixels)
+    except ImageError as error:
+        row["reason"] = str(error)
+        return row, None
+    row["width"], row["height"] = decoded.width, decoded.height
+    row["lossless"] = is_lossless(data)
+    # Whether an image is reduced depends on its size and format alone: equal JPEGs are compared by the same hash.
+    if decoded.reduced:
+        row["pixels"] = coded_hash(data, decoded.orientation) or row["sha256"]
+    else:
+        row["pixels"] = pixel_hash(decoded.image)
+    return row, squashed(decoded.image, size)
 
 
 @lru_cache(maxsize=2)

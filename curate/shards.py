@@ -11,6 +11,7 @@ import contextlib
 import glob
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -248,6 +249,24 @@ def _was_cut(last: Sample | BadSample, usual: set[str]) -> bool:
         return last.kind == "no_image"
     extensions = {ext.lower() for ext in last.members}
     return last.caption is None and "txt" not in extensions and bool(usual - extensions)
+
+
+def sample_bytes(sample: Sample | BadSample) -> int:
+    """Bytes that a sample holds."""
+    return sum(map(len, sample.members.values())) if isinstance(sample, Sample) else 0
+
+
+def shard_bytes(url: str) -> int | None:
+    """Size of a shard as its store gives it; None where it gives none."""
+    try:
+        if "://" not in url:
+            return os.stat(url).st_size
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return filesystem.size(path)
+    except Exception:  # fsspec's file systems raise their own kinds; who reads the shard will say what is wrong
+        return None
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:

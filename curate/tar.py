@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from curate.console import printable
 
@@ -131,7 +131,7 @@ class Archive:
             self._skip_sparse_map(block_goes_on=header.sparse_goes_on, name=text)
         wanted = kind == "file" and extra.problem is None and size <= MAX_MEMBER_BYTES
         try:
-            data = self._take(size) if wanted else self._skip(size)
+            data = (self._take if wanted else self._skip)(size)
         except _Undecodable as error:
             reason = f"archive is not readable inside member {shown(text)}: {error}"
             raise _Damage("corrupt_archive", reason, text) from error
@@ -143,7 +143,7 @@ class Archive:
 
     def _extension(self, header: _Header) -> bytes | None:
         """Contents of an extended header; None, and skipped, if it is too large."""
-        data = self._take(header.size) if header.size <= MAX_EXTENDED_HEADER_BYTES else self._skip(header.size)
+        data = (self._take if header.size <= MAX_EXTENDED_HEADER_BYTES else self._skip)(header.size)
         self._take(-header.size % BLOCK)
         if self._missing:
             raise _Damage("truncated", f"archive is truncated {self._where()}: it ends inside an extended header")
@@ -178,10 +178,11 @@ class Archive:
         except Exception as error:  # each decompressor raises its own kinds
             raise _Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
 
-    def _skip(self, size: int) -> None:
-        """Read ``size`` bytes and forget them; ``_missing`` if there were fewer."""
+    def _skip(self, size: int) -> bytes | None:
+        """Read ``size`` bytes and forget them, or fewer, and ``_missing``, where the stream ends."""
         while size > 0 and not self._missing:
             size -= len(self._take(min(size, _PIECE)))
+        return None
 
     def _read_to_the_end(self) -> None:
         """A compressed archive is known to be whole only where its stream ends."""
@@ -344,17 +345,17 @@ def _read(stream: IO[bytes], size: int) -> bytes:
 
 def _decompressed(stream: IO[bytes]) -> _Readable:
     head = _read(stream, 6)
-    whole = _Source(head, stream)
+    whole: Any = _Source(head, stream)  # decompressors only read it
     if head.startswith(b"\x1f\x8b"):
         import gzip
 
-        return gzip.GzipFile(fileobj=whole, mode="rb")  # type: ignore[arg-type]  # it only reads
+        return gzip.GzipFile(fileobj=whole, mode="rb")
     if head.startswith(b"BZh"):
         import bz2
 
-        return bz2.BZ2File(whole, "rb")  # type: ignore[call-overload]
+        return bz2.BZ2File(whole, "rb")
     if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0\x80")):
         import lzma
 
-        return lzma.LZMAFile(whole, "rb")  # type: ignore[arg-type]
+        return lzma.LZMAFile(whole, "rb")
     return whole
