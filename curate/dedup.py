@@ -38,7 +38,15 @@ from curate.config import DedupConfig
 from curate.console import UsageError, UserError, get_logger, locked, progress, write_json
 from curate.engine import Engine, LocalEngine
 from curate.read import READ_COLUMNS, cached_embedder, read_stage
-from curate.shards import Sample, expand_shards, open_shard, read_samples, shard_names, write_shard
+from curate.shards import (
+    MAX_JSON_BYTES,
+    Sample,
+    expand_shards,
+    open_shard,
+    read_samples,
+    shard_names,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -608,26 +616,22 @@ def _picked(task: _WriteTask) -> Iterator[tuple[str, Mapping[str, bytes]]]:
 def with_account(members: Mapping[str, bytes], account: Mapping[str, Any]) -> dict[str, bytes]:
     """Members whose json gains ``afresh: account``; the others keep their bytes.
 
-    A sample without json gets one; where its json is not an object, the account is a member ``afresh.json``.
+    A sample without json gets one; where its json is not an object, or too large, too deep or out of range to be
+    written again as it was read, the account is a member ``afresh.json``.
     """
-    result = dict(members)
     ext = next((name for name in members if name.lower() == "json"), None)
     if ext is None:
-        fields: Any = {}
-    else:
-        try:
+        return {**members, "json": _json_bytes({"afresh": account})}
+    if len(members[ext]) <= MAX_JSON_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
             fields = json.loads(members[ext])
-        except (ValueError, RecursionError):
-            fields = None
-    if isinstance(fields, dict):
-        result[ext or "json"] = _json_bytes({**fields, "afresh": account})
-    else:
-        result["afresh.json"] = _json_bytes(account)
-    return result
+            if isinstance(fields, dict):
+                return {**members, ext: _json_bytes({**fields, "afresh": account})}
+    return {**members, "afresh.json": _json_bytes(account)}
 
 
 def _json_bytes(fields: Any) -> bytes:
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 # ------------------------------------------------------------------------------------------- stage 5: publish
