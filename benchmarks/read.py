@@ -7,17 +7,20 @@
 The images are JPEGs of 512 pixels a side, quality 85: carried sample images, two by two, enlarged, shaded and given
 grain at several scales, so that they are about as large as photographs of that size. They are made once, and stand in
 one shard or several. A run is a process of its own; its seconds are those of the stage, without the start of the
-interpreter and the imports. The share of decoding is measured apart, on one thread: seconds in which the images are
-decoded, at the scale that the stage asks for, over the seconds of the stage with one worker. Peak memory is what the
-process and its workers gain over its state before the stage (Linux).
+interpreter and the imports; its CPU seconds, of all its threads and workers, hardly depend on what else the machine
+does. The share of decoding is measured apart, on one thread: CPU seconds in which the images are decoded, at the scale
+that the stage asks for, over those of the stage with one worker. Peak memory is what the process and its workers gain
+over its state before the stage (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
@@ -61,18 +64,26 @@ def photographs(count: int, seed: int = 0) -> Iterator[bytes]:
         yield buffer.getvalue()
 
 
-def write_shards(folder: Path, images: int, shards: int) -> float:
-    """``shards`` files in ``folder`` with ``images`` samples together; gives the mean size of an image in bytes."""
+def write_shards(folder: Path, images: int, shards: int, distinct: int | None = None) -> float:
+    """``shards`` files in ``folder`` with ``images`` samples together; gives the mean size of an image in bytes.
+
+    With ``distinct`` only so many are made, and come again under other names and captions.
+    """
     from curate.shards import write_shard
 
-    made, total = photographs(images), 0
-    for shard in range(shards):
-        samples = []
-        for number in range(shard * images // shards, (shard + 1) * images // shards):
+    made = photographs(images) if distinct is None else itertools.cycle(list(photographs(distinct)))
+    total = 0
+
+    def samples(start: int, stop: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+        nonlocal total
+        for number in range(start, stop):
             data = next(made)
             total += len(data)
-            samples.append((f"{number:06d}", {"jpg": data, "txt": b"photograph %d" % number}))
-        write_shard(folder / f"{shard:06d}.tar", samples)
+            yield f"{number:06d}", {"jpg": data, "txt": b"photograph %d" % number}
+
+    for shard in range(shards):
+        borders = (shard * images // shards, (shard + 1) * images // shards)
+        write_shard(folder / f"{shard:06d}.tar", samples(*borders))
     return total / images
 
 
@@ -90,10 +101,15 @@ def _stage(folder: str, changes: dict[str, object], answer: str) -> None:
         keys = [f"{number}" for number in range(len(urls))]
         engine = LocalEngine(config.workers)
         with PeakMemory() as memory:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             read_stage(engine, Path(out), urls, shard_names(urls), keys, config)
-            seconds = time.perf_counter() - start
-    Path(answer).write_text(json.dumps({"seconds": seconds, "bytes": memory.gained}))
+            seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    Path(answer).write_text(json.dumps({"seconds": seconds, "cpu": cpu, "bytes": memory.gained}))
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and the child processes that have ended."""
+    return sum(os.times()[:4])
 
 
 class PeakMemory:
@@ -146,7 +162,7 @@ def measure(folder: Path, **changes: object) -> dict[str, float]:
 
 
 def decoding(folder: Path, pixel_hash: bool) -> float:
-    """Seconds in which all images are decoded on this thread, at the stage's scale."""
+    """CPU seconds in which all images are decoded on this thread, at the stage's scale."""
     from curate.embed import LayoutEmbedder
     from curate.images import decode_scaled
     from curate.read import SCALE_TO_SPARE
@@ -157,9 +173,9 @@ def decoding(folder: Path, pixel_hash: bool) -> float:
     for url in expand_shards(str(folder)):
         for sample in read_samples(url):
             assert isinstance(sample, Sample)
-            start = time.perf_counter()
+            start = time.thread_time()
             decode_scaled(sample.image, at_least)
-            seconds += time.perf_counter() - start
+            seconds += time.thread_time() - start
     return seconds
 
 
@@ -170,7 +186,7 @@ def speed(images: int, shards: int, workers: list[int]) -> None:
         size = write_shards(folder, images, shards)
         print(
             f"{images:,} JPEGs of {SIDE} × {SIDE}, {size / 1000:.0f} kB each, in {shards} shards; embedder layout; "
-            f"{cpu_count()} cores at hand",
+            f"{cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start",
             flush=True,
         )
         for pixel_hash in (True, False):
@@ -178,11 +194,11 @@ def speed(images: int, shards: int, workers: list[int]) -> None:
             share = decoding(folder, pixel_hash)
             for number in workers:
                 figures = measure(folder, workers=number, pixel_hash=pixel_hash)
-                seconds = figures["seconds"]
-                decoded = f", decoding {share / seconds:.0%} of it" if number == 1 else ""
+                seconds, cpu = figures["seconds"], figures["cpu"]
+                decoded = f", decoding {share / cpu:.0%} of them" if number == 1 else ""
                 print(
-                    f"decoded {scale}, {number} workers: {images / seconds:,.0f} images/s "
-                    f"({seconds:.1f} s{decoded}), peak memory +{figures['bytes'] / 1e6:.0f} MB",
+                    f"decoded {scale}, {number} workers: {images / seconds:,.0f} images/s ({seconds:.1f} s, "
+                    f"{cpu:.1f} CPU s{decoded}), peak memory +{figures['bytes'] / 1e6:.0f} MB",
                     flush=True,
                 )
 
@@ -191,7 +207,7 @@ def memory(workers: list[int]) -> None:
     """Print the peak memory over a growing number of images in one shard."""
     for images in (1000, 4000, 16_000):
         with tempfile.TemporaryDirectory() as scratch:
-            size = write_shards(Path(scratch), images, 1)
+            size = write_shards(Path(scratch), images, 1, distinct=500)
             for number in workers:
                 gained = measure(Path(scratch), workers=number)["bytes"]
                 print(

@@ -17,11 +17,15 @@ from curate.console import UsageError
 from curate.shards import write_shard
 
 
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def shards(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(buffer, "PNG")
-    good = {"png": buffer.getvalue(), "txt": b"red"}
+    good = {"png": png(), "txt": b"red"}
     write_shard(tmp_path / "good.tar", [("a", good), ("b", good)])
     broken = [
         ("a", good),
@@ -34,6 +38,14 @@ def shards(tmp_path):
     data = (tmp_path / "good.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: 4 * 512])
     return tmp_path
+
+
+def test_a_name_does_not_steer_the_terminal(tmp_path, run_cli):
+    write_shard(tmp_path / "s.tar", [("\x1b[2Ja\nb", {"png": png()})])
+    as_text = run_cli("curate", "check", tmp_path / "s.tar")
+    assert "\x1b" not in as_text.stdout and r"\x1b[2Ja\nb" in as_text.stdout
+    as_json = run_cli("curate", "check", tmp_path / "s.tar", "--json")
+    assert json.loads(as_json.stdout)["listed"][0]["key"] == "\x1b[2Ja\nb"
 
 
 def test_a_good_set_has_no_problems(sample_shards):
@@ -56,12 +68,6 @@ def test_every_problem_is_listed_with_its_place_and_kind(shards, workers):
     }
     assert summary["kinds"] == {"no_caption": 2, "no_image": 1, "truncated": 1, "unreadable_image": 2}
     assert (summary["problems"], summary["readable"], summary.exit_code) == (6, 4, 1)
-
-
-def png(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
