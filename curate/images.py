@@ -132,16 +132,19 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
         raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
 
 
-def squashed(image: Image.Image, size: int) -> Image.Image:
-    """An image brought to a square of ``size`` pixels, in RGB (antialiased bicubic)."""
-    if image.mode != "RGB":
-        image = _as_rgb(image)
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+def shrunk(image: Image.Image, at_least: int) -> Image.Image:
+    """An image reduced by a whole factor, the mean of each block, as far as both sides keep ``at_least`` pixels."""
+    factor = min(image.size) // at_least
+    return image.reduce(factor) if factor > 1 else image
 
 
 def image_array(image: Image.Image, size: int) -> NDArray[np.float32]:
-    """One image squashed to a square: float32 [3, size, size] in [0, 1]."""
-    return np.asarray(squashed(image, size), dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
+    """One image squashed to a square: float32 [3, size, size] in [0, 1] (antialiased bicubic)."""
+    if image.mode != "RGB":
+        image = _as_rgb(image)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
 
 
 def stack_images(images: Sequence[Image.Image], size: int) -> NDArray[np.float32]:

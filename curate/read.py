@@ -1,8 +1,8 @@
 """The read stage of curation: each shard once, to hashes, sizes, captions and image embeddings.
 
 One pass over the bytes of a shard, whose images are decoded on threads that run ahead of the embedder by a bounded
-amount: memory holds some encoded images, the squares that the embedder asks for, and a few thousand rows, whatever the
-number and size of the samples.
+amount: memory holds some encoded images, others brought near the embedder's size, and a few thousand rows, whatever
+the number of the samples.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# A JPEG is decoded at no less than this many times the size that the embedder looks at: what the coarser scale makes of
-# the pixels is then far below what the embedder tells apart (tests/curate/test_read.py has the tolerance).
+# Images are brought to no less than this many times the size that the embedder looks at, which then does the rest: what
+# the coarser scale makes of the pixels is far below what it tells apart (tests/curate/test_read.py has the tolerance).
 SCALE_TO_SPARE = 2
-ROWS_HELD = 16_384
 BYTES_AHEAD = 1 << 26  # of samples that are decoded or wait for the embedder
-SQUARES_AHEAD = 1 << 25  # bytes of their squares
+PIXELS_AHEAD = 1 << 25  # of their images
+BATCH_PIXELS = 32_000_000  # held for the embedder at a time, whatever the batch size
+ROWS_HELD = 16_384
 
 READ_COLUMNS = (
     ("shard", pa.string()),
@@ -107,23 +108,28 @@ def _read_shard(task: _ReadTask) -> None:
     batch: list[tuple[dict[str, Any], Image]] = []
 
     def embed() -> None:
-        embedded = embedder.embed([square for _, square in batch], batch_size=task.batch_size)
+        embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
         for (row, _), vector in zip(batch, np.asarray(embedded, dtype=np.float16), strict=True):
             row["embedding"] = vector.tobytes()
         batch.clear()
 
     samples = read_samples(task.url, name=task.name)
-    look = partial(_look, task, embedder.size)
-    ahead = max(2 * task.threads, SQUARES_AHEAD // (4 * embedder.size**2))
+    look = partial(_look, task, SCALE_TO_SPARE * embedder.size)
+    ahead = max(2 * task.threads, PIXELS_AHEAD // (2 * SCALE_TO_SPARE * embedder.size) ** 2)
     looked_at = in_order(look, samples, task.threads, at_most=ahead, weigh=sample_bytes, weight=BYTES_AHEAD)
     with one_thread(), ledgers.table_writer(schema, task.cache) as writer:
-        for row, square in looked_at:
+        pixels_held = 0
+        for row, image in looked_at:
             rows.append(row)
             row["embedding"] = nothing
-            if square is not None:
-                batch.append((row, square))
-            if len(batch) == task.batch_size or (batch and len(rows) == ROWS_HELD):
+            if image is not None:
+                batch.append((row, image))
+                pixels_held += image.width * image.height
+            if batch and (
+                len(batch) == task.batch_size or pixels_held > BATCH_PIXELS or len(rows) == ROWS_HELD
+            ):
                 embed()
+                pixels_held = 0
             if len(rows) == ROWS_HELD:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 rows.clear()
@@ -132,9 +138,11 @@ def _read_shard(task: _ReadTask) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _look(task: _ReadTask, size: int, sample: Sample | BadSample) -> tuple[dict[str, Any], Image | None]:
-    """What there is to say of a sample without its embedding, and the square that is to be embedded."""
-    from curate.images import ImageError, coded_hash, decode_scaled, is_lossless, pixel_hash, squashed
+def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[dict[str, Any], Image | None]:
+    """What there is to say of a sample without its embedding; and its image for that, both sides ``at_least`` pixels
+    as far as it has them, the shorter one below twice as many.
+    """
+    from curate.images import ImageError, coded_hash, decode_scaled, is_lossless, pixel_hash, shrunk
 
     row: dict[str, Any] = {"shard": sample.shard, "key": sample.key}
     if isinstance(sample, BadSample):
@@ -143,9 +151,8 @@ def _look(task: _ReadTask, size: int, sample: Sample | BadSample) -> tuple[dict[
     row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
     data = sample.image
     row["sha256"] = hashlib.sha256(data).hexdigest()
-    at_least = None if task.pixel_hash else SCALE_TO_SPARE * size
     try:
-        decoded = decode_scaled(data, at_least, max_pixels=task.max_pixels)
+        decoded = decode_scaled(data, None if task.pixel_hash else at_least, max_pixels=task.max_pixels)
     except ImageError as error:
         row["reason"] = str(error)
         return row, None
@@ -156,7 +163,7 @@ def _look(task: _ReadTask, size: int, sample: Sample | BadSample) -> tuple[dict[
         row["pixels"] = coded_hash(data, decoded.orientation) or row["sha256"]
     else:
         row["pixels"] = pixel_hash(decoded.image)
-    return row, squashed(decoded.image, size)
+    return row, shrunk(decoded.image, at_least)
 
 
 @lru_cache(maxsize=2)

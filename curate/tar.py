@@ -83,6 +83,7 @@ class Archive:
         self.failure: Failure | None = None
         self._source = _decompressed(stream)
         self._last: str | None = None  # name of the member before, for the reason
+        self._padding = 0  # bytes up to the next header
         self._unended = False  # a compressed stream was cut
         self._missing = False  # the stream ended before what was last asked for
 
@@ -97,7 +98,7 @@ class Archive:
     def _members(self) -> Iterator[Member]:
         extra = _Extra()
         fixed = _Extra()  # by global headers
-        while (block := self._take(BLOCK)) != _ZEROS:
+        while (block := self._block()) != _ZEROS:
             if len(block) < BLOCK:
                 missing = "its end-of-archive block is missing" if not block else "it ends inside a header"
                 raise _Damage("truncated", f"archive is truncated {self._where()}: {missing}")
@@ -115,6 +116,12 @@ class Archive:
             reason = f"archive is corrupt {self._where()}: an extended header without its member"
             raise _Damage("corrupt_archive", reason)
         self._read_to_the_end()
+
+    def _block(self) -> bytes:
+        """The next header. The padding before it belongs to no member: one that is cut there is whole."""
+        padding, self._padding = self._padding, 0
+        self._take(padding)
+        return self._take(BLOCK)
 
     def _member(self, header: _Header, extra: _Extra) -> Member:
         name = header.name if extra.name is None else extra.name
@@ -137,14 +144,14 @@ class Archive:
             raise _Damage("corrupt_archive", reason, text) from error
         if self._missing:
             raise _Damage("truncated", f"archive is truncated inside member {shown(text)}", text)
-        self._take(-size % BLOCK)  # if it is cut here, the member is whole, and the next header is not there
+        self._padding = -size % BLOCK
         self._last = text
         return Member(text, kind, size, data, extra.problem)
 
     def _extension(self, header: _Header) -> bytes | None:
         """Contents of an extended header; None, and skipped, if it is too large."""
         data = (self._take if header.size <= MAX_EXTENDED_HEADER_BYTES else self._skip)(header.size)
-        self._take(-header.size % BLOCK)
+        self._padding = -header.size % BLOCK
         if self._missing:
             raise _Damage("truncated", f"archive is truncated {self._where()}: it ends inside an extended header")
         return data

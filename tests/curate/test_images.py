@@ -20,6 +20,7 @@ from curate.images import (
     image_array,
     is_lossless,
     pixel_hash,
+    shrunk,
     stack_images,
 )
 
@@ -250,6 +251,18 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(at_least, size):
 def test_other_formats_come_whole(kind):
     decoded = decode_scaled(encode(gradient(640, 400), kind), 40)
     assert decoded.image.size == (640, 400) and not decoded.reduced
+
+
+def test_an_image_is_shrunk_by_a_whole_factor_and_never_below_what_is_needed():
+    for size, at_least, expected in (
+        ((640, 400), 100, (160, 100)),
+        ((640, 401), 100, (160, 101)),
+        ((640, 400), 201, (640, 400)),
+        ((50, 900), 100, (50, 900)),
+    ):
+        image = gradient(*size)
+        assert shrunk(image, at_least).size == expected
+        assert np.abs(np.asarray(shrunk(image, at_least), float).mean() - np.asarray(image, float).mean()) < 1
 
 
 @pytest.mark.parametrize("orientation", range(10))

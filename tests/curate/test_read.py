@@ -22,7 +22,7 @@ from curate.config import DedupConfig
 from curate.dedup import run_dedup
 from curate.embed import load_embedder
 from curate.engine import LocalEngine
-from curate.images import decode_scaled, image_array
+from curate.images import decode_image, decode_scaled, image_array, shrunk
 from curate.ledger import read_ledger
 from curate.read import SCALE_TO_SPARE, read_stage
 from curate.shards import write_shard
@@ -96,21 +96,25 @@ def cuttings() -> list[bytes]:
 def test_embedders_hardly_see_at_which_scale_an_image_was_decoded(large, cuttings, name):
     embedder = load_embedder(name)
     for images, tolerance in ((large, 5e-4), (cuttings, 2e-3)):
-        whole = [decode_scaled(data, None) for data in images]
-        reduced = [decode_scaled(data, SCALE_TO_SPARE * embedder.size) for data in images]
-        assert all(image.reduced for image in reduced)
-        a, b = (embedder.embed([decoded.image for decoded in side]) for side in (whole, reduced))
-        similarity = (a * b).sum(axis=1)
-        assert similarity.min() > 1 - tolerance and np.median(similarity) > 0.9998
+        at_least = SCALE_TO_SPARE * embedder.size
+        whole = [decode_image(data) for data in images]
+        reduced = [decode_scaled(data, at_least) for data in images]
+        assert all(decoded.reduced for decoded in reduced)
+        expected = embedder.embed(whole)
+        for smaller in ([shrunk(decoded.image, at_least) for decoded in reduced], [shrunk(i, at_least) for i in whole]):
+            assert all(at_least <= min(image.size) < 2 * at_least for image in smaller)
+            similarity = (expected * embedder.embed(smaller)).sum(axis=1)
+            assert similarity.min() > 1 - tolerance and np.median(similarity) > 0.9998
 
 
 def test_squares_of_sscds_size_hardly_differ_by_the_scale(emoji):
     for image in photographs(emoji, 3, 1280):
-        data = encode(image, quality=90)
-        reduced = decode_scaled(data, SCALE_TO_SPARE * 288)
+        data, at_least = encode(image, quality=90), SCALE_TO_SPARE * 288
+        whole, reduced = decode_image(data), decode_scaled(data, at_least)
         assert reduced.reduced and reduced.image.width == 640
-        difference = image_array(reduced.image, 288) - image_array(decode_scaled(data, None).image, 288)
-        assert np.sqrt((difference**2).mean()) < 1.5 / 255
+        for smaller in (reduced.image, shrunk(whole, at_least)):
+            difference = image_array(smaller, 288) - image_array(whole, 288)
+            assert np.sqrt((difference**2).mean()) < 1.5 / 255
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,14 @@ def test_rows_are_written_as_they_come_and_do_not_depend_on_the_pieces(shard, tm
     assert pieces.drop(["embedding"]).equals(whole.drop(["embedding"]))
     a, b = (np.stack([np.frombuffer(v, np.float16) for v in t["embedding"].to_pylist()]) for t in (pieces, whole))
     assert np.allclose(a, b, atol=1e-3)
+
+
+def test_a_cache_in_pieces_is_curated_like_one(shard, tmp_path, monkeypatch):
+    run_dedup(settings(shard, tmp_path / "whole", batch_size=1))
+    monkeypatch.setattr(read, "ROWS_HELD", 13)  # half of the rows: the last piece is empty
+    run_dedup(settings(shard, tmp_path / "pieces", batch_size=1))
+    for name in ("ledger.parquet", "index/embeddings.npy", "shards/000000.tar"):
+        assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_an_empty_shard_has_no_rows(tmp_path):
@@ -214,6 +226,25 @@ def test_a_run_that_is_stopped_within_its_only_shard_goes_on_to_the_same_bytes(l
     run_dedup(settings(shard, tmp_path / "fresh"))
     for name in ("ledger.parquet", "summary.json", "report.html", "shards/000000.tar"):
         assert (out / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_large_images_do_not_wait_in_memory_for_the_embedder_at_their_own_size(tmp_path, monkeypatch):
+    held = []
+    embedder = load_embedder("layout")
+
+    class Noting:
+        dim, size = embedder.dim, embedder.size
+
+        def embed(self, images, batch_size=256):
+            held.append([image.size for image in images])
+            return embedder.embed(images, batch_size)
+
+    monkeypatch.setattr(read, "cached_embedder", lambda name: Noting())
+    monkeypatch.setattr(read, "BATCH_PIXELS", 3 * 135 * 130)
+    large = {"png": encode(Image.new("RGB", (1350, 1300), "red"), "PNG"), "txt": b"words"}
+    write_shard(tmp_path / "s.tar", [(f"{i}", large) for i in range(7)])
+    read_rows(tmp_path / "s.tar", tmp_path / "out")
+    assert [len(batch) for batch in held] == [4, 3] and set(sum(held, [])) == {(135, 130)}
 
 
 def test_size_and_orientation_are_those_of_the_stored_image(emoji, tmp_path):

@@ -95,6 +95,16 @@ def test_compressed_archives_are_read_and_known_to_be_whole_only_at_the_end_of_t
     assert [m.name for m in members] == ["a.jpg", "a.txt"] and failure is None
 
 
+def test_a_member_is_given_whose_stream_is_damaged_behind_it():
+    plain = archive(("a.jpg", random.Random(0).randbytes(4000)), ("b.jpg", random.Random(1).randbytes(4000)))
+    for end in (512 + 4000, 512 + 4096, 1024 + 4096):  # behind the data, behind the padding, behind the next header
+        first, rest = gzip.compress(plain[:end], mtime=0), bytearray(gzip.compress(plain[end:], mtime=0))
+        rest[10] = 0xFF  # no valid block of deflate
+        members, failure = read(first + bytes(rest))
+        assert [m.name for m in members] == ["a.jpg"] and failure.kind == "corrupt_archive"
+        assert failure.cut_member == ("b.jpg" if end > 512 + 4096 else None)
+
+
 def test_a_gzip_stream_whose_checksum_does_not_match_is_corrupt():
     data = bytearray(gzip.compress(archive(("a.jpg", b"picture")), mtime=0))
     data[-5] ^= 1
