@@ -7,10 +7,10 @@
 The images are JPEGs of 512 pixels a side, quality 85: carried sample images, two by two, enlarged, shaded and given
 grain at several scales, so that they are about as large as photographs of that size. They are made once, and stand in
 one shard or several. A run is a process of its own; its seconds are those of the stage, without the start of the
-interpreter and the imports (but with those of worker processes, which several shards have); its CPU seconds, of all its threads and workers, hardly depend on what else the machine
-does. The share of decoding is measured apart, on one thread: CPU seconds in which the images are decoded, at the scale
-that the stage asks for, over those of the stage with one worker. Peak memory is what the process and its workers gain
-over its state before the stage (Linux).
+interpreter and the imports (but with those of worker processes, which several shards have). Its CPU seconds, of all
+its threads and workers, hardly depend on what else the machine does. The share of decoding is measured apart, on one
+thread: CPU seconds in which the images are decoded, at the scale that the stage asks for, over those of the stage with
+one worker. Peak memory is what the process and its workers gain over its state before the stage (Linux).
 """
 
 from __future__ import annotations

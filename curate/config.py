@@ -77,7 +77,7 @@ class DedupConfig:
         max_per_caption: how many samples with different images may share one caption; null for any number.
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
             image alone, with an ``empty`` caption.
-        pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs with more than four
+        pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs of at least four
             times the embedder's size are decoded at a reduced scale, which makes reading nearly twice as fast,
             and compared by their coded data without metadata; copies that were coded anew without loss, or stored
             as another format, are then found as near ones.

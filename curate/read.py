@@ -36,7 +36,7 @@ SCALE_TO_SPARE = 2
 BYTES_AHEAD = 1 << 26  # of samples that are decoded or wait for the embedder
 PIXELS_AHEAD = 1 << 25  # of their images
 BATCH_PIXELS = 32_000_000  # held for the embedder at a time, whatever the batch size
-ROWS_HELD = 16_384
+ROWS_HELD = 8192
 
 READ_COLUMNS = (
     ("shard", pa.string()),
