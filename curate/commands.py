@@ -24,7 +24,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from curate.console import UsageError, UserError, is_main_process, to_json
+from curate.console import UsageError, UserError, is_main_process, printable, to_json
 
 FLAGS = (
     "-h",
@@ -462,4 +462,4 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value)
-    return _cell(value.item()) if hasattr(value, "item") else str(value)
+    return _cell(value.item()) if hasattr(value, "item") else printable(str(value))

@@ -82,6 +82,10 @@ class DedupConfig:
         max_per_caption: how many samples with different images may share one caption; null for any number.
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
             image alone, with an ``empty`` caption.
+        pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs of at least four
+            times the embedder's size are decoded at a reduced scale, which makes reading nearly twice as fast,
+            and compared by their coded data without metadata; copies that were coded anew without loss, or stored
+            as another format, are then found as near ones.
         max_pixels: images with more pixels are refused before they are decoded.
         sweep: the summary and the report also say what other thresholds would do, from this much below ``threshold`` to
             this much above; pairs are found down to there. 0 leaves it out.
@@ -111,6 +115,7 @@ class DedupConfig:
     on_caption_differs: Literal["pool", "keep"] = "pool"
     max_per_caption: int | None = None
     missing_caption: Literal["unreadable", "empty"] = "unreadable"
+    pixel_hash: bool = False
     max_pixels: int = 64_000_000
     sweep: float = 0.05
     write_dropped: bool = False

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,15 @@ class UsageError(UserError):
 def is_main_process() -> bool:
     """Whether this process speaks for the job: rank 0 of a launched job, or the only process."""
     return os.environ.get("RANK", "0") == "0"
+
+
+# Control characters, line and paragraph ends, changes of the writing direction, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what would steer a terminal, break a line, or cannot be encoded."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 # ---------------------------------------------------------------------------------------------- log lines

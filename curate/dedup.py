@@ -8,8 +8,8 @@ Stages, each of which leaves files so that a stopped run is continued where it w
 4. write: the kept samples' bytes → ``shards/*.tar``,
 5. publish: ledger, index, report and, last, ``summary.json``. A folder without it is unfinished.
 
-Image bytes are held one batch at a time; what grows with the set are the embeddings and one row of text a
-sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
+Of the images, memory holds the few that are being read; what grows with the set are the embeddings and one row
+of text a sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
 workers, the clock, or the place where the set lies.
 """
 
@@ -37,8 +37,17 @@ import curate
 from curate import ledger as ledgers
 from curate.config import DedupConfig
 from curate.console import UsageError, UserError, get_logger, locked, progress, write_json
-from curate.engine import Engine, LocalEngine, one_thread
-from curate.shards import BadSample, Sample, expand_shards, open_shard, read_samples, shard_names, write_shard
+from curate.engine import Engine, LocalEngine
+from curate.read import READ_COLUMNS, cached_embedder, read_stage
+from curate.shards import (
+    MAX_JSON_BYTES,
+    Sample,
+    expand_shards,
+    open_shard,
+    read_samples,
+    shard_names,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,10 +59,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
-BATCH_PIXELS = 32_000_000  # decoded pixels held at a time, whatever the batch size
 HISTOGRAM_SAMPLE = 2000
 
 
@@ -75,9 +83,9 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     _check_settings(config)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
-    _embedder.cache_clear()  # a file of the same name may be another one by now
+    cached_embedder.cache_clear()  # a file of the same name may be another one by now
     _caption_embedder.cache_clear()
-    embedder, captioner = _embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
+    embedder, captioner = cached_embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
     others = _open_others(config, embedder)
     out = _prepare(config.out, urls)
     engine = LocalEngine(config.workers)
@@ -85,7 +93,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
-        caches = _read_stage(engine, out, urls, names, keys, config)
+        caches = read_stage(engine, out, urls, names, keys, config)
         rows = _Rows.load(caches, embedder.dim, config.missing_caption)
         clock.lap("read")
         if len(rows.readable) == 0:
@@ -212,104 +220,6 @@ def _note_changes(out: Path, config: DedupConfig, inputs: Mapping[str, str]) -> 
 
 # --------------------------------------------------------------------------------------------- stage 1: read
 
-READ_COLUMNS = (
-    ("shard", pa.string()),
-    ("key", pa.string()),
-    ("reason", pa.string()),  # why the image cannot be used; null when it can
-    ("caption_problem", pa.string()),
-    ("caption", pa.string()),
-    ("sha256", pa.string()),
-    ("pixels", pa.string()),
-    ("width", pa.int32()),
-    ("height", pa.int32()),
-    ("lossless", pa.bool_()),
-)
-
-
-@dataclass(frozen=True)
-class _ReadTask:
-    url: str
-    name: str
-    cache: Path
-    embedder: str
-    max_pixels: int
-    batch_size: int
-
-
-def _read_stage(
-    engine: Engine,
-    out: Path,
-    urls: Sequence[str],
-    names: Sequence[str],
-    keys: Sequence[str],
-    config: DedupConfig,
-) -> list[Path]:
-    caches = [out / "work" / "read" / f"{key}.parquet" for key in keys]
-    tasks = [
-        _ReadTask(url, name, cache, config.image_embedder, config.max_pixels, config.batch_size)
-        for url, name, cache in zip(urls, names, caches, strict=True)
-        if not cache.is_file()
-    ]
-    if len(tasks) < len(caches):
-        log.info("%d of %d shards were read before", len(caches) - len(tasks), len(caches))
-    engine.map(_read_shard, tasks, desc="reading")
-    return caches
-
-
-def _read_shard(task: _ReadTask) -> None:
-    """Hash and embed one shard's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
-    from curate.images import ImageError, decode_image, is_lossless, pixel_hash
-
-    embedder = _embedder(task.embedder)
-    columns: dict[str, list[Any]] = {name: [] for name, _ in READ_COLUMNS}
-    vectors: list[bytes] = []
-    nothing = bytes(2 * embedder.dim)
-    batch: list[tuple[int, Any]] = []
-
-    def flush() -> None:
-        embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
-        for (row, _), vector in zip(batch, np.asarray(embedded, dtype=np.float16), strict=True):
-            vectors[row] = vector.tobytes()
-        batch.clear()
-
-    pixels_held = 0
-    with one_thread():
-        for item in read_samples(task.url, name=task.name):
-            row: dict[str, Any] = {"shard": item.shard, "key": item.key}
-            if isinstance(item, BadSample):
-                row["reason"] = item.reason
-            else:
-                row["caption"], row["caption_problem"] = item.caption, item.caption_problem
-                row["sha256"] = hashlib.sha256(item.image).hexdigest()
-                try:
-                    image = decode_image(item.image, max_pixels=task.max_pixels)
-                except ImageError as error:
-                    row["reason"] = str(error)
-                else:
-                    row["width"], row["height"] = image.size
-                    row["pixels"] = pixel_hash(image)
-                    row["lossless"] = is_lossless(item.image)
-                    batch.append((len(vectors), image))
-                    pixels_held += image.width * image.height
-            for name in columns:
-                columns[name].append(row.get(name))
-            vectors.append(nothing)
-            if len(batch) == task.batch_size or pixels_held > BATCH_PIXELS:
-                flush()
-                pixels_held = 0
-        if batch:
-            flush()
-    arrays = {name: pa.array(columns[name], kind) for name, kind in READ_COLUMNS}
-    arrays["embedding"] = pa.array(vectors, pa.binary(len(nothing)))
-    ledgers.write_table(pa.table(arrays), task.cache)
-
-
-@lru_cache(maxsize=2)
-def _embedder(name: str) -> Embedder:
-    from curate.embed import load_embedder
-
-    return load_embedder(name)
-
 
 @lru_cache(maxsize=2)
 def _caption_embedder(name: str) -> CaptionEmbedder:
@@ -320,7 +230,8 @@ def _caption_embedder(name: str) -> CaptionEmbedder:
 
 def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
     """What the reading of a shard depends on, as a file name: its content, the embedder's weights, the limits."""
-    made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, config.max_pixels, config.batch_size]
+    limits = [config.pixel_hash, config.max_pixels, config.batch_size]
+    made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, *limits]
     return _digest([made_by, name, _fingerprint(url)])
 
 
@@ -715,26 +626,22 @@ def _picked(task: _WriteTask) -> Iterator[tuple[str, Mapping[str, bytes]]]:
 def with_account(members: Mapping[str, bytes], account: Mapping[str, Any]) -> dict[str, bytes]:
     """Members whose json gains ``afresh: account``; the others keep their bytes.
 
-    A sample without json gets one; where its json is not an object, the account is a member ``afresh.json``.
+    A sample without json gets one; where its json is not an object, or too large, too deep or out of range to be
+    written again as it was read, the account is a member ``afresh.json``.
     """
-    result = dict(members)
     ext = next((name for name in members if name.lower() == "json"), None)
     if ext is None:
-        fields: Any = {}
-    else:
-        try:
+        return {**members, "json": _json_bytes({"afresh": account})}
+    if len(members[ext]) <= MAX_JSON_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
             fields = json.loads(members[ext])
-        except (ValueError, RecursionError):
-            fields = None
-    if isinstance(fields, dict):
-        result[ext or "json"] = _json_bytes({**fields, "afresh": account})
-    else:
-        result["afresh.json"] = _json_bytes(account)
-    return result
+            if isinstance(fields, dict):
+                return {**members, ext: _json_bytes({**fields, "afresh": account})}
+    return {**members, "afresh.json": _json_bytes(account)}
 
 
 def _json_bytes(fields: Any) -> bytes:
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 # ------------------------------------------------------------------------------------------- stage 5: publish

@@ -10,6 +10,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_PIXELS = 64_000_000
+MAX_SCANS = 500  # of a progressive JPEG, each of which costs a pass over all its pixels; encoders write about ten
 # Pillow's other readers are not needed for the contract's extensions, and some (EPS) start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What a shard does not carry and Pillow turns into pixels without a program of its own.
 CONVERTED_FORMATS = ("GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112
+_START_OF_SCAN, _APP0, _ADOBE = 0xDA, 0xE0, 0xEE
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_METADATA = frozenset((*range(0xE0, 0xF0), 0xFE))
 _BITS_PER_SAMPLE = 258
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _MAGIC = (
@@ -46,6 +51,27 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is the plain reason."""
 
 
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as a viewer would see it.
+
+    Attributes:
+        image: 8-bit RGB, upright.
+        width, height: of the image as it is stored, upright; ``image`` may be smaller.
+        orientation: EXIF's number, 1 to 8, which ``image`` has applied.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def reduced(self) -> bool:
+        """Whether ``image`` is smaller than what is stored."""
+        return self.image.size != (self.width, self.height)
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode image bytes to what a viewer would see, as 8-bit RGB.
 
@@ -59,8 +85,26 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: empty, unknown, truncated, malformed or too large.
     """
+    return decode_scaled(data, None, max_pixels=max_pixels).image
+
+
+def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """``decode_image``, at the smallest scale that leaves both sides ``at_least`` pixels.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size from the lowest frequencies of its blocks, which takes a fraction
+    of the time; other formats have no such scale, and come whole.
+
+    Args:
+        data, max_pixels: as for ``decode_image``; ``max_pixels`` counts the stored pixels.
+        at_least: sides that the image must have, as far as it is stored so large; None for the whole image.
+
+    Raises:
+        ImageError: as ``decode_image``.
+    """
     if not data:
         raise ImageError("image is empty (0 bytes)")
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ImageError(f"JPEG has {scans} scans, more than {MAX_SCANS}: refused before decoding")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
@@ -77,10 +121,21 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if width < 1 or height < 1:
         raise ImageError(f"image is {width}x{height}: nothing to see")
     try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
         image.load()
-        return _as_rgb(_upright(image))
+        orientation = _orientation(image)
+        if orientation > 4:  # turned by a quarter
+            width, height = height, width
+        return DecodedImage(_as_rgb(_upright(image)), width, height, orientation)
     except Exception as error:
         raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+
+
+def shrunk(image: Image.Image, at_least: int) -> Image.Image:
+    """An image reduced by a whole factor, the mean of each block, as far as both sides keep ``at_least`` pixels."""
+    factor = min(image.size) // at_least
+    return image.reduce(factor) if factor > 1 else image
 
 
 def image_array(
@@ -204,13 +259,55 @@ def pixel_hash(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def coded_hash(data: bytes, orientation: int = 1) -> str | None:
+    """SHA-256 (hex) of what a JPEG's pixels come from: its tables, frame and scans, without its metadata.
+
+    Equal only for images with equal pixels. Unlike ``pixel_hash`` it needs no decoding, and misses what was coded anew
+    without loss (other Huffman tables, progressive for sequential) or stored in another format.
+
+    Args:
+        data: an encoded image that can be decoded.
+        orientation: EXIF's number, which is part of what is seen.
+
+    Returns:
+        None for other formats.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    digest = hashlib.sha256(f"orientation {orientation}".encode())
+    jfif = colours_told = False
+    start = 2
+    while data[start : start + 1] == b"\xff" and start + 1 < len(data):
+        marker = data[start + 1]
+        if marker == 0xFF:  # may fill the space between two segments
+            start += 1
+            continue
+        if marker == _START_OF_SCAN:
+            # Where the colours are not plain YCbCr by their numbers, decoders ask whether the file says it is JFIF.
+            digest.update(b"JFIF" if jfif and colours_told else b"")
+            digest.update(memoryview(data)[start:])
+            return digest.hexdigest()
+        segment = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")]
+        if len(segment) < 4:
+            return None
+        jfif = jfif or (marker == _APP0 and segment[4:9] == b"JFIF\0")
+        colours_told = colours_told or marker == _ADOBE or (marker in _FRAMES and segment[10::3][:3] != b"\1\2\3")
+        if marker == _ADOBE or marker not in _METADATA:
+            digest.update(segment)
+        start += len(segment)
+    return None
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        if image.getexif().get(_ORIENTATION, 1) == 1:
-            return image
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # malformed EXIF says nothing about the pixels
-        return image
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

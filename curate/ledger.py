@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from curate.console import UserError, write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 KEPT, DROPPED, UNREADABLE = "kept", "dropped", "unreadable"
 DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set")
@@ -37,10 +38,23 @@ SCHEMA = pa.schema(
 )
 
 
+_FORMAT = {"compression": "zstd", "version": "2.6"}
+
+
+@contextmanager
+def table_writer(schema: pa.Schema, path: str | Path) -> Iterator[pq.ParquetWriter]:
+    """A parquet file that takes tables one after the other, written atomically: it appears when the block ends well.
+
+    Equal tables in equal pieces give equal bytes.
+    """
+    with write_atomic(path) as temporary, pq.ParquetWriter(temporary, schema, **_FORMAT) as writer:
+        yield writer
+
+
 def write_table(table: pa.Table, path: str | Path) -> None:
     """Write a parquet file atomically, with settings that give equal bytes for equal tables."""
     with write_atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=1 << 16, version="2.6")
+        pq.write_table(table, temporary, row_group_size=1 << 16, **_FORMAT)
 
 
 def read_ledger(out: str | Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -11,20 +11,25 @@ import contextlib
 import glob
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Self
+from typing import IO
 
-from curate.console import UsageError, UserError, write_atomic
+from curate.console import UsageError, UserError, printable, write_atomic
+from curate.tar import BLOCK, MAX_MEMBER_BYTES, Archive, Member, ReadError, shown
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_MEMBER_BYTES = 1 << 28
+MAX_SAMPLE_BYTES = 1 << 30  # all members of a sample together, which memory holds
+MAX_NAME = 4096  # characters of a member's name
+MAX_CAPTION_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 24  # of a json that is read for its caption; parsed, it takes many times its size
 # WebDataset's rule: the key ends at the first dot of the last path component.
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,36 +54,56 @@ class Sample:
         return self.members[ext]
 
     @property
+    def images(self) -> list[str]:
+        """Extensions of all image members, that of ``image`` first."""
+        spelled = {ext.lower(): ext for ext in self.members}
+        return [spelled[ext] for ext in IMAGE_EXTENSIONS if ext in spelled]
+
+    @property
     def caption(self) -> str | None:
-        """The caption: ``txt``, else the string ``caption`` in ``json``; None if missing or not UTF-8."""
-        return self._read_caption()[0]
+        """The caption: ``txt``, else the string ``caption`` in ``json``; None if missing, too large or not UTF-8."""
+        return self._caption[0]
 
     @property
     def caption_problem(self) -> str | None:
         """Why ``caption`` is None, or None when there is a caption (which may be empty)."""
-        return self._read_caption()[1]
+        return self._caption[1]
 
-    def _read_caption(self) -> tuple[str | None, str | None]:
+    @cached_property
+    def _caption(self) -> tuple[str | None, str | None]:
         if (ext := self._extension("txt")) is not None:
-            try:
-                return self.members[ext].decode("utf-8-sig").strip(), None
-            except UnicodeDecodeError:
-                return None, "caption is not UTF-8"
+            return _text_caption(self.members[ext])
         if (ext := self._extension("json")) is not None:
-            try:
-                fields = json.loads(self.members[ext])
-            except (ValueError, RecursionError):
-                return None, "no caption: there is no txt member and the json member is not valid JSON"
-            caption = fields.get("caption") if isinstance(fields, dict) else None
-            if isinstance(caption, str):
-                # JSON can spell lone surrogates, which no UTF-8 file can hold.
-                return caption.encode("utf-8", "replace").decode().strip(), None
-            return None, "no caption: there is no txt member and the json member has no string 'caption'"
+            return _json_caption(self.members[ext])
         return None, "no caption: there is neither a txt nor a json member"
 
     def _extension(self, *wanted: str) -> str | None:
         spelled = {ext.lower(): ext for ext in self.members}
         return next((spelled[ext] for ext in wanted if ext in spelled), None)
+
+
+def _text_caption(data: bytes) -> tuple[str | None, str | None]:
+    if len(data) > MAX_CAPTION_BYTES:
+        return None, f"caption has {len(data)} bytes, more than {MAX_CAPTION_BYTES}"
+    try:
+        return data.decode("utf-8-sig").strip(), None
+    except UnicodeDecodeError:
+        return None, "caption is not UTF-8"
+
+
+def _json_caption(data: bytes) -> tuple[str | None, str | None]:
+    if len(data) > MAX_JSON_BYTES:
+        size = f"{len(data)} bytes, more than {MAX_JSON_BYTES}"
+        return None, f"no caption: there is no txt member and the json member has {size}"
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None, "no caption: there is no txt member and the json member is not valid JSON"
+    caption = fields.get("caption") if isinstance(fields, dict) else None
+    if not isinstance(caption, str):
+        return None, "no caption: there is no txt member and the json member has no string 'caption'"
+    # JSON can spell lone surrogates, which no UTF-8 file can hold.
+    return _text_caption(caption.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True)
@@ -135,19 +160,21 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
 
     A sample is bad as a whole when one of its members is refused (link, device, sparse or oversized file).
     When a key appears again later in the shard, the first run of members is the sample and each later run is
-    bad. Of a cut archive the samples before the cut are given, then a ``BadSample`` of kind ``truncated``; an
-    archive that ends at a member's border without its end-of-archive block is cut as well.
+    bad. Of a cut or damaged archive the samples before the damage are given, then a ``BadSample`` that says what
+    befell it, under the key of the sample that was cut if there is one; an archive that ends at a member's border
+    without its end-of-archive block is cut as well.
 
     Args:
         url: a local path or an fsspec URL; gzip, bzip2 and xz archives are read too.
         name: what to call the shard, by default its file name.
 
     Raises:
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened or read.
     """
     shard = name if name is not None else shard_names([url])[0]
     seen: set[str] = set()
     group: _Group | None = None
+    usual = {"txt"}  # where the sample before had its caption: what a cut one lacks
 
     def close(finished: _Group) -> Sample | BadSample:
         key = finished.key
@@ -156,58 +183,85 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
             kind, reason = finished.problem
             return BadSample(shard, key, reason, kind)
         if key in seen:
-            extensions = ", ".join(finished.members)
-            reason = f"key {key!r} stands in this shard before: its members must be side by side, each once"
+            extensions = _listed(finished.members)
+            reason = f"key {shown(key)} stands in this shard before: its members must be side by side, each once"
             return BadSample(shard, key, f"{reason} (here: {extensions})", "repeated_key")
         seen.add(key)
         sample = Sample(shard, key, finished.members)
         if sample.image_ext is None:
-            extensions = ", ".join(finished.members)
+            extensions = _listed(finished.members)
             reason = f"no image: none of {', '.join(IMAGE_EXTENSIONS)} among its members ({extensions})"
             return BadSample(shard, key, reason, "no_image")
         return sample
 
     with open_shard(url) as stream:
-        reader = _Archive(stream)
-        for member, data in reader:
-            problem = _refusal(member) or (None if data is not None else _oversized(member))
-            key, ext = split_name(member.name) or (None, None)
-            if key is None or ext is None or (problem and not _plain(member.name)):
-                reason = problem or f"member {_plain_name(member.name)!r} has no key and extension"
-                if group is not None:
-                    yield close(group)
-                    group = None
-                yield BadSample(
-                    shard, _plain_name(member.name), reason, "refused_member" if problem else "stray_member"
-                )
-                continue
-            if group is None or group.key != key or ext.lower() in group.lowered:
-                if group is not None:
-                    yield close(group)
-                group = _Group(key)
-            group.lowered.add(ext.lower())
-            if problem:
-                group.problem = group.problem or ("refused_member", problem)
-            elif data is not None:
-                group.members[ext] = data
+        try:
+            archive = Archive(stream)
+            for member in archive:
+                if member.kind == "folder":
+                    continue
+                problem = _refusal(member)
+                if (named := _key_and_extension(member.name)) is None:
+                    if group is not None:
+                        yield close(group)
+                        group = None
+                    reason = problem or f"member {shown(member.name)} has no key and extension"
+                    kind = "refused_member" if problem else "stray_member"
+                    yield BadSample(shard, _safe_name(member.name), reason, kind)
+                    continue
+                key, ext = named
+                if group is None or group.key != key or ext.lower() in group.lowered:
+                    if group is not None:
+                        yield close(group)
+                        usual = group.lowered & {"txt", "json"}
+                    group = _Group(key)
+                group.add(ext, member.data, problem)
+        except ReadError as error:
+            raise UserError(f"cannot read shard {url}: {error}") from error
 
-        failure = reader.failure
+        failure = archive.failure
         if failure is not None and failure.cut_member is not None:
-            cut = split_name(failure.cut_member)
-            key = cut[0] if cut and _plain(failure.cut_member) else _plain_name(failure.cut_member)
-            if group is not None and group.key != key:
+            named = _key_and_extension(failure.cut_member)
+            key, ext = named or (_safe_name(failure.cut_member), "")
+            if group is not None and (group.key != key or ext.lower() in group.lowered):
                 yield close(group)
             yield BadSample(shard, key, failure.reason, failure.kind)
             return
         last = close(group) if group is not None else None
-        whole = isinstance(last, Sample) and last.caption is not None
-        if last is not None and not whole and failure is not None and failure.kind != "trailing_data":
-            yield BadSample(shard, last.key, failure.reason, failure.kind)  # its other members were cut off
-            return
-        if last is not None:
-            yield last
-        if failure is not None:
-            yield BadSample(shard, "", failure.reason, failure.kind)
+        if failure is None or failure.kind == "trailing_data":
+            if last is not None:
+                yield last
+            if failure is not None:
+                yield BadSample(shard, "", failure.reason, failure.kind)
+        elif last is not None and _was_cut(last, usual):
+            yield BadSample(shard, last.key, failure.reason, failure.kind)
+        else:
+            reason = failure.reason
+            if last is not None:
+                yield last
+                reason += f" (other members of sample {shown(last.key)} may have followed)"
+            yield BadSample(shard, "", reason, failure.kind)
+
+
+def _was_cut(last: Sample | BadSample, usual: set[str]) -> bool:
+    """Whether the sample before the end of a cut archive lacks its image, or a caption where one is usual."""
+    if isinstance(last, BadSample):
+        return last.kind == "no_image"
+    extensions = {ext.lower() for ext in last.members}
+    return last.caption is None and "txt" not in extensions and bool(usual - extensions)
+
+
+def sample_bytes(sample: Sample | BadSample) -> int:
+    """Bytes that a sample holds."""
+    return sum(map(len, sample.members.values())) if isinstance(sample, Sample) else 0
+
+
+def shard_bytes(url: str) -> int | None:
+    """Size of a local shard; None for a URL, whose store would have to be asked."""
+    try:
+        return os.stat(url).st_size if "://" not in url else None
+    except OSError:  # who reads the shard will say what is wrong
+        return None
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
@@ -231,7 +285,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, byte
             written.add(key)
             for ext, data in members.items():
                 member = f"{key}.{ext}"
-                if split_name(member) != (key, ext) or not _plain(member):
+                if _key_and_extension(member) != (key, ext):
                     raise ValueError(
                         f"{member!r} cannot be a member of a shard: it would not be read back as it is"
                     )
@@ -239,6 +293,11 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, byte
                 info.size, info.mode, info.mtime = len(data), 0o644, 0
                 tar.addfile(info, io.BytesIO(data))
     return len(written)
+
+
+def _key_and_extension(name: str) -> tuple[str, str] | None:
+    """Those of a member that may be part of a sample; None if its name is refused or has none."""
+    return split_name(name) if len(name) <= MAX_NAME and _plain(name) else None
 
 
 def split_name(member: str) -> tuple[str, str] | None:
@@ -272,119 +331,38 @@ class _Group:
     members: dict[str, bytes] = field(default_factory=dict)
     lowered: set[str] = field(default_factory=set)
     problem: tuple[str, str] | None = None
+    size: int = 0
+
+    def add(self, ext: str, data: bytes | None, problem: str | None) -> None:
+        self.lowered.add(ext.lower())
+        self.size += len(data or b"") + BLOCK
+        if problem is None and self.size > MAX_SAMPLE_BYTES:
+            problem = f"refused sample {shown(self.key)}: its members have more than {MAX_SAMPLE_BYTES} bytes"
+        if problem is not None:
+            self.problem = self.problem or ("refused_member", problem)
+            self.members.clear()
+        elif data is not None and self.problem is None:
+            self.members[ext] = data
 
 
-@dataclass(frozen=True)
-class _Failure:
-    kind: str
-    reason: str
-    cut_member: str | None = None
-
-
-class _CheckedTarInfo(tarfile.TarInfo):
-    """Remembers how reading headers ended: tarfile ends alike on an end-of-archive block and on a cut."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            tar.header_end = error  # type: ignore[attr-defined]
-            raise
-
-
-class _Archive:
-    """Iterates over (member, data) of a tar stream; ``failure`` says afterwards if it ended as it should not.
-
-    ``data`` is None for members that are not plain files of acceptable size.
-    """
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream = stream
-        self.failure: _Failure | None = None
-
-    def __iter__(self) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-        last = None
-        try:
-            with tarfile.open(fileobj=self.stream, mode="r|*", tarinfo=_CheckedTarInfo) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-                    if member.isdir():
-                        continue
-                    last = member.name
-                    data = None
-                    if member.isreg() and not member.issparse() and member.size <= MAX_MEMBER_BYTES:
-                        try:
-                            data = self._read(tar, member)
-                        except (EOFError, OSError, tarfile.TarError, ValueError) as error:
-                            self.failure = _cut_in(member, error)
-                            return
-                    yield member, data
-                self.failure = self._ending(tar, last)
-        except (EOFError, OSError, tarfile.TarError, ValueError) as error:
-            where = f"after member {_plain_name(last)!r}" if last is not None else "at its start"
-            cut = isinstance(error, EOFError) or "unexpected end" in str(error) or "truncated" in str(error)
-            text = str(error) or type(error).__name__
-            self.failure = (
-                _Failure("truncated", f"archive is truncated {where}: {text}")
-                if cut
-                else _Failure("corrupt_archive", f"archive is not readable {where}: {text}")
-            )
-
-    @staticmethod
-    def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-        handle = tar.extractfile(member)
-        data = handle.read() if handle is not None else b""
-        if len(data) != member.size:
-            raise EOFError("unexpected end of data")
-        return data
-
-    @staticmethod
-    def _ending(tar: tarfile.TarFile, last: str | None) -> _Failure | None:
-        end = getattr(tar, "header_end", None)
-        where = f"after member {_plain_name(last)!r}" if last is not None else "at its start"
-        if isinstance(end, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-            while block := tar.fileobj.read(_BLOCK):
-                if block.count(0) != len(block):
-                    reason = (
-                        f"archive goes on behind its end-of-archive block, {where} (archives joined by cat?)"
-                    )
-                    return _Failure("trailing_data", f"{reason}: what follows is not read")
-            return None
-        if isinstance(end, tarfile.InvalidHeaderError):  # type: ignore[attr-defined]
-            return _Failure("corrupt_archive", f"archive is corrupt {where}: {end}")
-        return _Failure("truncated", f"archive is truncated {where}: its end-of-archive block is missing")
-
-
-def _cut_in(member: tarfile.TarInfo, error: Exception) -> _Failure:
-    text = str(error) or type(error).__name__
-    if "unexpected end" in text or isinstance(error, EOFError):
-        return _Failure(
-            "truncated", f"archive is truncated inside member {_plain_name(member.name)!r}", member.name
-        )
-    return _Failure(
-        "corrupt_archive",
-        f"archive is not readable inside member {_plain_name(member.name)!r}: {text}",
-        member.name,
-    )
-
-
-def _refusal(member: tarfile.TarInfo) -> str | None:
+def _refusal(member: Member) -> str | None:
     """Why this member is not accepted, or None."""
-    name = _plain_name(member.name)
+    name = shown(member.name)
+    if len(member.name) > MAX_NAME:
+        return f"refused member {name}: its name has {len(member.name)} characters, more than {MAX_NAME}"
     if not _plain(member.name):
-        return f"refused member {name!r}: its name is absolute, leads outside or is not UTF-8"
-    if member.issym() or member.islnk():
-        return f"refused member {name!r}: it is a link"
-    if member.ischr() or member.isblk() or member.isfifo():
-        return f"refused member {name!r}: it is a device or pipe"
-    if not member.isreg() or member.issparse():
-        return f"refused member {name!r}: it is not a plain file"
+        return f"refused member {name}: its name is absolute, leads outside or is not UTF-8"
+    if member.problem is not None:
+        return f"refused member {name}: {member.problem}"
+    if member.kind == "link":
+        return f"refused member {name}: it is a link"
+    if member.kind == "device":
+        return f"refused member {name}: it is a device or pipe"
+    if member.kind != "file":
+        return f"refused member {name}: it is not a plain file"
+    if member.data is None:
+        return f"refused member {name}: {member.size} bytes, more than {MAX_MEMBER_BYTES}"
     return None
-
-
-def _oversized(member: tarfile.TarInfo) -> str:
-    return f"refused member {_plain_name(member.name)!r}: {member.size} bytes, more than {MAX_MEMBER_BYTES}"
 
 
 def _plain(name: str) -> bool:
@@ -398,8 +376,14 @@ def _plain(name: str) -> bool:
     return True
 
 
-def _plain_name(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
+def _listed(extensions: Iterable[str]) -> str:
+    text = printable(", ".join(extensions))
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _safe_name(name: str) -> str:
+    """A refused member's name as it may stand in a ledger."""
+    return printable(name[:MAX_NAME])
 
 
 def _refuse_pipe(url: str) -> None:

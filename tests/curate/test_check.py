@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from curate.check import run_check
+from curate.check import KINDS, USABLE, run_check
 from curate.config import CheckConfig
 from curate.console import UsageError
 from curate.shards import write_shard
 
 
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def shards(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(buffer, "PNG")
-    good = {"png": buffer.getvalue(), "txt": b"red"}
+    good = {"png": png(), "txt": b"red"}
     write_shard(tmp_path / "good.tar", [("a", good), ("b", good)])
     broken = [
         ("a", good),
@@ -31,6 +38,14 @@ def shards(tmp_path):
     data = (tmp_path / "good.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: 4 * 512])
     return tmp_path
+
+
+def test_a_name_does_not_steer_the_terminal(tmp_path, run_cli):
+    write_shard(tmp_path / "s.tar", [("\x1b[2Ja\nb", {"png": png()})])
+    as_text = run_cli("curate", "check", tmp_path / "s.tar")
+    assert "\x1b" not in as_text.stdout and r"\x1b[2Ja\nb" in as_text.stdout
+    as_json = run_cli("curate", "check", tmp_path / "s.tar", "--json")
+    assert json.loads(as_json.stdout)["listed"][0]["key"] == "\x1b[2Ja\nb"
 
 
 def test_a_good_set_has_no_problems(sample_shards):
@@ -53,6 +68,67 @@ def test_every_problem_is_listed_with_its_place_and_kind(shards, workers):
     }
     assert summary["kinds"] == {"no_caption": 2, "no_image": 1, "truncated": 1, "unreadable_image": 2}
     assert (summary["problems"], summary["readable"], summary.exit_code) == (6, 4, 1)
+
+
+@pytest.fixture
+def every_kind(tmp_path) -> Path:
+    """A folder of shards with each kind of problem once, and one sample without any in each shard."""
+    good = [("good.png", png()), ("good.txt", b"red")]
+
+    def write(name: str, *members: tuple[str, bytes], cut: int = 0, behind: bytes = b"") -> None:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, data in [*good, *members]:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) - cut] + behind)
+
+    write("truncated.tar", cut=10240 - 4 * 512)
+    write("corrupt_archive.tar", cut=10240 - 4 * 512, behind=b"?" * 2048)
+    write("trailing_data.tar", behind=(tmp_path / "truncated.tar").read_bytes())
+    write("refused_member.tar", ("../a.png", png()))
+    write("repeated_key.tar", ("a.png", png()), ("a.txt", b"w"), ("good.txt", b"late"))
+    write("stray_member.tar", ("README", b"?"))
+    write("no_image.tar", ("a.txt", b"words"))
+    write("several_images.tar", ("a.png", png()), ("a.webp", png("blue")), ("a.txt", b"words"))
+    write("unreadable_image.tar", ("a.png", png()[:40]), ("a.txt", b"words"))
+    write("no_caption.tar", ("a.png", png()), ("a.txt", b"\xff"))
+    write("empty_caption.tar", ("a.png", png()), ("a.txt", b"\n"))
+    return tmp_path
+
+
+def test_every_kind_has_its_word_and_spoils_nothing_else(every_kind):
+    summary = run_check(CheckConfig(shards=[str(every_kind)], workers=1))
+    assert {(row["shard"], row["kind"]) for row in summary["listed"]} == {(f"{kind}.tar", kind) for kind in KINDS}
+    assert summary["kinds"] == dict.fromkeys(sorted(KINDS), 1)
+    good_of_each_and_three_more = len(KINDS) + 3  # beside the repeated key, with two images, with an empty caption
+    assert summary["readable"] == good_of_each_and_three_more
+
+
+def test_curation_has_a_row_with_its_reason_for_each_problem(every_kind, tmp_path_factory):
+    from curate.config import DedupConfig
+    from curate.dedup import run_dedup
+    from curate.ledger import read_ledger
+
+    out = tmp_path_factory.mktemp("curated") / "out"
+    checked = run_check(CheckConfig(shards=[str(every_kind)], workers=1))
+    summary = run_dedup(DedupConfig(shards=[str(every_kind)], out=str(out), workers=1))
+    assert (summary["samples"], summary["samples"] - summary["unreadable"]) == (checked["samples"], checked["readable"])
+    unreadable = {
+        (row["shard"], row["key"], row["reason"])
+        for row in read_ledger(out).to_pylist()
+        if row["status"] == "unreadable"
+    }
+    listed = {(row["shard"], row["key"], row["reason"]) for row in checked["listed"]}
+    usable = {(row["shard"], row["key"], row["reason"]) for row in checked["listed"] if row["kind"] in USABLE}
+    assert len(usable) == 2 and unreadable == listed - usable
+
+
+def test_the_kinds_are_those_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.partition("| kind | what it means |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(KINDS)
 
 
 def test_all_are_counted_when_few_are_listed(shards):

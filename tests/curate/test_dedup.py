@@ -28,7 +28,7 @@ from curate.index import TrainingIndex
 from curate.ledger import SCHEMA, read_ledger
 from curate.report import run_report
 from curate.search import run_search
-from curate.shards import Sample, read_samples, write_shard
+from curate.shards import MAX_JSON_BYTES, Sample, read_samples, write_shard
 from train.sample_set import load_part
 
 
@@ -437,6 +437,18 @@ def test_an_account_goes_into_json_or_beside_it():
     assert json.loads(inside["json"]) == {"a": 1, "afresh": account} and inside["jpg"] == b"1"
     beside = with_account({**kept, "json": b"[1]"}, account)
     assert beside["json"] == b"[1]" and json.loads(beside["afresh.json"]) == account
+
+
+def test_a_json_that_cannot_be_written_again_keeps_its_bytes():
+    account = {"duplicates": 1, "captions": ["words"]}
+    huge = b'{"a": "' + b"x" * MAX_JSON_BYTES + b'"}'
+    for written in (b'{"a": 1e400}', b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}", huge):
+        members = with_account({"jpg": b"1", "json": written}, account)
+        assert members["json"] == written and json.loads(members["afresh.json"]) == account
+    for depth in range(800, 1100):  # somewhere here it can be read, and is too deep to be written
+        written = b'{"a": ' * depth + b"1" + b"}" * depth
+        members = with_account({"jpg": b"1", "json": written}, account)
+        assert members["json"] == written or "afresh.json" not in members
 
 
 def test_search_finds_an_image_and_a_caption(curated, mess, tmp_path):

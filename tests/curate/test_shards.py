@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from curate import shards
 from curate.console import UsageError, UserError
 from curate.shards import BadSample, Sample, expand_shards, read_samples, shard_names, split_name, write_shard
 
@@ -95,7 +99,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["../up", "/etc/a", "dotted.key", "C:\\a", ""])
+@pytest.mark.parametrize("key", ["../up", "/etc/a", "dotted.key", "C:\\a", "", "k" * 5000])
 def test_a_key_that_would_not_be_read_back_is_not_written(tmp_path, key):
     with pytest.raises(ValueError, match="read back"):
         write_shard(tmp_path / "s.tar", [(key, {"jpg": IMAGE})])
@@ -139,6 +143,56 @@ def test_a_missing_caption_is_told_apart_by_its_reason(members, reason):
     sample = Sample("s.tar", "a", {"jpg": IMAGE, **members})
     assert sample.caption is None
     assert reason in sample.caption_problem
+
+
+def test_an_empty_caption_is_a_caption_and_byte_order_marks_are_none_of_it():
+    marked = {"json": "\ufeff".encode() + json.dumps({"caption": "words"}).encode()}
+    for members, caption in (
+        ({"txt": b""}, ""),
+        ({"txt": b" \r\n"}, ""),
+        ({"txt": "\ufeff".encode()}, ""),
+        ({"json": b'{"caption": ""}'}, ""),
+        (marked, "words"),
+        ({"json": json.dumps({"caption": "words"}).encode("utf-16")}, "words"),
+    ):
+        sample = Sample("s.tar", "a", {"jpg": IMAGE, **members})
+        assert (sample.caption, sample.caption_problem) == (caption, None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"caption": ' + b"[" * 90_000 + b"]" * 90_000 + b"}",
+        b'{"n": ' + b"9" * 100_000 + b"}",
+        b'{"caption": "cut',
+        b"\xff\xfe\xfa",
+        b"",
+    ],
+)
+def test_a_hostile_json_ends_in_a_reason(data):
+    sample = Sample("s.tar", "a", {"jpg": IMAGE, "json": data})
+    assert sample.caption is None and "json" in sample.caption_problem
+
+
+def test_a_json_or_caption_of_absurd_size_is_not_read(monkeypatch):
+    huge = b'{"caption": "' + b"x" * shards.MAX_JSON_BYTES + b'"}'
+    tracemalloc.start()
+    sample = Sample("s.tar", "a", {"jpg": IMAGE, "json": huge})
+    assert sample.caption is None and f"more than {shards.MAX_JSON_BYTES}" in sample.caption_problem
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    text = b"x" * (shards.MAX_CAPTION_BYTES + 1)
+    for members in ({"txt": text}, {"json": json.dumps({"caption": text.decode()}).encode()}):
+        sample = Sample("s.tar", "a", {"jpg": IMAGE, **members})
+        assert sample.caption is None and f"more than {shards.MAX_CAPTION_BYTES}" in sample.caption_problem
+
+
+def test_of_several_images_the_first_extension_is_the_image_and_the_others_travel_along(tmp_path):
+    (item,) = read(tmp_path, tar_bytes(("a.webp", b"w"), ("a.PNG", b"p"), ("a.seg.png", b"s"), ("a.jpeg", b"j")))
+    assert (item.image_ext, item.image, item.images) == ("jpeg", b"j", ["jpeg", "PNG", "webp"])
+    assert list(item.members) == ["webp", "PNG", "seg.png", "jpeg"]
 
 
 def test_extensions_are_matched_in_any_case_and_kept_as_spelled(tmp_path):
@@ -187,6 +241,44 @@ def test_a_name_that_is_not_utf8_is_refused_with_a_printable_name(tmp_path):
     item.key.encode()
 
 
+def test_long_and_foreign_keys_are_kept_and_absurd_ones_refused(tmp_path):
+    keys = ["k" * 255, "ordner/" * 40 + "schlüssel", "鍵", "e\u0301", "é", "a b", "line\nend"]
+    items = read(tmp_path, tar_bytes(*((f"{key}.jpg", IMAGE) for key in keys)))
+    assert kinds(items) == [(key, "ok") for key in keys]
+    items = read(tmp_path, tar_bytes(("k" * 100_000 + ".jpg", IMAGE), ("b.jpg", IMAGE)))
+    assert kinds(items) == [("k" * shards.MAX_NAME, "refused_member"), ("b", "ok")]
+    assert "100004 characters" in items[0].reason and len(items[0].reason) < 500
+
+
+def test_a_name_cannot_write_to_the_terminal_through_a_reason(tmp_path):
+    items = read(tmp_path, tar_bytes(("../\x1b[31m\n.jpg", IMAGE), ("\x1b[2J", IMAGE), ("a.\x1bc", b"?")))
+    assert [item.kind for item in items] == ["refused_member", "stray_member", "no_image"]
+    assert all(item.reason.isprintable() for item in items)
+
+
+def test_a_sample_that_memory_should_not_hold_is_refused_and_its_neighbours_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_SAMPLE_BYTES", 10_000)
+    many = [(f"b.{number}", bytes(1000)) for number in range(50)]
+    items = read(tmp_path, tar_bytes(("a.jpg", IMAGE), ("b.jpg", IMAGE), *many, ("c.jpg", IMAGE)))
+    assert kinds(items) == [("a", "ok"), ("b", "refused_member"), ("c", "ok")]
+
+
+def test_a_member_that_is_too_large_is_refused_and_its_neighbours_are_kept(tmp_path):
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as tar, open(tmp_path / "hole", "wb+") as hole:
+        hole.truncate(shards.MAX_MEMBER_BYTES + 1)
+        for name, size in (("a.jpg", 3), ("b.jpg", 3), ("b.bin", shards.MAX_MEMBER_BYTES + 1), ("c.jpg", 3)):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            hole.seek(0)
+            tar.addfile(info, hole)
+    tracemalloc.start()
+    items = list(read_samples(str(path)))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    assert kinds(items) == [("a", "ok"), ("b", "refused_member"), ("c", "ok")]
+
+
 def test_an_archive_cut_inside_a_member_is_truncated_and_earlier_samples_are_kept(tmp_path):
     data = tar_bytes(("a.jpg", IMAGE), ("a.txt", b"words"), ("b.jpg", IMAGE * 1000), ("b.txt", b"words"))
     items = read(tmp_path, data[: 4 * 512 + 512 + 700])
@@ -199,6 +291,20 @@ def test_an_archive_cut_at_a_member_border_is_truncated_not_shorter(tmp_path, bl
     items = read(tmp_path, three_samples()[: blocks * 512])
     complete, rest = "abc"[: blocks // 4], "abc"[blocks // 4 : -(-blocks // 4)]
     assert kinds(items) == [*((key, "ok") for key in complete), (rest, "truncated")]
+
+
+def test_images_without_captions_are_whole_where_none_has_any(tmp_path):
+    cut = tar_bytes(*((f"{key}.jpg", IMAGE) for key in "abc"))[: 6 * 512]
+    assert kinds(read(tmp_path, cut)) == [("a", "ok"), ("b", "ok"), ("c", "ok"), ("", "truncated")]
+    cut = tar_bytes(*((f"{key}.{ext}", b"{}") for key in "ab" for ext in ("jpg", "json")))[: 8 * 512]
+    assert kinds(read(tmp_path, cut)) == [("a", "ok"), ("b", "ok"), ("", "truncated")]
+    assert "'b' may have followed" in read(tmp_path, cut)[-1].reason
+    assert kinds(read(tmp_path, cut[: 6 * 512])) == [("a", "ok"), ("b", "truncated")]
+
+
+def test_a_bad_sample_before_a_cut_keeps_its_own_reason(tmp_path):
+    data = tar_bytes(("a.jpg", IMAGE), ("a.txt", b"w"), ("b.jpg", IMAGE), special("b.txt", tarfile.SYMTYPE, "a.txt"))
+    assert kinds(read(tmp_path, data[: 7 * 512])) == [("a", "ok"), ("b", "refused_member"), ("", "truncated")]
 
 
 def test_an_archive_cut_inside_a_header_is_truncated(tmp_path):
@@ -287,6 +393,110 @@ def test_commands_as_shards_are_refused(tmp_path):
         with pytest.raises(UsageError, match="pipe"):
             refused(f"pipe:touch {ran}")
     assert not ran.exists()
+
+
+def extents(data: bytes) -> list[tuple[int, int]]:
+    """Where each header block begins, and where its member ends, with its padding."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return [(member.offset, member.offset_data + -(-member.size // 512) * 512) for member in tar]
+
+
+@pytest.fixture(scope="module")
+def real_shard(sample_shards, tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("fuzz") / "real.tar"
+    samples = list(read_samples(sample_shards[0]))[:12]
+    write_shard(path, ((sample.key, sample.members) for sample in samples))
+    return path.read_bytes()
+
+
+def test_a_shard_cut_anywhere_gives_all_samples_before_the_cut_and_says_that_it_was_cut(real_shard, tmp_path):
+    whole = read(tmp_path, real_shard)
+    places = extents(real_shard)
+    members = len(places) // len(whole)
+    with tarfile.open(fileobj=io.BytesIO(real_shard)) as tar:
+        ends = [member.offset_data + member.size for member in tar]
+    end = ends[members - 1 :: members]  # of each sample, without the padding
+    borders = [place for extent in places for place in extent]
+    rng = np.random.default_rng(0)
+    anywhere = rng.integers(0, places[-1][1] + 512, 200).tolist()
+    for cut in {*borders, *(border + 1 for border in borders), *ends, *anywhere}:
+        items = read(tmp_path, real_shard[:cut])
+        complete = sum(place <= cut for place in end)
+        assert items[:complete] == whole[:complete], cut
+        assert [item.kind for item in items[complete:]] == ["truncated"], cut
+
+
+def test_flipped_bytes_lose_no_sample_before_them_and_change_none_silently(real_shard, tmp_path):
+    whole = read(tmp_path, real_shard)
+    places = extents(real_shard)
+    members = len(places) // len(whole)
+    rng = np.random.default_rng(1)
+    in_headers = [start + int(rng.integers(512)) for start, _ in places for _ in range(6)]
+    for place in [*in_headers, *rng.integers(0, len(real_shard), 250).tolist()]:
+        data = bytearray(real_shard)
+        data[place] ^= int(rng.integers(1, 256))
+        items = read(tmp_path, bytes(data))
+        hit = next((n for n, (_, end) in enumerate(places) if place < end), len(places))
+        before = hit // members
+        assert items[:before] == whole[:before], place
+        if hit == len(places) or place < places[hit][0] + 512:
+            # A header has a checksum: what follows is what it was, or said to be lost.
+            assert items == whole or isinstance(items[-1], BadSample), place
+            assert all(item in whole for item in items if isinstance(item, Sample)), place
+        else:
+            # The contents of files have none; the damage stays within its member.
+            assert [item.key for item in items] == [item.key for item in whole], place
+            changed = [number for number, item in enumerate(items) if item != whole[number]]
+            assert changed in ([], [before]), place
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_to_a_shard_ends_in_samples_and_reasons(real_shard, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        data = bytearray(real_shard)
+        for _ in range(int(rng.integers(1, 20))):
+            data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        start, length = int(rng.integers(len(data))), int(rng.integers(2000))
+        match int(rng.integers(4)):
+            case 0:
+                del data[start : start + length]
+            case 1:
+                data[start:start] = rng.bytes(length)
+            case 2:
+                data[start : start + length] = bytes(len(data[start : start + length]))
+        packed = gzip.compress(bytes(data), 1, mtime=0) if seed % 2 else bytes(data)
+        if seed == 3:
+            packed = bytearray(packed)
+            packed[int(rng.integers(10, len(packed)))] ^= 0xFF
+        for item in read(tmp_path, bytes(packed)):
+            assert isinstance(item, (Sample, BadSample))
+            if isinstance(item, BadSample):
+                assert item.reason and item.kind
+                item.key.encode()
+
+
+def test_a_compressed_shard_with_a_flipped_byte_says_so(real_shard, tmp_path):
+    whole = read(tmp_path, real_shard)
+    packed = gzip.compress(real_shard, mtime=0)
+    rng = np.random.default_rng(2)
+    for place in rng.integers(10, len(packed), 100):
+        data = bytearray(packed)
+        data[place] ^= int(rng.integers(1, 256))
+        items = read(tmp_path, bytes(data))
+        assert items == whole or isinstance(items[-1], BadSample)
+
+
+def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_and_not_taken_for_a_shorter_one(tmp_path, monkeypatch):
+    class Flaky(io.BytesIO):
+        def read(self, size=-1, /):
+            if self.tell() >= 2048:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    monkeypatch.setattr("builtins.open", lambda *_: Flaky(three_samples()))
+    with pytest.raises(UserError, match="cannot read shard far.tar: .*Input/output error"):
+        list(read_samples("far.tar"))
 
 
 def test_a_shard_that_cannot_be_opened_is_named(tmp_path):
