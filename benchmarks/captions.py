@@ -19,7 +19,8 @@ import time
 
 import numpy as np
 
-from curate.embed import embed_captions, normalise_caption
+from curate.dedup import embedded_captions
+from curate.embed import NgramEmbedder, normalise_caption
 from curate.engine import cpu_count
 from curate.neighbors import find_pairs
 
@@ -69,7 +70,7 @@ def ours(captions: list[str], threads: int) -> set[tuple[int, int]]:
     number: dict[str, int] = {}
     first = [number.setdefault(normalise_caption(caption), row) for row, caption in enumerate(captions)]
     distinct = np.flatnonzero(np.array(first) == np.arange(len(captions)))
-    embeddings = embed_captions([captions[row] for row in distinct], dtype=np.float16)
+    embeddings = embedded_captions(NgramEmbedder(), [captions[row] for row in distinct])
     pairs = find_pairs(embeddings, 0.9, crowd=100, threads=threads)
     near = set(zip(distinct[pairs.i].tolist(), distinct[pairs.j].tolist(), strict=True))
     return near | {(one, row) for row, one in enumerate(first) if one != row}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Preference = Literal["lossless", "resolution", "caption_length"]
+PREFERENCES = ("lossless", "resolution", "caption_length")
 
 
 @dataclass
@@ -76,7 +76,8 @@ class DedupConfig:
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
             ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
             JPEG copy has the higher resolution, and less to show); ``resolution`` more pixels;
-            ``caption_length`` more characters.
+            ``caption_length`` more characters; ``+FIELD`` a higher number in the field FIELD of the samples' ``json``,
+            ``-FIELD`` a lower one, as in ``+aesthetic`` (samples without such a number come last).
         on_caption_differs: of images near under different captions, ``pool`` drops the copy and hands its
             caption to the sample that stays; ``keep`` keeps both.
         max_per_caption: how many samples with different images may share one caption; null for any number.
@@ -111,7 +112,7 @@ class DedupConfig:
     rule: Literal["greedy", "components"] = "greedy"
     against: list[str] = field(default_factory=list)
     keep_copies: int = 1
-    prefer: list[Preference] = field(default_factory=lambda: ["resolution", "caption_length"])
+    prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
     max_per_caption: int | None = None
     missing_caption: Literal["unreadable", "empty"] = "unreadable"

@@ -35,10 +35,10 @@ import pyarrow.parquet as pq
 
 import curate
 from curate import ledger as ledgers
-from curate.config import DedupConfig
+from curate.config import PREFERENCES, DedupConfig
 from curate.console import UsageError, UserError, get_logger, locked, progress, write_json
 from curate.engine import Engine, LocalEngine
-from curate.read import READ_COLUMNS, cached_embedder, read_stage
+from curate.read import READ_COLUMNS, cached_embedder, preferred_fields, read_stage
 from curate.shards import (
     MAX_JSON_BYTES,
     Sample,
@@ -61,6 +61,7 @@ log = get_logger(__name__)
 
 CACHE_FORMAT = 4
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
+CAPTION_BLOCK = 1 << 16  # captions embedded at a time
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
 HISTOGRAM_SAMPLE = 2000
 
@@ -145,6 +146,10 @@ def _check_settings(config: DedupConfig) -> None:
             raise UsageError(f"{name} must be 0 or more, got {value}")
     if config.max_per_caption is not None and config.max_per_caption < 1:
         raise UsageError(f"max_per_caption must be at least 1, or null, got {config.max_per_caption}")
+    for criterion in config.prefer:
+        if criterion not in PREFERENCES and not (len(criterion) > 1 and criterion[0] in "+-"):
+            known = ", ".join(PREFERENCES)
+            raise UsageError(f"prefer: unknown criterion {criterion!r}; choose {known}, +FIELD or -FIELD (of the json)")
     if len(set(config.prefer)) < len(config.prefer):
         raise UsageError(f"prefer names a criterion twice: {', '.join(config.prefer)}")
     if not config.out:
@@ -230,7 +235,7 @@ def _caption_embedder(name: str) -> CaptionEmbedder:
 
 def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
     """What the reading of a shard depends on, as a file name: its content, the embedder's weights, the limits."""
-    limits = [config.pixel_hash, config.max_pixels, config.batch_size]
+    limits = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
     made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, *limits]
     return _digest([made_by, name, _fingerprint(url)])
 
@@ -374,7 +379,7 @@ def _join_stage(
     captions_cache = out / "work" / f"pairs-{_digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
         captions_cache,
-        lambda: captioner.embed([captions[row] for row in long]),
+        lambda: embedded_captions(captioner, [captions[row] for row in long]),
         config.caption_threshold,
         config,
         "joining captions",
@@ -390,6 +395,15 @@ def _join_stage(
         caption_recall=caption_recall,
         caches=(images_cache, captions_cache),
     )
+
+
+def embedded_captions(captioner: CaptionEmbedder, captions: Sequence[str]) -> NDArray[np.float16]:
+    """``[n, dim]``, a block at a time: in half of float32's memory, as images' embeddings are held."""
+    result = np.empty((len(captions), captioner.dim), np.float16)
+    for start in range(0, len(captions), CAPTION_BLOCK):
+        block = captions[start : start + CAPTION_BLOCK]
+        result[start : start + len(block)] = captioner.embed(block)
+    return result
 
 
 def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -508,11 +522,16 @@ def _decide_stage(
 def _preference(rows: _Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
     """Rank of each row, 0 for the one to be kept before all others; ties go by input order."""
     width, height = rows.column("width").astype(np.int64), rows.column("height").astype(np.int64)
-    criteria = {
+    criteria: dict[str, NDArray[Any]] = {
         "lossless": -rows.column("lossless").astype(np.int64),
         "resolution": -(width * height),
         "caption_length": -np.array([len(caption) for caption in rows.captions], dtype=np.int64),
     }
+    numbers = rows.column("numbers")
+    for place, field in enumerate(preferred_fields(prefer)):
+        values = np.array([np.nan if of_row[place] is None else of_row[place] for of_row in numbers], dtype=np.float64)
+        for sign, name in ((-1, f"+{field}"), (1, f"-{field}")):
+            criteria[name] = np.where(np.isnan(values), np.inf, sign * values)
     order = np.lexsort([np.arange(len(width)), *(criteria[name] for name in reversed(prefer))])
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))

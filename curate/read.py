@@ -49,6 +49,7 @@ READ_COLUMNS = (
     ("width", pa.int32()),
     ("height", pa.int32()),
     ("lossless", pa.bool_()),
+    ("numbers", pa.list_(pa.float64())),  # of the json fields that decide who is preferred
 )
 
 
@@ -61,6 +62,7 @@ class _ReadTask:
     max_pixels: int
     batch_size: int
     pixel_hash: bool
+    fields: tuple[str, ...]
     threads: int
 
 
@@ -91,6 +93,7 @@ def read_stage(
             config.max_pixels,
             config.batch_size,
             config.pixel_hash,
+            preferred_fields(config.prefer),
             of_shard,
         )
         for number, of_shard in zip(missing, threads, strict=True)
@@ -149,6 +152,7 @@ def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[d
         row["reason"] = sample.reason
         return row, None
     row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
+    row["numbers"] = [sample.number(name) for name in task.fields]
     data = sample.image
     row["sha256"] = hashlib.sha256(data).hexdigest()
     try:
@@ -164,6 +168,11 @@ def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[d
     else:
         row["pixels"] = pixel_hash(decoded.image)
     return row, shrunk(decoded.image, at_least)
+
+
+def preferred_fields(prefer: Sequence[str]) -> tuple[str, ...]:
+    """The json fields among the criteria of preference."""
+    return tuple(criterion[1:] for criterion in prefer if criterion[0] in "+-")
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from curate.console import UsageError, UserError, printable, write_atomic
 from curate.tar import BLOCK, MAX_MEMBER_BYTES, Archive, Member, ReadError, shown
@@ -68,6 +69,26 @@ class Sample:
     def caption_problem(self) -> str | None:
         """Why ``caption`` is None, or None when there is a caption (which may be empty)."""
         return self._caption[1]
+
+    def number(self, name: str) -> float | None:
+        """The number in the field ``name`` of ``json``; None if there is no finite number to read there."""
+        value = self._fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        with contextlib.suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+        return None
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        ext = self._extension("json")
+        if ext is None or len(self.members[ext]) > MAX_JSON_BYTES:
+            return {}
+        try:
+            fields = json.loads(self.members[ext])
+        except (ValueError, RecursionError):
+            return {}
+        return fields if isinstance(fields, dict) else {}
 
     @cached_property
     def _caption(self) -> tuple[str | None, str | None]:

@@ -122,6 +122,20 @@ def test_the_sweep_says_what_other_thresholds_would_keep(curated, mess, tmp_path
     assert other["sweep"] == []
 
 
+def test_a_number_in_the_json_decides_which_copy_stays(tmp_path):
+    original = load_part("held_out")[0]
+    scores = [0.5, 7, None, "9", 2.5, True]
+    alike = {"png": original.image, "txt": original.members["txt"]}
+    samples = [(f"s{n}", alike | {"json": json.dumps({"score": score}).encode()}) for n, score in enumerate(scores)]
+    write_shard(tmp_path / "in" / "000000.tar", samples)
+    for prefer, expected in (("+score", "s1"), ("-score", "s0"), ("+missing", "s0")):
+        out = tmp_path / prefer
+        run_dedup(settings(tmp_path / "in", out, prefer=[prefer, "resolution"]))
+        assert [row["key"] for row in read_ledger(out).to_pylist() if row["status"] == "kept"] == [expected]
+    with pytest.raises(UsageError, match="unknown criterion 'score'"):
+        run_dedup(settings(tmp_path / "in", tmp_path / "other", prefer=["score"]))
+
+
 def test_dropped_samples_are_written_when_asked_for(curated, mess, tmp_path):
     out = tmp_path / "out"
     run_dedup(settings(mess, out, write_dropped=True))
