@@ -46,7 +46,7 @@ class QuickstartConfig:
         scale: classifier-free guidance scale.
         detect_seeds: trajectories per caption that ``train detect`` watches on the raw model.
         detect_steps: denoising steps that it watches.
-        outcome_steps: denoising steps of the one image a caption that tells whether it draws a training image.
+        outcome_steps: denoising steps of the images that tell which captions draw a training image.
         columns: captions in the report's figure.
         batch_size: images drawn together.
     """

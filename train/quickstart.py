@@ -177,13 +177,15 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     def detect() -> dict[str, Any]:
         raw, prompts = str(out / "finetune_raw" / "model"), str(out / "prompts" / "detect.jsonl")
         drawn = str(out / "detect" / "drawn")
-        run_sample(  # what each caption draws, to judge the scores by outcome too
+        # What each caption draws, to judge the scores by outcome too: as many images as the evaluation draws, since one
+        # noise is too few to say that a caption draws no copy.
+        run_sample(
             SampleConfig(
                 model=raw,
                 prompts=prompts,
                 out=drawn,
                 index=str(out / "curated"),
-                seeds=1,
+                seeds=config.seeds,
                 steps=config.outcome_steps,
                 scale=config.scale,
                 batch_size=config.batch_size,
