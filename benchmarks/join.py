@@ -124,9 +124,9 @@ def brute_force(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.nd
 
 def within_cells(embeddings: np.ndarray, threads: int, probes: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``(i, j, similarity)`` of rows that share one of their ``probes`` nearest cells."""
-    from curate.cells import join_cells
+    from curate.cells import find_pairs_in_cells
 
-    pairs = join_cells(embeddings, THRESHOLD, probes=probes, threads=threads)
+    pairs = find_pairs_in_cells(embeddings, THRESHOLD, probes=probes, threads=threads)
     return pairs.i, pairs.j, pairs.similarity
 
 

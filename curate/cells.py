@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from curate.neighbors import BLOCK, Pairs, assembled, cores, join_blocks, one_blas_thread, unit_rows
+from curate.neighbors import BLOCK, Pairs, assembled, check_arguments, cores, join_blocks, one_blas_thread, unit_rows
 
 if TYPE_CHECKING:
     from curate.console import Progress
@@ -35,7 +35,7 @@ _ITERATIONS = 8
 _ASSIGNED = 8192  # rows assigned at a time
 
 
-def join_cells(
+def find_pairs_in_cells(
     embeddings: NDArray,
     threshold: float,
     *,
@@ -53,7 +53,7 @@ def join_cells(
     grows with n times the rows of a cell.
 
     Args:
-        embeddings: ``[n, d]`` floating, checked by :func:`curate.neighbors.find_pairs`.
+        embeddings: ``[n, d]`` float16, float32 or float64, as for :func:`curate.neighbors.find_pairs`.
         threshold: cosine in (0, 1].
         cells: of each clustering; 0 takes one for every ``CELL_ROWS`` rows.
         probes: nearest cells that each row stands in.
@@ -64,14 +64,17 @@ def join_cells(
         bar: told of the pairs that are done, ``n (n + 1) / 2`` in all, in equal parts for each cell.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a bad argument, or a row that is not finite (named).
     """
+    check_arguments(embeddings, threshold)
     for name, value in (("probes", probes), ("clusterings", clusterings)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if cells < 0:
         raise ValueError(f"cells must be 0 or more, not {cells}")
     n = len(embeddings)
+    if n == 0:
+        return Pairs.empty()
     cells = min(cells or max(1, n // CELL_ROWS), _MOST_CELLS, n)
     found, crowded = [Pairs.empty()], np.zeros(n, bool)
 

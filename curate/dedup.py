@@ -419,6 +419,7 @@ def _joined(
     cache: Path, embed: Callable[[], NDArray[Any]], threshold: float, config: DedupConfig, desc: str
 ) -> tuple[Pairs, float]:
     """Near pairs and their measured recall: from the cache, or found and put there."""
+    from curate.cells import find_pairs_in_cells
     from curate.neighbors import Crowd, Pairs, find_pairs, recall
 
     if cache.is_file():
@@ -432,9 +433,10 @@ def _joined(
         pairs, measured = Pairs.empty(), 1.0
     else:
         n = len(embeddings)
-        engine = config.join if config.join != "auto" else "exact" if n <= EXACT_ROWS else "cells"
+        exact = config.join == "exact" or (config.join == "auto" and n <= EXACT_ROWS)
+        find = find_pairs if exact else find_pairs_in_cells
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
-            pairs = find_pairs(embeddings, threshold, crowd=CROWD, engine=engine, threads=config.workers, bar=bar)
+            pairs = find(embeddings, threshold, crowd=CROWD, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
     table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
     crowd = [] if pairs.crowd is None else pairs.crowd.rows.tolist()

@@ -131,7 +131,6 @@ def find_pairs(
     *,
     crowd: int | None = None,
     block: int = BLOCK,
-    engine: str = "exact",
     threads: int = 0,
     bar: Progress | None = None,
 ) -> Pairs:
@@ -139,7 +138,7 @@ def find_pairs(
 
     Memory beside the result: about ``4 (k + 8)`` bytes a row, where k, the length of the screen, is chosen by
     the data (often 20 to 40), and a few megabytes a thread; ``embeddings`` is read in pieces and may be a memory
-    map. Time grows with n², by a small constant.
+    map. Time grows with n², by a small constant; for sets that are too large for that see :mod:`curate.cells`.
 
     Args:
         embeddings: ``[n, d]`` float16, float32 or float64; any length of rows, zero rows are near to nothing.
@@ -147,27 +146,19 @@ def find_pairs(
         crowd: a row with more near rows than this is crowded, and pairs of two crowded rows are left out: what is
             found is then at most ``crowd`` pairs a row, however large a group of copies is. None finds all pairs.
         block: rows of a block.
-        engine: ``exact``, or ``cells`` for sets that are too large for it (:mod:`curate.cells`): faster, at the price
-            of some recall.
         threads: that compare blocks; 0 takes the CPU cores at hand. The result is the same.
         bar: told of the pairs that are done, ``n (n + 1) / 2`` in all, each row with itself counted.
 
     Raises:
         ValueError: a bad argument, or a row that is not finite (named).
     """
-    _check(embeddings, threshold)
+    check_arguments(embeddings, threshold)
     if block < 1:
         raise ValueError(f"block must be at least 1, not {block}")
     if threads < 0:
         raise ValueError(f"threads must be 0 or more, not {threads}")
-    if engine not in ("exact", "cells"):
-        raise ValueError(f"unknown engine {engine!r} of find_pairs: choose exact or cells")
     if len(embeddings) == 0:
         return Pairs.empty()
-    if engine == "cells":
-        from curate.cells import join_cells
-
-        return join_cells(embeddings, threshold, crowd=crowd, threads=threads, bar=bar)
     with one_blas_thread(), ThreadPoolExecutor(threads or cores()) as pool:
         return join_blocks(embeddings, threshold, crowd, block, pool.map, bar)
 
@@ -263,7 +254,7 @@ def find_nearest(
         ValueError: a bad argument, or a row that is not finite (named).
     """
     for embeddings in (queries, known):
-        _check(embeddings, threshold)
+        check_arguments(embeddings, threshold)
     if queries.shape[1] != known.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions, known rows {known.shape[1]}")
     row, cosine = np.full(len(queries), -1, np.int64), np.full(len(queries), np.nan, np.float32)
@@ -317,7 +308,7 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
         sample: rows to measure with, at most n.
         seed: of their choice.
     """
-    _check(embeddings, threshold)
+    check_arguments(embeddings, threshold)
     n, d = embeddings.shape
     chosen = np.sort(np.random.default_rng(seed).choice(n, min(sample, n), replace=False))
     if n < 2:
@@ -498,7 +489,8 @@ def cores() -> int:
     return cpu_count()
 
 
-def _check(embeddings: NDArray, threshold: float) -> None:
+def check_arguments(embeddings: NDArray, threshold: float) -> None:
+    """Raise ``ValueError`` for what is no set of embeddings, or no threshold."""
     if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
         raise ValueError(f"embeddings must be floating [n, d], not {embeddings.dtype} {list(embeddings.shape)}")
     if not 0 < threshold <= 1:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from curate.cells import join_cells
+from curate.cells import find_pairs_in_cells
 from curate.neighbors import find_pairs, recall
 
 
@@ -26,7 +26,7 @@ def test_all_that_is_found_is_true_and_more_probes_and_clusterings_find_more():
     n, true = len(rows), find_pairs(rows, 0.9)
     found = {}
     for probes, clusterings in ((1, 1), (3, 1), (1, 3)):
-        pairs = join_cells(rows, 0.9, cells=40, probes=probes, clusterings=clusterings)
+        pairs = find_pairs_in_cells(rows, 0.9, cells=40, probes=probes, clusterings=clusterings)
         inside = np.isin(keys(true, n), keys(pairs, n))
         assert len(pairs) == inside.sum()  # nothing else
         np.testing.assert_array_equal(pairs.similarity, true.similarity[inside])
@@ -38,14 +38,14 @@ def test_all_that_is_found_is_true_and_more_probes_and_clusterings_find_more():
 def test_one_cell_and_every_cell_are_the_exact_join():
     rows, true = rows_with_copies(), find_pairs(rows_with_copies(), 0.9)
     for options in ({"cells": 1}, {"cells": 8, "probes": 8}):
-        pairs = join_cells(rows, 0.9, **options)
+        pairs = find_pairs_in_cells(rows, 0.9, **options)
         for name in ("i", "j", "similarity"):
             assert getattr(pairs, name).tobytes() == getattr(true, name).tobytes()
 
 
 def test_the_number_of_threads_changes_no_bit():
     rows = rows_with_copies()
-    one, two = (find_pairs(rows, 0.9, engine="cells", crowd=50, threads=threads) for threads in (1, 3))
+    one, two = (find_pairs_in_cells(rows, 0.9, crowd=50, threads=threads) for threads in (1, 3))
     for name in ("i", "j", "similarity"):
         assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
 
@@ -54,7 +54,7 @@ def test_a_hot_cell_is_compared_whole_and_its_crowd_left_out():
     rows = rows_with_copies()
     hot = np.random.default_rng(1).choice(len(rows), 3000, replace=False)
     rows[hot] = rows[0] + 0.05 * np.random.default_rng(2).standard_normal((3000, 32)).astype(np.float16) / 32**0.5
-    pairs = join_cells(rows, 0.9, cells=40, crowd=60)
+    pairs = find_pairs_in_cells(rows, 0.9, cells=40, crowd=60)
     assert set(hot.tolist()) <= set(pairs.crowd.rows.tolist())
     assert len(pairs) <= 60 * len(rows)
     assert recall(rows, pairs, 0.9, sample=2000) > 0.97
@@ -62,8 +62,9 @@ def test_a_hot_cell_is_compared_whole_and_its_crowd_left_out():
 
 def test_few_rows_and_bad_numbers():
     rows = np.eye(3, dtype=np.float32)
-    assert len(join_cells(rows, 0.9, cells=10)) == 0
-    assert len(find_pairs(np.repeat(rows, 2, axis=0), 0.9, engine="cells")) == 3
+    assert len(find_pairs_in_cells(rows, 0.9, cells=10)) == 0
+    assert len(find_pairs_in_cells(np.repeat(rows, 2, axis=0), 0.9)) == 3
+    assert len(find_pairs_in_cells(rows[:0], 0.9)) == 0
     for name, value in (("probes", 0), ("clusterings", 0), ("cells", -1)):
         with pytest.raises(ValueError, match=name):
-            join_cells(rows, 0.9, **{name: value})
+            find_pairs_in_cells(rows, 0.9, **{name: value})

@@ -197,8 +197,8 @@ def test_bad_arguments_are_named():
     rows = np.eye(3, dtype=np.float32)
     with pytest.raises(ValueError, match="threshold"):
         find_pairs(rows, 1.5)
-    with pytest.raises(ValueError, match="engine 'magic'"):
-        find_pairs(rows, 0.5, engine="magic")
+    with pytest.raises(ValueError, match="threads"):
+        find_pairs(rows, 0.5, threads=-1)
     with pytest.raises(ValueError, match=r"\[n, d\]"):
         find_pairs(rows.astype(int), 0.5)
     rows[2, 1] = np.nan
