@@ -19,9 +19,9 @@ import time
 
 import numpy as np
 
-from curate.dedup import embedded_captions
 from curate.embed import NgramEmbedder, normalise_caption
 from curate.engine import cpu_count
+from curate.join import embedded_captions
 from curate.neighbors import find_pairs
 
 PATTERNS = (

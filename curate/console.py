@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -254,6 +255,11 @@ def to_json(obj: Any) -> Any:
     if isinstance(obj, os.PathLike):
         return os.fspath(obj)
     raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+def digest(parts: object) -> str:
+    """What JSON of ``parts`` hashes to: 32 hex characters that are others when a part is."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from curate import ledger as ledgers
 from curate.config import DedupConfig
@@ -24,6 +26,7 @@ from curate.engine import Engine, cpu_count, in_order, one_thread, shares
 from curate.shards import BadSample, Sample, read_samples, sample_bytes, shard_bytes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
     from curate.embed import Embedder
@@ -180,3 +183,59 @@ def cached_embedder(name: str) -> Embedder:
     from curate.embed import load_embedder
 
     return load_embedder(name)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Every sample of the input, in input order.
+
+    Attributes:
+        table: READ_COLUMNS of all N rows; ``reason`` says of each row why it is unreadable, or is null.
+        shard_number: int32 [N], which input shard.
+        ordinal: int64 [N], which sample of it.
+        readable: int64 [n], the rows that can be curated.
+        embeddings: float16 [n, dim] of the readable rows.
+        captions: of the readable rows.
+    """
+
+    table: pa.Table
+    shard_number: NDArray[np.int32]
+    ordinal: NDArray[np.int64]
+    readable: NDArray[np.int64]
+    embeddings: NDArray[np.float16]
+    captions: list[str]
+
+    @classmethod
+    def load(cls, caches: Sequence[Path], dim: int, missing_caption: str) -> Rows:
+        names = [name for name, _ in READ_COLUMNS]
+        tables = [pq.read_table(cache, columns=names) for cache in caches]
+        sizes = [table.num_rows for table in tables]
+        table = pa.concat_tables(tables)
+        reason = table["reason"]
+        if missing_caption == "unreadable":
+            reason = pc.coalesce(reason, table["caption_problem"])
+            table = table.set_column(names.index("reason"), "reason", reason)
+        usable = reason.is_null().to_numpy(zero_copy_only=False)
+        embeddings = np.empty((int(usable.sum()), dim), dtype=np.float16)
+        start = row = 0
+        for cache, size in zip(caches, sizes, strict=True):
+            stored = pq.read_table(cache, columns=["embedding"])["embedding"].combine_chunks()
+            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: size * dim].reshape(
+                size, dim
+            )
+            of_shard = data[usable[start : start + size]]
+            embeddings[row : row + len(of_shard)] = of_shard
+            start, row = start + size, row + len(of_shard)
+        readable = np.flatnonzero(usable)
+        return cls(
+            table=table,
+            shard_number=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            ordinal=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
+            readable=readable,
+            embeddings=embeddings,
+            captions=[caption or "" for caption in table["caption"].take(pa.array(readable)).to_pylist()],
+        )
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of the readable rows, [n]."""
+        return self.table[name].take(pa.array(self.readable)).to_numpy(zero_copy_only=False)

@@ -21,12 +21,13 @@ from PIL import Image
 
 from curate.config import DedupConfig, ReportConfig, SearchConfig
 from curate.console import UsageError, UserError
-from curate.dedup import run_dedup, with_account
+from curate.dedup import run_dedup
 from curate.embed import load_embedder
 from curate.images import decode_image
 from curate.index import TrainingIndex
 from curate.ledger import SCHEMA, read_ledger
 from curate.report import run_report
+from curate.rewrite import with_account
 from curate.search import run_search
 from curate.shards import MAX_JSON_BYTES, Sample, read_samples, write_shard
 from train.sample_set import load_part

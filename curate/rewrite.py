@@ -1,0 +1,148 @@
+"""The write stage of curation: kept (or dropped) samples, with the bytes they came with, into shards of their own.
+
+Which sample goes where is planned first; each shard is then written by itself, and not again while its plan stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.console import UserError, digest, write_json
+from curate.engine import Engine
+from curate.read import Rows
+from curate.shards import MAX_JSON_BYTES, Sample, fingerprint, read_samples, shard_names, write_shard
+
+if TYPE_CHECKING:
+    from curate.decide import Verdicts
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WriteTask:
+    """One output shard: which samples of which input shards, and what their json members gain."""
+
+    path: Path
+    marker: Path
+    sources: tuple[
+        tuple[str, str, tuple[tuple[int, str, str | None], ...]], ...
+    ]  # url, name, (ordinal, key, gain)
+
+
+def plan_shards(
+    folder: Path, rows: Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int, *, kept: bool
+) -> list[WriteTask]:
+    """Which kept (or dropped) samples go where in ``folder``, in input order.
+
+    A shard is full at ``per_shard`` samples, or when a key would stand in it twice: keys repeat across input
+    shards, and a sample keeps its key.
+    """
+    names = shard_names(urls)
+    keys = rows.table["key"].to_pylist()
+    tasks: list[WriteTask] = []
+    duplicates = np.bincount(verdicts.kept_by[verdicts.kept_by >= 0], minlength=len(rows.readable))
+    sources: dict[int, list[tuple[int, str, str | None]]] = {}
+    used: set[str] = set()
+
+    def close() -> None:
+        number = len(tasks)
+        tasks.append(
+            WriteTask(
+                folder / f"{number:06d}.tar",
+                folder.parent / "work" / folder.name / f"{number:06d}.json",
+                tuple((urls[shard], names[shard], tuple(picked)) for shard, picked in sources.items()),
+            )
+        )
+        sources.clear()
+        used.clear()
+
+    for sample, row in enumerate(rows.readable.tolist()):
+        if verdicts.kept[sample] != kept:
+            continue
+        key = keys[row]
+        if len(used) == per_shard or key in used:
+            close()
+        used.add(key)
+        gain = None
+        if pooled := verdicts.pooled.get(sample):  # of kept samples alone
+            gain = json.dumps({"duplicates": int(duplicates[sample]), "captions": list(pooled)})
+        sources.setdefault(int(rows.shard_number[row]), []).append((int(rows.ordinal[row]), key, gain))
+    if used:
+        close()
+    return tasks
+
+
+def write_stage(engine: Engine, out: Path, plan: Sequence[WriteTask]) -> None:
+    """Write what is planned and not there yet; remove what is there and not planned."""
+    planned = {task.path for task in plan}
+    for folder in ("shards", "dropped"):
+        (out / "work" / folder).mkdir(exist_ok=True)
+        for path in [*(out / folder).glob("[0-9]*.tar")]:
+            if path not in planned:
+                path.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or not empty
+        (out / "dropped").rmdir()
+    engine.map(_write_shard, [task for task in plan if not _is_written(task)], desc="writing")
+
+
+def _is_written(task: WriteTask) -> bool:
+    try:
+        marker = json.loads(task.marker.read_text())
+        return marker == {"plan": _plan_digest(task), "bytes": task.path.stat().st_size}
+    except (OSError, ValueError):
+        return False
+
+
+def _plan_digest(task: WriteTask) -> str:
+    return digest([PLAN_FORMAT, [[fingerprint(url), picked] for url, _, picked in task.sources]])
+
+
+def _write_shard(task: WriteTask) -> None:
+    task.marker.unlink(missing_ok=True)
+    write_shard(task.path, _picked(task))
+    write_json(task.marker, {"plan": _plan_digest(task), "bytes": task.path.stat().st_size})
+
+
+def _picked(task: WriteTask) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    for url, name, picked in task.sources:
+        wanted = {ordinal: (key, gain) for ordinal, key, gain in picked}
+        for ordinal, item in enumerate(read_samples(url, name=name)):
+            if ordinal not in wanted:
+                continue
+            key, gain = wanted.pop(ordinal)
+            if not isinstance(item, Sample) or item.key != key:
+                raise UserError(f"shard {url} changed while it was curated (sample {key!r}); run again")
+            yield key, with_account(item.members, json.loads(gain)) if gain else item.members
+            if not wanted:
+                break
+        if wanted:
+            key = next(iter(wanted.values()))[0]
+            raise UserError(f"shard {url} changed while it was curated (sample {key!r} is gone); run again")
+
+
+def with_account(members: Mapping[str, bytes], account: Mapping[str, Any]) -> dict[str, bytes]:
+    """Members whose json gains ``afresh: account``; the others keep their bytes.
+
+    A sample without json gets one; where its json is not an object, or too large, too deep or out of range to be
+    written again as it was read, the account is a member ``afresh.json``.
+    """
+    ext = next((name for name in members if name.lower() == "json"), None)
+    if ext is None:
+        return {**members, "json": _json_bytes({"afresh": account})}
+    if len(members[ext]) <= MAX_JSON_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            fields = json.loads(members[ext])
+            if isinstance(fields, dict):
+                return {**members, ext: _json_bytes({**fields, "afresh": account})}
+    return {**members, "afresh.json": _json_bytes(account)}
+
+
+def _json_bytes(fields: Any) -> bytes:
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
