@@ -225,6 +225,8 @@ def test_the_job_judges_by_outcome_what_the_labels_get_wrong(model, tmp_path):
     assert by_outcome["auc"]["magnitude"] == pytest.approx(np.mean([a > b, a > c, d > b, d > c]))
     assert summary["auc"]["magnitude"] == pytest.approx(np.mean([b > a, b > c, d > a, d > c]))
     assert (by_outcome["memorized"], by_outcome["not_memorized"]) == (2, 2)
+    assert summary["less_contradicted"]["auc"]["magnitude"] == pytest.approx(np.mean([b > c, d > c]))
+    assert summary["less_contradicted"]["not_memorized"] == 1
     assert (by_outcome["label_0_memorized"], by_outcome["label_1_not_memorized"]) == (1, 1)
 
     for rows, complaint in (

@@ -282,10 +282,11 @@ def summarise(
     bootstrap: int = 1000,
 ) -> dict[str, Any]:
     """Counts, the prompts that score highest, and how well each signal separates: with labels of both kinds by
-    label, and with outcomes of both kinds by outcome, in ``by_outcome``.
+    label, and with outcomes by outcome, in ``by_outcome``.
 
     The two differ where a caption that was never trained on is near enough to a memorized one to draw its image
-    (labelled 0, memorized in outcome), or a repeated caption draws something else.
+    (labelled 0, memorized in outcome), or a repeated caption draws something else. ``less_contradicted`` goes by
+    label, without the prompts of label 0 that draw a copy.
     """
     labels = np.array([-1 if prompt.label is None else prompt.label for prompt in prompts])
     values = {name: scores.per_prompt(name) for name in signals}
@@ -300,10 +301,13 @@ def summarise(
     }
     if outcomes is not None:
         drawn = (outcomes > MEMORIZED).astype(np.int64)
+        contradicted = (labels == 0) & (drawn == 1)
         summary["by_outcome"] = separation(values, drawn, bootstrap=bootstrap) | {
-            "label_0_memorized": int(((labels == 0) & (drawn == 1)).sum()),
+            "label_0_memorized": int(contradicted.sum()),
             "label_1_not_memorized": int(((labels == 1) & (drawn == 0)).sum()),
         }
+        # 0 says that a prompt is known not to be memorized, which one that draws a copy is not.
+        summary["less_contradicted"] = separation(values, np.where(contradicted, -1, labels), bootstrap=bootstrap)
     first = signals[0]
     summary["highest"] = [
         {first: float(values[first][row]), "label": prompts[row].label, "caption": prompts[row].caption}
