@@ -108,7 +108,7 @@ def brute_force(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.nd
     faiss.omp_set_num_threads(threads)
     n, d = embeddings.shape
     index = faiss.IndexFlatIP(d)
-    rows = np.asarray(embeddings, np.float32)
+    rows = np.array(embeddings, np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     index.add(rows)
     found = []
