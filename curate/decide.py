@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,7 @@ def decide(
     captions: Sequence[str],
     prefer: NDArray[np.int64] | None = None,
     *,
+    threshold: float | None = None,
     rule: Rule = "greedy",
     keep_copies: int = 1,
     max_per_caption: int | None = None,
@@ -102,6 +103,7 @@ def decide(
         near: the joins.
         captions: of each row, as they are to be pooled; the empty one is never pooled.
         prefer: ``[n]`` rank of each row, least first; equal ranks go by input order, as all do without it.
+        threshold: of images' similarity; near pairs below it are passed over. None takes all.
         rule: ``greedy`` or ``components``.
         keep_copies: rows with near images that may stay beside each other: a row is dropped when as many of the rows
             kept before it show its image or a near one.
@@ -127,7 +129,9 @@ def decide(
     order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
     if elsewhere is not None:
         order = order[~elsewhere[order]]
-    judge = _Judge(near, captions, order, keep_copies, max_per_caption, keep_differing=on_caption_differs == "keep")
+    image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
+    differing = on_caption_differs == "keep"
+    judge = _Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
     if rule == "greedy":
         judge.greedy()
     else:
@@ -135,15 +139,6 @@ def decide(
     if elsewhere is not None:
         judge.reason[elsewhere] = OTHER_SET
     return judge.verdicts()
-
-
-class _Threshold(NamedTuple):
-    """The same joins, as a higher threshold of images has them."""
-
-    image_of: NDArray[np.int64]
-    image_pairs: Pairs
-    caption_of: NDArray[np.int64]
-    caption_pairs: Pairs
 
 
 def sweep(
@@ -167,9 +162,7 @@ def sweep(
     """
     table = []
     for threshold in thresholds:
-        pairs = near.image_pairs.at_least(threshold)
-        at = _Threshold(near.image_of, pairs, near.caption_of, near.caption_pairs)
-        verdicts = decide(at, captions, prefer, **options)
+        verdicts = decide(near, captions, prefer, threshold=threshold, **options)
         kept = int(verdicts.kept.sum())
         groups = int((np.bincount(verdicts.group) > 1).sum()) if len(verdicts.group) else 0
         table.append({"threshold": threshold, "kept": kept, "dropped": len(verdicts.kept) - kept, "groups": groups})
@@ -182,6 +175,7 @@ class _Judge:
     def __init__(
         self,
         near: Near,
+        image_pairs: Pairs,
         captions: Sequence[str],
         order: NDArray[np.int64],
         keep_copies: int,
@@ -192,7 +186,7 @@ class _Judge:
         self.captions = captions
         self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
         self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
-        self.images = _Neighbours(near.image_pairs, 1 + max(self.image_of, default=-1))
+        self.images = _Neighbours(image_pairs, 1 + max(self.image_of, default=-1))
         self.texts = _Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
         self.rank = np.empty(n, np.int64)
         self.rank[order] = np.arange(len(order))

@@ -88,8 +88,10 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         clock.lap("decide")
 
         plan = plan_shards(out / "shards", rows, verdicts, urls, config.samples_per_shard, kept=True)
-        dropped = plan_shards(out / "dropped", rows, verdicts, urls, config.samples_per_shard, kept=False)
-        write_stage(engine, out, [*plan, *(dropped if config.write_dropped else [])])
+        dropped = []
+        if config.write_dropped:
+            dropped = plan_shards(out / "dropped", rows, verdicts, urls, config.samples_per_shard, kept=False)
+        write_stage(engine, out, plan + dropped)
         clock.lap("write")
 
         table = publish_ledger(out, rows, verdicts, elsewhere)

@@ -5,7 +5,6 @@ Pairs are found once and cached; verdicts, and what other thresholds would do, a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,8 +223,7 @@ def decide_stage(
         "on_caption_differs": config.on_caption_differs,
         "elsewhere": None if elsewhere is None else ~np.isnan(elsewhere.similarity),
     }
-    at = dataclasses.replace(joined, image_pairs=joined.image_pairs.at_least(config.threshold))
-    verdicts = decide(at, rows.captions, prefer, **options)
+    verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
     others = sweep_thresholds(config) if config.sweep else []
     with progress(others, desc="trying thresholds", unit="thresholds") as bar:
         return verdicts, sweep(joined, rows.captions, prefer, bar, **options)

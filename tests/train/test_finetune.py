@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from curate.console import UsageError, UserError
 from curate.shards import write_shard
@@ -24,7 +23,7 @@ from train.finetune.config import Augmentation, FilterConfig, FinetuneConfig
 from train.finetune.data import ShardOrder, generator, sample_captions
 from train.finetune.filter import VerdictTable, filter_weights, is_judged
 from train.finetune.loop import batch_positions, learning_rate, resolve_precision, run_finetune
-from train.finetune.loss import min_snr_weights, prediction_target, weighted_loss
+from train.finetune.loss import min_snr_weights, weighted_loss
 from train.sample_set import load_part, parts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -107,17 +106,6 @@ def test_min_snr_weights_weigh_the_error_of_x0_alike_whatever_the_model_predicts
     assert min_snr_weights(torch.tensor([0.0, 0.5]), "epsilon", 5.0).tolist() == [1.0, 1.0]
     assert min_snr_weights(torch.tensor([0.0, 0.5]), "v_prediction", 5.0).tolist() == [0.0, 0.5]
     assert min_snr_weights(alpha_bar, "epsilon", 0.0).tolist() == [1.0] * 4
-
-
-def test_the_target_is_the_schedulers_own_velocity_or_the_noise():
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
-    x_0, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
-    alpha_bar = scheduler.alphas_cumprod[t]
-    velocity = scheduler.get_velocity(x_0, noise, t)
-    torch.testing.assert_close(prediction_target(x_0, noise, alpha_bar, "v_prediction"), velocity)
-    assert prediction_target(x_0, noise, alpha_bar, "epsilon") is noise
-    with pytest.raises(ValueError, match="sample"):
-        prediction_target(x_0, noise, alpha_bar, "sample")
 
 
 def test_samples_without_their_caption_are_not_judged_and_policies_choose_timesteps():

@@ -29,7 +29,7 @@ from train.finetune.checkpoint import load_latest, save_checkpoint
 from train.finetune.config import FinetuneConfig
 from train.finetune.data import CachedBatches, CachedLatents, Positions, ShardOrder, StreamedBatches, generator, scan
 from train.finetune.filter import VerdictTable, filter_weights, is_judged
-from train.finetune.loss import min_snr_weights, prediction_target, weighted_loss
+from train.finetune.loss import min_snr_weights, weighted_loss
 from train.memorization.magnitude import to_eps
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
                     eps_uncond = to_eps(eps_uncond.float(), x_t, alpha_bar[t], prediction_type)
                     kept, magnitudes = filter_weights(eps_cond, eps_uncond, judged, config.filter)
                     weights = weights * kept
-                target = prediction_target(x_0, noise, alpha_bar[t], prediction_type)
+                target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
                 losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
                 losses = losses * min_snr_weights(alpha_bar[t], prediction_type, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)

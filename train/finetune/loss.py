@@ -1,4 +1,4 @@
-"""The loss: per-sample errors, what each counts by its timestep, and their weighted sum. Pure functions.
+"""The loss: what each sample's error counts by its timestep, and the weighted sum of them. Pure functions.
 
 Losses stay per sample until :func:`weighted_loss`, so that the filter's verdict is one more weight.
 """
@@ -7,26 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def prediction_target(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor, prediction_type: str) -> Tensor:
-    """What the denoiser is to predict: ``ε``, or ``v = √ᾱ_t ε − √(1−ᾱ_t) x_0`` (Salimans & Ho, 2022).
-
-    Args:
-        x_0: ``[n, …]`` clean latents.
-        noise: the same shape, ``ε``.
-        alpha_bar_t: ``[n]`` cumulative alphas.
-        prediction_type: ``epsilon`` or ``v_prediction``.
-
-    Raises:
-        ValueError: another prediction type.
-    """
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        alpha_bar = alpha_bar_t.view(-1, *[1] * (x_0.ndim - 1))
-        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0
-    raise ValueError(f"cannot train a model of prediction type {prediction_type!r}: epsilon or v_prediction is needed")
 
 
 def min_snr_weights(alpha_bar_t: Tensor, prediction_type: str, gamma: float) -> Tensor:
