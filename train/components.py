@@ -134,7 +134,7 @@ def check_folder(path: Path, variant: str | None) -> None:
         raise UserError(f"{path}: the model folder lacks {', '.join(missing)}: restore or re-export it")
     for part in WEIGHTED:
         files = [file.name for file in (path / part).glob("*.safetensors")]
-        variants = {name.split(".")[1] for name in files if name.count(".") > 1}
+        variants = {name.split(".")[1].split("-")[0] for name in files if name.count(".") > 1}
         there = ", ".join(sorted(variants)) or "none"
         plain = any(name.count(".") == 1 for name in files)
         if not files:

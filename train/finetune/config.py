@@ -67,7 +67,7 @@ class LoRAConfig:
     """
 
     rank: int = 0
-    alpha: float = 0.0
+    alpha: int = 0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
@@ -77,7 +77,11 @@ class FinetuneConfig:
     """Settings of a training run.
 
     Args:
-        model: pipeline folder, hub name or single-file checkpoint to start from.
+        model: pipeline folder, hub name or single-file checkpoint (.safetensors) to start from.
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
+            that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``log.jsonl``, ``verdicts.parquet``,
             ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs.
@@ -93,6 +97,7 @@ class FinetuneConfig:
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
         snr_gamma: weigh timesteps by Min-SNR-γ (5 is usual); 0 weighs all alike.
         caption_dropout: probability of training on the empty caption.
+        lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
@@ -107,12 +112,16 @@ class FinetuneConfig:
         keep_checkpoints: how many are kept.
         log_every: steps between lines of the log.
         tracker: an Accelerate tracker by name (tensorboard, wandb, …), or none.
+        license: of the result, for its model card: an identifier that the hub knows.
         seed: of the order, noise, timesteps, captions and augmentation.
     """
 
     model: str
     out: str
     shards: list[str]
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -125,6 +134,7 @@ class FinetuneConfig:
     ema_decay: float = 0.0
     snr_gamma: float = 0.0
     caption_dropout: float = 0.1
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
@@ -138,4 +148,5 @@ class FinetuneConfig:
     keep_checkpoints: int = 2
     log_every: int = 20
     tracker: str | None = None
+    license: str = "unknown"
     seed: int = 0
