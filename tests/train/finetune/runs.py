@@ -1,0 +1,67 @@
+"""Small runs for the tests beside this file: settings, launched processes, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.components import load_pipeline
+from train.finetune.config import FinetuneConfig
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def settings(model: str, shards: str, out: Path, **changes) -> FinetuneConfig:
+    values = {
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 0,
+    }
+    return FinetuneConfig(model=model, shards=[shards], out=str(out), **values | changes)
+
+
+def log_lines(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_pipeline(str(out / "model")).unet.state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def launch(config: FinetuneConfig, *, processes: int = 1) -> subprocess.Popen:
+    """The command as users start it, with one process or two."""
+    arguments = ["-m", "train", "finetune", f"--model={config.model}", f"--out={config.out}"]
+    arguments += [f"--shards={config.shards[0]}", f"--steps={config.steps}", f"--batch_size={config.batch_size}"]
+    arguments += [f"--learning_rate={config.learning_rate}", f"--workers={config.workers}", "--log_every=1"]
+    arguments += [f"--checkpoint_every={config.checkpoint_every}", f"--filter.policy={config.filter.policy}"]
+    arguments += [f"--filter.threshold={config.filter.threshold}", f"--ema_decay={config.ema_decay}"]
+    arguments += [f"--caption_dropout={config.caption_dropout}"]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(start + arguments, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        path = out / "log.jsonl"
+        if path.is_file() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")
