@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from curate.console import UserError
-from train.components import load_pipeline, tiny_pipeline, training_scheduler, unsupported
+from curate.shards import write_shard
+from train.components import encode_captions, load_pipeline, tiny_pipeline, training_scheduler, unsupported
+from train.sample_set import load_part
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -262,6 +264,45 @@ def test_a_folder_of_pickles_is_refused(model, tmp_path):
 def test_a_hub_name_offline_is_named_with_the_reason():
     with pytest.raises(UserError, match="nobody/no-such-model: cannot load the model: .*not fully cached"):
         load_pipeline("nobody/no-such-model")
+
+
+# ------------------------------------------------------------------------------------------- v-prediction
+
+
+def test_a_model_that_predicts_v_is_trained_on_v_and_stays_one(tmp_path):
+    from train.finetune.config import FinetuneConfig
+    from train.finetune.data import encode_moments, generator, load_image
+    from train.finetune.loop import run_finetune
+
+    torch.set_num_threads(1)
+    tiny_pipeline().save_pretrained(tmp_path / "eps")
+    model = edited(tmp_path / "eps", tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    (sample,) = load_part("finetune")[:1]
+    write_shard(str(tmp_path / "shards" / "000000.tar"), [(sample.key, dict(sample.members))])
+    config = FinetuneConfig(
+        model=model, out=str(tmp_path / "run"), shards=[str(tmp_path / "shards")], steps=1, batch_size=1, workers=0,
+        caption_dropout=0.0, log_every=1,
+    )  # fmt: skip
+    run_finetune(config)
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text())["loss"]
+
+    # The same step by hand: the draws of position 0, x_t and v as Salimans & Ho define them.
+    pipe = load_pipeline(model)
+    mean, logvar = encode_moments(pipe.vae, load_image(sample, 64)[None]).chunk(2, dim=1)
+    g = generator(0, "step", 0)
+    posterior, noise = torch.randn(mean.shape[1:], generator=g), torch.randn(mean.shape[1:], generator=g)
+    t = torch.randint(1000, (), generator=g)
+    x_0 = (mean + (0.5 * logvar).exp() * posterior) * pipe.vae.config.scaling_factor
+    alpha_bar = pipe.scheduler.alphas_cumprod[t]
+    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0
+    with torch.no_grad():
+        output = pipe.unet(x_t, t, encode_captions(pipe, [sample.caption])).sample
+    assert logged == pytest.approx(float((output - v).square().mean()), rel=1e-4)
+    assert logged != pytest.approx(float((output - noise).square().mean()), rel=1e-2)
+    saved = load_pipeline(str(tmp_path / "run" / "model"))
+    assert saved.scheduler.config.prediction_type == "v_prediction"
+    assert type(saved.scheduler) is type(pipe.scheduler)  # the sampler that it came with
 
 
 # ---------------------------------------------------------------------------------------- noise schedules

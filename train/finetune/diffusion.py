@@ -16,7 +16,7 @@ from train.finetune.data import generator
 from train.memorization.magnitude import to_eps
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+    from diffusers import DDPMScheduler
 
 
 class Draws(NamedTuple):
@@ -61,11 +61,11 @@ class Diffusion:
     """The noise schedule of a pipeline, and what the model is to predict.
 
     Args:
-        scheduler: the pipeline's.
+        scheduler: that of training (``train.components.training_scheduler``).
         device: where ``alpha_bar`` (``ᾱ``, ``[timesteps]`` float32) is kept.
     """
 
-    def __init__(self, scheduler: DDIMScheduler, device: torch.device) -> None:
+    def __init__(self, scheduler: DDPMScheduler, device: torch.device) -> None:
         self.scheduler = scheduler
         self.timesteps = int(scheduler.config.num_train_timesteps)
         self.prediction_type: str = scheduler.config.prediction_type

@@ -33,12 +33,13 @@ from train.finetune.checkpoint import (
     save_checkpoint,
 )
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
+from train.finetune.data import Positions, ShardOrder, derive_seed, make_batches, scan, upcoming_positions
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
 from train.finetune.filter import MemorizationFilter
 from train.finetune.log import RunLog, Tally
 from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
 from train.finetune.model import load_model
+from train.finetune.model_card import write_cards
 from train.finetune.optimizer import learning_rate, make_optimizer, set_learning_rate
 from train.finetune.stop import StopOnSignal
 
@@ -75,7 +76,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     # What is trained.
     model = load_model(config, device)
     vae = model.pipe.vae
-    diffusion = Diffusion(model.pipe.scheduler, device)
+    diffusion = Diffusion(model.scheduler, device)
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
     set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
@@ -127,6 +128,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             x_t = diffusion.noised(x_0, noise, t)
             ids, conditional = captions.choose(batch.rows, draws.uniform)
 
+            torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
                 output = denoiser(x_t, t, ids).float()
@@ -208,6 +210,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             "seconds": round(time.monotonic() - began, 1),
             "model": str(out / "model"),
         }
+        write_cards(config, summary, shard_set.shards, order.size, model.size, diffusion.prediction_type)
         write_json(out / "summary.json", summary)
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -248,6 +251,16 @@ def check_config(config: FinetuneConfig) -> None:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
     if config.filter.policy != "off" and config.filter.threshold <= 0:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
+    lora = config.lora
+    for name in ("rank", "alpha"):
+        if getattr(lora, name) < 0:
+            raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
+    if not 0 <= lora.dropout < 1:
+        raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
+    if lora.rank and not lora.targets:
+        raise UsageError("lora.targets is empty: name the layers that get adapters")
+    if lora.rank and lora.dropout and config.filter.policy != "off":
+        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
 
 
 def resolve_precision(name: str) -> Any:
@@ -264,7 +277,7 @@ def resolve_precision(name: str) -> Any:
 def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
     run = dataclasses.asdict(config) | {"processes": world}
-    for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker"):
+    for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker", "license"):
         run.pop(free)  # these may change between a run and its resumption: the result does not depend on them
     claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from curate.console import printable, to_json
+from curate.console import printable, to_json, write_atomic
 from train.finetune.config import FinetuneConfig
 
 OF_THIS_MACHINE = ("model", "model_config", "out", "shards", "tracker", "workers", "license")
@@ -64,6 +64,41 @@ def read_curations(shards: Sequence[str]) -> list[dict[str, Any]]:
         if isinstance(summary, dict) and {"samples", "kept", "dropped"} <= summary.keys():
             found.append(summary | {"name": folder.parent.name})
     return found
+
+
+def write_cards(
+    config: FinetuneConfig,
+    summary: Mapping[str, Any],
+    shards: Sequence[str],
+    samples: int,
+    size: int,
+    prediction: str,
+) -> None:
+    """Write ``README.md`` into the result's folder ``model``, and into ``lora`` where there are adapters.
+
+    Args:
+        config: of the run.
+        summary: the run's ``summary.json``.
+        shards: their paths or URLs.
+        samples: in them.
+        size: side of the images, in pixels.
+        prediction: ``epsilon`` or ``v_prediction``.
+    """
+    local = Path(config.model).exists()
+    training = Training(
+        base=Path(config.model).resolve().name if local else config.model,
+        base_on_hub=not local,
+        samples=samples,
+        shards=len(shards),
+        size=size,
+        prediction=prediction,
+        curations=read_curations(shards),
+    )
+    forms: tuple[Literal["pipeline", "lora"], ...] = ("pipeline", "lora") if config.lora.rank else ("pipeline",)
+    for form in forms:
+        folder = Path(config.out) / ("model" if form == "pipeline" else "lora")
+        with write_atomic(folder / "README.md") as temporary:
+            temporary.write_text(model_card(config, training, summary, form=form), encoding="utf-8")
 
 
 def model_card(
