@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 GB = 1e9
-STEPS = 3
+STEPS = 2  # the second one has gradients, optimizer state and activations side by side
 RANK = 16
 IMPORTS = "import torch, accelerate, train.finetune.loop; from diffusers import StableDiffusionPipeline"
 RUNS = {  # name: (LoRA rank, samples in one forward pass)
@@ -68,7 +68,9 @@ def build(folder: str, pixels: int) -> None:
             )
         ),
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from curate.console import UsageError, UserError
-from train.finetune.config import LoRAConfig
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+    from train.finetune.config import LoRAConfig
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

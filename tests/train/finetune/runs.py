@@ -51,6 +51,7 @@ def launch(config: FinetuneConfig, *, processes: int = 1) -> subprocess.Popen:
     arguments += [f"--checkpoint_every={config.checkpoint_every}", f"--filter.policy={config.filter.policy}"]
     arguments += [f"--filter.threshold={config.filter.threshold}", f"--ema_decay={config.ema_decay}"]
     arguments += [f"--caption_dropout={config.caption_dropout}"]
+    arguments += [f"--lora.{name}={getattr(config.lora, name)}" for name in ("rank", "alpha", "dropout")]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

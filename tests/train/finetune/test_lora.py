@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,50 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from curate.console import UsageError, UserError
-from curate.shards import write_shard
-from train.components import encode_captions, load_pipeline, tiny_pipeline
+from tests.train.finetune.runs import launch, log_lines, same, wait_for_step
+from tests.train.finetune.runs import settings as run_settings
+from train.components import encode_captions, load_pipeline
 from train.finetune.checkpoint import load_latest
 from train.finetune.config import FilterConfig, FinetuneConfig, LoRAConfig
 from train.finetune.loop import run_finetune
 from train.finetune.model import load_model
 from train.lora import WEIGHTS, add_lora, fuse_lora, save_lora
-from train.sample_set import load_part
 
-REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("shards")
-    samples = load_part("finetune")[:12]
-    write_shard(str(folder / "000000.tar"), [(s.key, dict(s.members)) for s in samples])
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_quiet_machine: None) -> None:
-    torch.set_num_threads(1)
-
-
 def settings(model: str, shards: str, out: Path, **changes) -> FinetuneConfig:
-    values = {
-        "steps": 4,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "workers": 0,
-        "log_every": 1,
-        "checkpoint_every": 0,
-        "lora": LoRAConfig(rank=4, alpha=8),
-    }
-    return FinetuneConfig(model=model, shards=[shards], out=str(out), **values | changes)
+    lora = {"learning_rate": 1e-2, "lora": LoRAConfig(rank=4, alpha=8)}
+    return run_settings(model, shards, out, **lora | changes)
 
 
 @torch.no_grad()
@@ -72,10 +39,6 @@ def predict(pipe) -> torch.Tensor:
 def weights(pipe) -> dict[str, torch.Tensor]:
     parts = (pipe.unet, pipe.text_encoder, pipe.vae)
     return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def randomise(pipe) -> None:
@@ -200,33 +163,13 @@ def test_a_bf16_base_trains_like_a_float32_one(model, shards, tmp_path, checkpoi
             train_text_encoder=True,
         )  # fmt: skip
         run_finetune(config)
-        lines = (tmp_path / precision / "log.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-        assert all(json.loads(line)["grad_norm"] > 0 for line in lines)
+        lines = log_lines(tmp_path / precision)
+        losses.append([line["loss"] for line in lines])
+        assert all(line["grad_norm"] > 0 for line in lines)
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     saved = load_file(tmp_path / "bf16" / "lora" / WEIGHTS)
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert all(value.abs().sum() > 0 for value in saved.values())
-
-
-def launch(config: FinetuneConfig) -> subprocess.Popen:
-    """The command as users start it."""
-    arguments = [f"--model={config.model}", f"--out={config.out}", f"--shards={config.shards[0]}"]
-    for name in ("steps", "batch_size", "learning_rate", "workers", "log_every", "checkpoint_every", "ema_decay"):
-        arguments.append(f"--{name}={getattr(config, name)}")
-    for name in ("rank", "alpha", "dropout"):
-        arguments.append(f"--lora.{name}={getattr(config.lora, name)}")
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "train", "finetune", *arguments]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
-    while process.poll() is None:
-        if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text().count("\n") >= step:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")
 
 
 @pytest.mark.timeout(300)
