@@ -98,7 +98,7 @@ def load_pipeline(
             pipe = StableDiffusionPipeline.from_pretrained(name_or_path, **options)
     except UserError:
         raise
-    except Exception as error:  # the libraries raise what they like: a dozen kinds have been seen
+    except Exception as error:  # of many kinds: parsers', torch's, the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if is_file:
             reason += (

@@ -130,7 +130,7 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
             raise ValueError("it holds no adapters for a UNet or a text encoder")
         pipe.fuse_lora(components=adapted)
         pipe.unload_lora_weights()
-    except Exception as error:  # as in load_pipeline
+    except Exception as error:  # of many kinds, as in load_pipeline
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{source}: cannot load the LoRA into this model: {reason}") from error
 

@@ -132,12 +132,12 @@ def model_card(
         else f"A Stable Diffusion, fine-tuned from {_code(training.base)}"
     )
     if form == "pipeline" and config.lora.rank:
-        what += f" with low-rank adapters (rank {config.lora.rank}), which are added to its weights"
+        what += f", with low-rank adapters (rank {config.lora.rank}) added to its weights"
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THIS_MACHINE}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {PurePosixPath(config.out).name or 'model'}",
-        f"{what} with Afresh: {_trained(config)} on {_count(training.samples, 'captioned image')}.",
+        f"{what}. Afresh trained {_trained(config)} on {_count(training.samples, 'captioned image')}.",
         "## Use",
         _usage(config, training, form),
         "## Data",
@@ -155,9 +155,7 @@ def model_card(
 
 def _trained(config: FinetuneConfig) -> str:
     parts = "the UNet and the text encoder" if config.train_text_encoder else "the UNet"
-    if config.lora.rank:
-        return f"adapters of {parts} were trained"
-    return f"{parts} {'were' if config.train_text_encoder else 'was'} trained"
+    return f"adapters of {parts}" if config.lora.rank else parts
 
 
 def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
@@ -176,7 +174,7 @@ def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
     code = "\n".join(lines)
     return (
         f"`FOLDER` is the one that holds this file.\n\n```python\n{code}\n```\n\n"
-        f"Or, with guidance away from the training images (`--guidance amg --index CURATED`):\n\n"
+        f"Or with Afresh, where `--guidance amg --index CURATED` steers away from the training images:\n\n"
         f"    python -m train sample --model {model} --prompts prompts.txt --out drawn"
     )
 
@@ -211,11 +209,14 @@ def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any
         ("prediction", "v" if training.prediction == "v_prediction" else "ε"),
         ("image size", f"{training.size} × {training.size} pixels"),
         ("steps", f"{summary['steps']:,}"),
-        ("samples per step", f"{batch:,} ({config.batch_size} × {config.gradient_accumulation} × {processes})"),
+        (
+            "samples per step",
+            f"{batch:,} (batch {config.batch_size} × accumulation {config.gradient_accumulation} × processes {processes})",
+        ),
         ("samples seen", f"{summary['samples_seen']:,}"),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_schedule}, {config.warmup_steps:,} steps of warm-up"),
         ("precision", config.mixed_precision),
-        ("captions dropped", f"{config.caption_dropout:.0%}"),
+        ("empty captions", f"{config.caption_dropout:.0%}"),
         ("averaged weights", f"decay {config.ema_decay:g}" if config.ema_decay else "no"),
     ]
     if config.lora.rank:

@@ -78,7 +78,7 @@ def test_data_filter_and_training_are_stated_with_their_counts():
         "policy `every_step`, threshold 2.5, raw L2",
         "417 of 28,800 judged visits were dropped, of 23 samples",
         "Steps without any update: 2",
-        "| samples per step | 32 (8 × 2 × 2) |",
+        "| samples per step | 32 (batch 8 × accumulation 2 × processes 2) |",
         "| precision | bf16 |",
         "None of this rules out that the model gives back a training image",
     ):
