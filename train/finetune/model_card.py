@@ -204,15 +204,13 @@ def _data(training: Training) -> str:
 def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     processes = summary.get("processes", 1)
     batch = config.batch_size * config.gradient_accumulation * processes
+    made_of = f"batch {config.batch_size} × accumulation {config.gradient_accumulation} × processes {processes}"
     facts = [
         ("base model", _code(training.base)),
         ("prediction", "v" if training.prediction == "v_prediction" else "ε"),
         ("image size", f"{training.size} × {training.size} pixels"),
         ("steps", f"{summary['steps']:,}"),
-        (
-            "samples per step",
-            f"{batch:,} (batch {config.batch_size} × accumulation {config.gradient_accumulation} × processes {processes})",
-        ),
+        ("samples per step", f"{batch:,} ({made_of})"),
         ("samples seen", f"{summary['samples_seen']:,}"),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_schedule}, {config.warmup_steps:,} steps of warm-up"),
         ("precision", config.mixed_precision),
