@@ -542,7 +542,7 @@ def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32
     """``[d, k]`` orthonormal axes: the first principal ones, as many as make the join cheapest, by decreasing variance.
 
     k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
-    screen lets through costs its verification.
+    screen lets through costs its verification. (Near pairs cost it whatever k is.)
     """
     n, d = embeddings.shape
     if n <= _SMALL:
@@ -553,6 +553,7 @@ def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32
     turned = rows @ axes.astype(np.float32)
     half = min(len(rows) // 2, 1024)
     x, y = turned[:half], turned[-half:]
+    far = x @ y.T < threshold
     best, least = d, float(d)
     product, before = np.zeros((half, half), np.float32), 0
     for k in sorted({*range(8, 64, 4), *range(64, 128, 16), *range(128, 1024, 64)}):
@@ -560,7 +561,7 @@ def _screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32
             break
         product += x[:, before:k] @ y[:, before:k].T
         rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
-        let_through = float((product + rest_x[:, None] * rest_y >= threshold).mean())
+        let_through = float(((product + rest_x[:, None] * rest_y >= threshold) & far).mean())
         cost, before = k + _VERIFY_COST * let_through, k
         if cost < least:
             best, least = k, cost
