@@ -136,7 +136,7 @@ def _joined(
         table = pq.read_table(cache)
         measured, crowd = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
         i, j, similarity = (table[name].to_numpy() for name in ("i", "j", "similarity"))
-        left_out = Crowd(embed()[crowd], np.array(crowd), threshold) if crowd else None
+        left_out = Crowd(embed(), np.array(crowd), np.array(crowd), threshold) if crowd else None
         return Pairs(i, j, similarity, left_out), measured
     embeddings = embed()
     if len(embeddings) < 2:

@@ -48,6 +48,7 @@ _TOGETHER = 1 << 13  # candidates verified together, unless a tile has more
 _DENSE = 1 << 15  # candidates of one tile above which a product of whole rows is cheaper than verifying each
 _VERIFY_COST = 100_000  # verifying one pair costs about as much as screening this many by one coordinate
 _VERIFY_ELEMENTS = 1 << 17  # elements of each side that are verified at a time: 1 MB in float64
+_HELD = 1 << 20  # pairs that are held before those inside crowds are looked for among them
 _QUERIES = 1 << 14  # rows compared with a screen that they are no part of, at a time
 _SIGN_AND_NUMBER = np.array(0x8FFFE000, np.uint32).view(np.int32)  # of a float16 whose bits stand 13 places up
 _SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
@@ -92,33 +93,35 @@ class Crowd:
     """Rows that have very many near rows, and which of them are near each other, asked for one by one.
 
     Args:
-        vectors: ``[m, d]``, embeddings of the crowded rows.
-        rows: int64 ``[m]``, increasing, which rows they are.
+        embeddings: ``[n, d]``, which are kept, not copied.
+        places: int64 ``[m]``, increasing, the crowded ones among them.
+        rows: int64 ``[m]``, increasing, what they are called.
         threshold: the join's.
     """
 
-    def __init__(self, vectors: NDArray, rows: NDArray[np.int64], threshold: float):
-        self.vectors, self.rows, self.threshold = vectors, rows, threshold
-        self._place = {row: place for place, row in enumerate(rows.tolist())}
+    def __init__(self, embeddings: NDArray, places: NDArray[np.int64], rows: NDArray[np.int64], threshold: float):
+        self.embeddings, self.places, self.rows, self.threshold = embeddings, places, rows, threshold
+        self._place = dict(zip(rows.tolist(), places.tolist(), strict=True))
 
     def __contains__(self, row: int) -> bool:
         return row in self._place
 
     def at_least(self, threshold: float) -> Crowd:
         """The same rows with another threshold."""
-        return Crowd(self.vectors, self.rows, threshold)
+        return Crowd(self.embeddings, self.places, self.rows, threshold)
 
     def renumbered(self, numbers: NDArray[np.int64]) -> Crowd:
         """The same crowd with row r called ``numbers[r]``; ``numbers`` must increase."""
-        return Crowd(self.vectors, numbers[self.rows], self.threshold)
+        return Crowd(self.embeddings, self.places, numbers[self.rows], self.threshold)
 
     def near(self, row: int, others: Sequence[int]) -> list[tuple[int, float]]:
         """``(other, cosine)`` of those of ``others``, all in the crowd, that are near ``row``, as the join has it."""
         if not len(others):
             return []
         places = np.array([self._place[other] for other in others], np.int64)
-        found = _verified(self.vectors, np.full_like(places, self._place[row]), places, self.threshold)
-        return list(zip(self.rows[found.j].tolist(), found.similarity.tolist(), strict=True))
+        found = _verified(self.embeddings, np.full_like(places, self._place[row]), places, self.threshold)
+        near = self.rows[np.searchsorted(self.places, found.j)]
+        return list(zip(near.tolist(), found.similarity.tolist(), strict=True))
 
     def links(self) -> Iterator[tuple[int, int]]:
         """Near pairs that connect what all near pairs in the crowd connect, fewer than rows: a spanning forest."""
@@ -126,10 +129,12 @@ class Crowd:
         while len(left):
             reached, left = [int(left[0])], left[1:]
             while reached and len(left):
-                place = reached.pop()
-                near = _verified(self.vectors, np.full_like(left, place), left, self.threshold).j
+                one = reached.pop()
+                others = self.places[left]
+                found = _verified(self.embeddings, np.full_like(others, self.places[one]), others, self.threshold).j
+                near = np.searchsorted(self.places, found)
                 for other in near.tolist():
-                    yield int(self.rows[place]), int(self.rows[other])
+                    yield int(self.rows[one]), int(self.rows[other])
                 reached += near.tolist()
                 left = np.setdiff1d(left, near, assume_unique=True)
 
@@ -196,7 +201,7 @@ def join_blocks(
     n = len(embeddings)
     axes = _screening_axes(embeddings, threshold)
     slab = _slab(n, axes, block, memory)
-    tally, found = _Crowding(n, crowd), [Pairs.empty()]
+    tally, found, held, most = _Crowding(n, crowd), [Pairs.empty()], 0, _HELD
 
     def near(screen: _Screen, others: _Rows, block: tuple[int, int]) -> list[Pairs]:
         candidates = _gathered(screen.candidates(*block, others, tally.crowded))
@@ -208,6 +213,10 @@ def join_blocks(
             blocks = screen.blocks()
             for (start, stop), pairs in zip(blocks, run(partial(near, screen, some), blocks), strict=True):
                 found += pairs
+                held += sum(map(len, pairs))
+                if held > most:  # what was found before its rows were known to be crowded
+                    found = [_outside(found, tally.crowded)]
+                    held, most = len(found[0]), 2 * len(found[0]) + _HELD
                 if bar is not None:
                     inside = some is screen.rows  # then each pair stands there once
                     bar.update((stop - start) * (len(some) - ((start + stop - 1) / 2 if inside else 0)))
@@ -259,14 +268,21 @@ def _decided(
 
 def assembled(embeddings: NDArray, found: Sequence[Pairs], crowded: NDArray[np.bool_], threshold: float) -> Pairs:
     """Pairs that were found here and there, in order, each once, without those inside the crowd."""
-    pairs = _concatenated(found)
-    # Whether two crowded rows were compared before both were known to be crowded is a matter of chance.
-    outside = np.flatnonzero(~(crowded[pairs.i] & crowded[pairs.j]))
-    i, j = pairs.i[outside], pairs.j[outside]
-    _, first = np.unique(i * len(embeddings) + j, return_index=True)
+    pairs = _outside(found, crowded)
+    _, first = np.unique(pairs.i * len(embeddings) + pairs.j, return_index=True)
     rows = np.flatnonzero(crowded)
-    left_out = Crowd(np.asarray(embeddings[rows]), rows, threshold) if len(rows) else None
-    return Pairs(i[first], j[first], pairs.similarity[outside][first], left_out)
+    left_out = Crowd(embeddings, rows, rows, threshold) if len(rows) else None
+    return Pairs(pairs.i[first], pairs.j[first], pairs.similarity[first], left_out)
+
+
+def _outside(found: Sequence[Pairs], crowded: NDArray[np.bool_]) -> Pairs:
+    """The pairs but those of two crowded rows: whether such rows were compared before both were known to be crowded is a
+    matter of chance.
+    """
+    some = (np.flatnonzero(~(crowded[pairs.i] & crowded[pairs.j])) for pairs in found)
+    return _concatenated(
+        [Pairs(of.i[at], of.j[at], of.similarity[at]) for of, at in zip(found, some, strict=True)]
+    )
 
 
 class _Crowding:
