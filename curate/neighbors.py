@@ -276,8 +276,8 @@ def assembled(embeddings: NDArray, found: Sequence[Pairs], crowded: NDArray[np.b
 
 
 def _outside(found: Sequence[Pairs], crowded: NDArray[np.bool_]) -> Pairs:
-    """The pairs but those of two crowded rows: whether such rows were compared before both were known to be crowded is a
-    matter of chance.
+    """The pairs but those of two crowded rows: whether such rows were compared before both were known to be crowded is
+    a matter of chance.
     """
     some = (np.flatnonzero(~(crowded[pairs.i] & crowded[pairs.j])) for pairs in found)
     return _concatenated(
