@@ -143,7 +143,7 @@ class Place:
         for name, (files, path) in zip(names, sources, strict=True):
             copy = folder / PurePosixPath(name).name
             if not copy.is_file():
-                with write_atomic(copy) as temporary, self._answering():
+                with self._answering(), write_atomic(copy) as temporary:  # which knows a full disk
                     files.get_file(path, str(temporary))
         for other in copies.iterdir():
             if other != folder:
@@ -228,11 +228,12 @@ class Place:
     def sweep(self) -> None:
         """Remove what a killed run left half-written, or whole and not delivered. Only for whoever holds the lock."""
         self.sweep_here()
-        if self.remote and _moves(self._opened()[0]):
-            for folder in ("", *(f"{name}/" for name, size in self.entries().items() if size is None)):
-                for name in self.entries(folder):
-                    if name.startswith(".tmp-"):
-                        self.remove(folder + name)
+        if self.remote:
+            with self._answering():
+                files, root = self._opened()
+                for path in files.find(root) if _moves(files) else ():
+                    if PurePosixPath(path).name.startswith(".tmp-"):
+                        files.rm_file(path)
 
     def sweep_here(self) -> None:
         """The local part of :meth:`sweep`."""

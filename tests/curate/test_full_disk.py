@@ -168,3 +168,13 @@ def test_an_index_that_does_not_fit_says_so(tmp_path):
         with no_file_above(size), pytest.raises(UserError, match=r"embeddings\.npy cannot be written: File too large"):
             index.save(tmp_path / "index")
         assert not list((tmp_path / "index").iterdir())
+
+
+def test_a_copy_of_an_index_that_does_not_fit_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows, names = np.eye(64, dtype=np.float16), [f"{number}" for number in range(64)]
+    index = TrainingIndex.build(rows, names, names, names, np.ones(64, bool), np.arange(64), "layout")
+    index.save(tmp_path / "index")
+    with no_file_above(5000), pytest.raises(UserError, match=r"cache.*npy cannot be written: File too large"):
+        TrainingIndex.load(f"file://{tmp_path}/index")
+    assert (TrainingIndex.load(f"file://{tmp_path}/index").embeddings == rows).all()
