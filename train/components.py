@@ -18,7 +18,7 @@ import torch
 from curate.console import UserError
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
 Attention = Literal["auto", "math", "sdpa", "xformers"]
@@ -223,10 +223,8 @@ def unsupported(unet: Mapping[str, Any], vae: Mapping[str, Any], text_width: int
     return None
 
 
-def training_scheduler(pipe: StableDiffusionPipeline, name: str) -> DDPMScheduler:
-    """The noise schedule of the pipeline's sampler as the one it is trained by.
-
-    Samplers add noise in ways of their own (Euler's by σ) or know no velocity (PNDM): training goes by DDPM's.
+def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
+    """Refuse what can be drawn from, but not trained here.
 
     Args:
         pipe: a pipeline from :func:`load_pipeline`.
@@ -235,15 +233,11 @@ def training_scheduler(pipe: StableDiffusionPipeline, name: str) -> DDPMSchedule
     Raises:
         UserError: the model predicts neither ε nor v, or is distilled for a few guided steps.
     """
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    kind = scheduler.config.prediction_type
+    kind = pipe.scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"{name}: a model that predicts {kind!r} cannot be trained here: epsilon and v_prediction can")
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise UserError(f"{name}: a model distilled to take the guidance scale as an input cannot be trained here")
-    return scheduler
 
 
 def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto") -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from curate.console import UserError
 from curate.shards import write_shard
-from train.components import encode_captions, load_pipeline, tiny_pipeline, training_scheduler, unsupported
+from train.components import check_trainable, encode_captions, load_pipeline, tiny_pipeline, unsupported
 from train.sample_set import load_part
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -159,7 +159,7 @@ def test_a_single_file_and_a_folder_of_configs_give_the_same_model_offline(model
 def test_a_single_file_predicts_what_the_configs_scheduler_says(checkpoint, configs, tmp_path):
     config = edited(configs, tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
     pipe = load_pipeline(str(checkpoint), model_config=config)
-    assert training_scheduler(pipe, "it").config.prediction_type == "v_prediction"
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
 def test_a_single_file_without_configs_says_what_to_give_when_offline(checkpoint):
@@ -305,32 +305,14 @@ def test_a_model_that_predicts_v_is_trained_on_v_and_stays_one(tmp_path):
     assert type(saved.scheduler) is type(pipe.scheduler)  # the sampler that it came with
 
 
-# ---------------------------------------------------------------------------------------- noise schedules
-
-
-@pytest.mark.parametrize("sampler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_training_noises_alike_whatever_sampler_the_model_comes_with(sampler):
-    import diffusers
-
-    pipe = tiny_pipeline()
-    x_0, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
-    alpha_bar = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    pipe.register_modules(scheduler=getattr(diffusers, sampler).from_config(pipe.scheduler.config))
-    scheduler = training_scheduler(pipe, "it")
-    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
-    torch.testing.assert_close(scheduler.add_noise(x_0, noise, t), x_t)
-    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0
-    torch.testing.assert_close(scheduler.get_velocity(x_0, noise, t), velocity)
-
-
 def test_models_that_predict_the_image_or_are_distilled_cannot_be_trained():
     from diffusers import DDIMScheduler
 
     pipe = tiny_pipeline()
     pipe.register_modules(scheduler=DDIMScheduler(prediction_type="sample"))
     with pytest.raises(UserError, match="it: a model that predicts 'sample'"):
-        training_scheduler(pipe, "it")
+        check_trainable(pipe, "it")
     pipe = tiny_pipeline()
     pipe.unet.register_to_config(time_cond_proj_dim=16)
     with pytest.raises(UserError, match="guidance scale as an input"):
-        training_scheduler(pipe, "it")
+        check_trainable(pipe, "it")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from train.components import load_pipeline, pixel_size, tokenize, training_scheduler
+from train.components import check_trainable, load_pipeline, pixel_size, tokenize
 from train.finetune.config import FinetuneConfig
 from train.lora import add_lora, save_lora
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -47,7 +47,6 @@ class Model:
     Attributes:
         pipe: the pipeline that the parts belong to.
         denoiser: UNet and text encoder; the optimizer and the data-parallel wrapper go around it.
-        scheduler: the noise schedule that it is trained by.
         size: side of the training images in pixels.
         empty_ids: token ids of the empty caption, ``[1, tokens]``, on the device.
     """
@@ -56,11 +55,10 @@ class Model:
         self,
         pipe: StableDiffusionPipeline,
         denoiser: Denoiser,
-        scheduler: DDPMScheduler,
         device: torch.device,
         fused: Callable[[str], StableDiffusionPipeline] | None = None,
     ) -> None:
-        self.pipe, self.denoiser, self.scheduler = pipe, denoiser, scheduler
+        self.pipe, self.denoiser = pipe, denoiser
         self._fused = fused
         self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
         self.size = pixel_size(pipe)
@@ -100,6 +98,7 @@ class Model:
             save_lora(pipe, adapters)
             self.denoiser.to("meta")  # lets go of the memory that the base needs now
             pipe = self._fused(str(adapters))
+            pipe.scheduler = self.pipe.scheduler  # which training may have changed
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         pipe.save_pretrained(aside)
@@ -124,7 +123,7 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
         model_config=config.model_config,
     )
     pipe = load()
-    scheduler = training_scheduler(pipe, config.model)
+    check_trainable(pipe, config.model)
     pipe.vae.to(device).requires_grad_(False)
     if config.lora.rank:
         # What is frozen needs no more than the precision that it is computed in.
@@ -136,4 +135,4 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     fused = (lambda adapters: load(lora=adapters)) if config.lora.rank else None
-    return Model(pipe, Denoiser(pipe.unet, pipe.text_encoder).train(), scheduler, device, fused)
+    return Model(pipe, Denoiser(pipe.unet, pipe.text_encoder).train(), device, fused)

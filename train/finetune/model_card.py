@@ -17,8 +17,11 @@ from typing import Any, Literal
 from curate.console import printable, to_json, write_atomic
 from train.finetune.config import FinetuneConfig
 
-OF_THIS_MACHINE = ("model", "model_config", "out", "shards", "tracker", "workers", "license")
-"""Settings that do not stand among those listed: paths, what does not change the result, what stands elsewhere."""
+ELSEWHERE = (
+    *("model", "model_config", "out", "shards", "license", "push_to_hub"),
+    *("trackers", "validation", "workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+)
+"""Settings that are not listed: paths and names that stand elsewhere, and what does not change the result."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def model_card(
     )
     if form == "pipeline" and config.lora.rank:
         what += f", with low-rank adapters (rank {config.lora.rank}) added to its weights"
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THIS_MACHINE}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {PurePosixPath(config.out).name or 'model'}",
@@ -147,7 +150,7 @@ def model_card(
         "## Memorization",
         _memorization(config, training, summary),
         "## Settings",
-        "Those of `train finetune`, without paths:",
+        "Those of `train finetune`, without paths and what does not change the result:",
         f"```yaml\n{yaml.safe_dump(_without_paths(to_json(settings)), sort_keys=False, allow_unicode=True)}```",
     ]
     return "\n\n".join(parts) + "\n"
@@ -213,6 +216,7 @@ def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any
         ("samples per step", f"{batch:,} ({made_of})"),
         ("samples seen", f"{summary['samples_seen']:,}"),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_schedule}, {config.warmup_steps:,} steps of warm-up"),
+        ("optimizer", _code(config.optimizer)),
         ("precision", config.mixed_precision),
         ("empty captions", f"{config.caption_dropout:.0%}"),
         ("averaged weights", f"decay {config.ema_decay:g}" if config.ema_decay else "no"),

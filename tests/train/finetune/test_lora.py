@@ -16,7 +16,7 @@ from tests.train.finetune.runs import launch, log_lines, same, wait_for_step
 from tests.train.finetune.runs import settings as run_settings
 from train.components import encode_captions, load_pipeline
 from train.finetune.checkpoint import load_latest
-from train.finetune.config import FilterConfig, FinetuneConfig, LoRAConfig
+from train.finetune.config import FilterConfig, FinetuneConfig, LoRAConfig, ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.model import load_model
 from train.lora import WEIGHTS, add_lora, fuse_lora, save_lora
@@ -190,6 +190,19 @@ def test_a_killed_run_with_dropout_goes_on_bit_for_bit_from_a_checkpoint_of_adap
     run_finetune(config)
     one, other = (load_file(tmp_path / name / "lora" / WEIGHTS) for name in ("whole", "cut"))
     assert same(one, other)
+
+
+def test_validation_images_are_drawn_and_a_changed_schedule_is_saved_over_a_base_in_half_precision(
+    model, shards, tmp_path
+):
+    config = settings(
+        model, shards, tmp_path / "run", mixed_precision="bf16", ema_decay=0.9, zero_terminal_snr=True,
+        prediction_type="v_prediction", validation=ValidationConfig(every=2, prompts=["red apple"], steps=2),
+    )  # fmt: skip
+    run_finetune(config)
+    assert len(list((tmp_path / "run" / "validation").rglob("*.png"))) == 2
+    scheduler = load_pipeline(str(tmp_path / "run" / "model")).scheduler.config
+    assert scheduler.prediction_type == "v_prediction" and scheduler.rescale_betas_zero_snr
 
 
 # ---------------------------------------------------------------------------------------- drawing with them

@@ -95,7 +95,7 @@ def test_without_filter_and_curation_the_card_says_so():
 @pytest.mark.parametrize("form", ["pipeline", "lora"])
 def test_no_path_of_the_machine_stands_in_a_card(form):
     training = replace(TRAINING, base="my-model", base_on_hub=False)
-    config = replace(CONFIG, model="/home/someone/my-model", lora=LoRAConfig(rank=8), tracker="tensorboard")
+    config = replace(CONFIG, model="/home/someone/my-model", lora=LoRAConfig(rank=8), push_to_hub="someone/birds")
     card = model_card(config, training, SUMMARY, form=form)
     assert "/home" not in card and "someone" not in card
     assert "base_model" not in read(card)[0]
