@@ -328,7 +328,7 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
     """
     rows = np.flatnonzero(kept)
     asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
-    nearest = np.full(len(asked), -np.inf, np.float32)
+    nearest, of_asked = np.full(len(asked), -np.inf, np.float32), group[asked]
 
     def unit(some: NDArray[np.int64]) -> NDArray[np.float32]:
         x = np.asarray(embeddings[some], np.float32)
@@ -339,7 +339,8 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
         similarity = queries @ unit(some).T
-        similarity[group[asked][:, None] == group[some][None]] = -np.inf
+        own = np.flatnonzero(np.isin(group[some], of_asked))  # few: most groups have no row that is asked for
+        similarity[:, own] = np.where(of_asked[:, None] == group[some[own]], -np.inf, similarity[:, own])
         nearest = np.maximum(nearest, similarity.max(1))
     return nearest[np.isfinite(nearest)]
 

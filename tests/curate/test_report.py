@@ -146,20 +146,44 @@ def test_the_gallery_shows_the_largest_groups_with_the_least_sure_copies_first()
     assert gallery(table_of(rows)) == [[5, 6, 4, 3], [0, 1]]
 
 
-def test_the_page_stays_small_whatever_the_size_of_the_set():
-    rows = []
-    for group in range(100):
-        for member in range(100):
-            number, dropped = len(rows), member > 0
-            fields = {"reason": "near_pair", "image_similarity": 0.95} if dropped else {}
-            rows.append(
-                row(number, group, 100, "dropped" if dropped else "kept", caption="w" * 5000, **fields)
-            )
-    rows += [row(len(rows) + i, None, None, "unreadable", reason="r" * 5000) for i in range(1000)]
-    table = table_of(rows)
-    groups = gallery(table)
-    assert len(groups) == GROUPS_SHOWN and all(len(members) == 1 + DROPPED_SHOWN for members in groups)
-    assert len(render(summary_of(table, groups=100), table, nothing_to_show())) < 1_000_000
+def large_table(rows: int) -> pa.Table:
+    """A fifth one group of copies, a fifth groups of ten, a fifth unreadable; text as long as it comes."""
+    number = np.arange(rows)
+    fifth = number * 5 // rows
+    group = np.where(fifth == 0, 0, np.where(fifth == 1, number // 10 * 10, number))
+    size = np.unique(group, return_inverse=True, return_counts=True)
+    readable, dropped = fifth != 4, (fifth < 2) & (group != number)
+    reasons = np.array(["exact_image", "near_pair", "near_pair", "r" * 1000], object)[np.where(dropped, number % 3, 3)]
+    captions = [f"{'w' * 700}{k // 3}" if k % 50 else None for k in range(rows)]
+    names = [f"{'s' * 200}{k}" for k in range(rows)]
+    columns = {
+        "shard": names,
+        "key": names,
+        "row": number,
+        "status": np.where(readable, np.where(dropped, "dropped", "kept"), "unreadable").tolist(),
+        "reason": pa.array(reasons, mask=readable & ~dropped),
+        "kept_key": names,
+        "image_similarity": pa.array(np.linspace(0.9, 1, rows), pa.float32(), mask=~dropped),
+        "group": pa.array(group, mask=~readable),
+        "group_size": pa.array(size[2][size[1]], mask=~readable),
+        "caption": captions,
+    }
+    nothing = {name: pa.nulls(rows, kind) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)}
+    return pa.table({**nothing, **columns}, schema=SCHEMA)
+
+
+def test_the_page_is_as_small_for_many_samples_as_for_few():
+    sizes = []
+    for rows in (5000, 50_000):
+        table = large_table(rows)
+        groups = gallery(table)
+        assert len(groups) == GROUPS_SHOWN and all(len(members) == 1 + DROPPED_SHOWN for members in groups)
+        calls = [(k, k + 1, 0.8 + k / 500) for k in range(2 * CLOSE_CALLS_SHOWN)]
+        shown = {row for members in groups for row in members} | {row for a, b, _ in calls for row in (a, b)}
+        pictures = Pictures(histogram(np.linspace(0, 1, 2000)), calls, dict.fromkeys(shown, bytes(4000)))
+        sweep = [{"threshold": 0.85 + k / 100, "kept": rows, "dropped": rows, "groups": rows} for k in range(11)]
+        sizes.append(len(render(summary_of(table, groups=rows, sweep=sweep), table, pictures).encode()))
+    assert sizes[1] < 2_000_000 and abs(sizes[1] - sizes[0]) < 5000
 
 
 def test_nearest_similarities_are_those_of_exact_search():
