@@ -102,8 +102,8 @@ def decide(
     and its caption pooled, or judged a sample of its own (``keep``). What shows an image of its own is then
     held against the caption quota.
 
-    Time grows with the rows and their near pairs alone, but for a crowd (:class:`~curate.neighbors.Crowd`) of whose
-    members many are kept beside each other (``keep`` under captions that all differ): each is compared with all of these.
+    Time grows with the rows and their near pairs alone, but for a crowd (:class:`~curate.neighbors.Crowd`) of which
+    many are kept beside each other (``keep`` under captions that all differ): each is compared with all of these.
 
     Args:
         near: the joins.
