@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 GROUPS_SHOWN = 24
 DROPPED_SHOWN = 7  # of one group: with the kept one, a line
 CLOSE_CALLS_SHOWN = 12  # on each side of the threshold
-CLOSE_CALLS_AMONG = 200  # on each side, what those that are shown are drawn from
+CLOSE_CALLS_AMONG = 200  # on each side, at least, what those that are shown are drawn from
+CLOSE = 0.01  # in large sets everything that is no farther from the threshold
 CAPTIONS_SHOWN = 12
 UNREADABLE_SHOWN = 200
 THUMBNAIL_PIXELS = 112
@@ -204,8 +205,8 @@ def close_calls(
 ) -> list[tuple[int, int, float]]:
     """Random pairs just below and just above the threshold, up to CLOSE_CALLS_SHOWN each, by similarity.
 
-    Of each side the CLOSE_CALLS_AMONG nearest to the threshold are drawn from, so that what is seen is what a small
-    change of the threshold would move, and not its extremes.
+    Of each side those within CLOSE of the threshold are drawn from, and at least the CLOSE_CALLS_AMONG nearest to it:
+    what is seen is what a small change of the threshold would move.
 
     Args:
         rows, others, similarities: pairs around the threshold, each ``[m]``.
@@ -218,12 +219,15 @@ def close_calls(
     fresh = np.ones(len(low), bool)  # a pair may be given from both its sides
     fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
     low, high, similarities = low[fresh], high[fresh], similarities[fresh]
-    cut = int(np.searchsorted(similarities, np.float32(threshold)))
-    rng, shown = np.random.default_rng(seed), []
-    for side in (slice(max(0, cut - CLOSE_CALLS_AMONG), cut), slice(cut, cut + CLOSE_CALLS_AMONG)):
-        pairs = list(zip(low[side].tolist(), high[side].tolist(), similarities[side].tolist(), strict=True))
-        chosen = rng.choice(len(pairs), min(CLOSE_CALLS_SHOWN, len(pairs)), replace=False)
-        shown += [pairs[place] for place in sorted(chosen.tolist())]
+    around = np.array([threshold - CLOSE, threshold, threshold + CLOSE], np.float32)
+    start, cut, stop = (int(place) for place in np.searchsorted(similarities, around))
+    rng, shown = np.random.default_rng(seed), list[tuple[int, int, float]]()
+    for first, last in (
+        (max(0, min(start, cut - CLOSE_CALLS_AMONG)), cut),
+        (cut, min(len(low), max(stop, cut + CLOSE_CALLS_AMONG))),
+    ):
+        places = first + np.sort(rng.choice(last - first, min(CLOSE_CALLS_SHOWN, last - first), replace=False))
+        shown += zip(low[places].tolist(), high[places].tolist(), similarities[places].tolist(), strict=True)
     return shown
 
 

@@ -186,6 +186,25 @@ def test_the_page_is_as_small_for_many_samples_as_for_few():
     assert sizes[1] < 2_000_000 and abs(sizes[1] - sizes[0]) < 5000
 
 
+def test_captions_that_most_samples_share_come_first_with_how_many_stay():
+    captions = [*["flag"] * 4, *["a cat"] * 3, *["a dog"] * 3, *["", None] * 3, "once", *["x" * 300] * 2]
+    rows = [
+        row(number, number, 1, "dropped" if number in (0, 5) else "kept", caption=caption)
+        for number, caption in enumerate(captions)
+    ]
+    rows += [row(len(rows) + k, None, None, "unreadable", reason="r", caption="once") for k in range(9)]
+    table = table_of(rows)
+    page = render(summary_of(table), table, nothing_to_show())
+    listed = re.findall(r'<tr><td>(.*?)</td><td class="num">(\d+)</td><td class="num">(\d+)</td></tr>', page)
+    assert listed == [
+        ('<span class="soft">(empty)</span>', "6", "6"),
+        ("flag", "4", "3"),
+        ("a cat", "3", "2"),
+        ("a dog", "3", "3"),
+        ("x" * 199 + "…", "2", "2"),
+    ]
+
+
 def test_nearest_similarities_are_those_of_exact_search():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(300, 16))
@@ -209,6 +228,9 @@ def test_close_calls_are_random_pairs_next_to_the_threshold_on_both_sides():
     assert [c[2] for c in calls] == sorted(c[2] for c in calls)
     assert all(b == a + 5000 and s == pytest.approx(float(similarity[a])) for a, b, s in calls)
     assert calls == close_calls(other, one, similarity, 0.9, seed=1) != close_calls(one, other, similarity, 0.9, seed=2)
+    many = np.linspace(0.89, 0.91, 20_001, dtype=np.float32)  # where the nearest ones would all be at the threshold
+    spread = [s for _, _, s in close_calls(np.arange(20_001), np.arange(20_001) + 30_000, many, 0.9)]
+    assert spread[0] < 0.895 and spread[-1] > 0.905
     both = close_calls(np.array([1, 2]), np.array([2, 1]), np.array([0.95, 0.95], np.float32), 0.9)
     assert both == [(1, 2, pytest.approx(0.95))]
     assert close_calls(one[:0], other[:0], similarity[:0], 0.9) == []
