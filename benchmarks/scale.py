@@ -7,9 +7,9 @@
 No million images are read and joined for that: the rows and their near pairs are made up, and the stages work on them
 as in ``curate dedup``. The images that the report shows are real, out of shards of a thousand carried images that stand
 for all shards. What is made up is what tends to be large: a tenth of the rows are equal copies of one image, another
-tenth near copies of one image (a crowd, whose pairs are asked for one by one), a tenth are groups of two to five near
-images, three in a hundred stand in crowds of two hundred, one in a hundred is unreadable for a long reason; a fifth of
-the captions are shared by two or three rows, a hundredth by many, and a hundred are 100,000 letters long.
+tenth near copies of one image (a crowd, whose pairs are asked for one by one), 35 in a hundred stand in groups of two
+to five near images and three in crowds of two hundred, one in a hundred is unreadable for a long reason; a fifth have
+captions that two or three rows share, one in a hundred a caption of many, and a hundred captions have 100,000 letters.
 
 Seconds are those of the stage; CPU seconds hardly depend on what else the machine does. Memory is the most that the
 process holds while the stage runs, with all that earlier stages made (Linux).
@@ -93,7 +93,7 @@ def made_up(rows: int, folder: Path, seed: int = 0) -> tuple[Rows, Joined, list[
 
 def _images(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Pairs]:
     """Which image each row shows, the images' embeddings, and their near pairs."""
-    equal, crowd, in_groups, in_crowds = n // 10, n // 10, n // 10, 3 * n // 100
+    equal, crowd, in_groups, in_crowds = n // 10, n // 10, 35 * n // 100, 3 * n // 100
     images = n - equal
     sizes = rng.integers(2, 6, in_groups)  # as many groups as there is room for
     sizes = sizes[: np.searchsorted(np.cumsum(sizes), in_groups)]
