@@ -36,6 +36,7 @@ from curate.dedup import settings_of
 from curate.engine import LocalEngine, cpu_count
 from curate.join import Joined, decide_stage
 from curate.neighbors import Crowd, Pairs
+from curate.place import Place
 from curate.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.read import READ_COLUMNS, Rows, cached_embedder
 from curate.rewrite import plan_shards
@@ -174,37 +175,38 @@ def _resident(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what + ":"))
 
 
-def run(rows: int, out: Path, changes: Mapping[str, Any], profile: bool) -> None:
+def run(rows: int, folder: Path, changes: Mapping[str, Any], profile: bool) -> None:
     """Make up rows, and take them through the stages."""
-    from curate.console import write_json
     from curate.report import run_report
 
-    (out / "work").mkdir(parents=True)
-    config = DedupConfig(shards=["made-up"], out=str(out), workers=1, **changes)
+    (folder / "work").mkdir(parents=True)
+    config = DedupConfig(shards=["made-up"], out=str(folder), **changes)
+    out = Place(config.out)
     with tempfile.TemporaryDirectory() as scratch:
         with stage("(making it up)"):
-            table, joined, urls = made_up(rows, Path(scratch))
+            made, joined, urls = made_up(rows, Path(scratch))
+        assert joined.image_pairs.crowd is not None
         print(
             f"{rows:,} rows, {len(joined.first):,} images, {len(joined.image_pairs):,} near pairs and a crowd of "
             f"{len(joined.image_pairs.crowd.rows):,}, {len(joined.captions):,} captions; {changes}",
             flush=True,
         )
         with stage("decide, sweep", profile):
-            verdicts, sweep = decide_stage(table, joined, None, config)
+            verdicts, sweep = decide_stage(made, joined, None, config)
         with stage("plan", profile):
-            plan = plan_shards(out / "shards", table, verdicts, urls, config.samples_per_shard, kept=True)
+            plan = plan_shards(out, "shards", made, verdicts, urls, config.samples_per_shard, kept=True)
         with stage("ledger", profile):
-            ledger = publish_ledger(out, table, verdicts, None)
+            ledger = publish_ledger(out, made, verdicts, None)
         with stage("index", profile):
-            publish_index(out, table, verdicts, cached_embedder("layout"))
+            publish_index(out, made, verdicts, cached_embedder("layout"))
         with stage("summary", profile):
             summary = summarise(ledger, joined, verdicts, settings_of(config), len(plan)) | {"sweep": sweep}
-            write_json(out / "summary.json", summary)
+            out.write_json("summary.json", summary)
         with stage("report", profile):
-            publish_report(LocalEngine(1), out, ledger, table, joined, summary, urls, config)
-        del table, joined, verdicts, plan, ledger
+            publish_report(LocalEngine(1), out, ledger, made, joined, summary, urls, config)
+        del made, joined, verdicts, plan, ledger
     with stage("curate report", profile):
-        size = run_report(ReportConfig(out=str(out)))["bytes"]
+        size = run_report(ReportConfig(out=config.out))["bytes"]
     print(f"report.html: {size:,} bytes")
 
 
