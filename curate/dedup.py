@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -66,8 +66,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     embedder, captioner = cached_embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
     others = open_others(config, embedder)
     out = _prepare(config.out, urls)
-    engine = LocalEngine(config.workers)
-    with _locked(out):
+    with _locked(out), LocalEngine(config.workers) as engine:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
