@@ -41,7 +41,7 @@ _DENSE = 1 << 15  # candidates of one tile above which a product of whole rows i
 _VERIFY_COST = 30_000  # verifying one pair costs about as much as screening this many by one coordinate
 _VERIFY_ELEMENTS = 1 << 17  # float64 elements of each side that are verified at a time: 1 MB
 _QUERIES = 1 << 16  # queries screened at a time
-_SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
+_SEARCH_ELEMENTS = 1 << 22  # float32 elements that are compared with the sampled rows at a time: 16 MB
 
 
 @dataclass(frozen=True)
