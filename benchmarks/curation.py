@@ -56,6 +56,7 @@ from PIL import Image
 from benchmarks.embedders import BENCHMARK_EDITS
 from benchmarks.photographs import SHORTER_SIDE, grain, library_photographs, photograph
 from benchmarks.read import cpu_seconds, decoding
+from curate.embed import NgramEmbedder
 from curate.engine import LocalEngine, cpu_count
 from curate.ledger import KEPT, read_ledger
 from curate.shards import write_shard
@@ -181,15 +182,16 @@ def run_curate(folder: Path, workers: int, images: int) -> dict[str, Any]:
     """``curate dedup`` on the first ``images``, whole shards.
 
     Returns:
-        Its summary; figures of the whole process, as of ``watched``; ``held``, the bytes of embeddings and ledger; and
-        ``found``, a function ``(copy, original) → bool``.
+        Its summary; figures of the whole process, as of ``watched``; ``held``, the bytes of the embeddings of images
+        and captions and of the ledger; and ``found``, a function ``(copy, original) → bool``.
     """
     shards = [str(folder / "shards" / f"{shard:06d}.tar") for shard in range(-(-images // PER_SHARD))]
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = [sys.executable, "-m", "curate", "dedup", *shards, out, "--workers", str(workers), "--json"]
         summary, figures = watched(command, workers)
         ledger = read_ledger(out)
-        held = ledger.nbytes + (Path(out) / "index" / "embeddings.npy").stat().st_size
+        of_images = (Path(out) / "index" / "embeddings.npy").stat().st_size
+    held = ledger.nbytes + of_images + 2 * NgramEmbedder.dim * len(set(ledger["caption"].to_pylist()))
     group, status = ledger["group"].to_pylist(), ledger["status"].to_pylist()
 
     def found(copy: int, original: int) -> bool:
@@ -310,12 +312,12 @@ def curve(folder: Path, workers: int, sizes: Sequence[int]) -> None:
         figures = run_curate(folder, workers, images)
         line = (
             f"{images:,} images, {workers} workers: peak memory {figures['peak'] / 1e6:,.1f} MB; embeddings and ledger "
-            f"{figures['held'] / 1e6:,.1f} MB"
+            f"are {figures['held'] / 1e6:,.1f} MB"
         )
         if before:
             more = images - before["samples"]
             gained, held = ((figures[name] - before[name]) / more for name in ("peak", "held"))
-            line += f"; since {before['samples']:,} images {gained:,.0f} bytes an image, {held:,.0f} of them held"
+            line += f"; since {before['samples']:,} images {gained:,.0f} and {held:,.0f} bytes an image"
         print(line, flush=True)
         before = before or figures
 
