@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from curate.console import UserError, get_logger, progress
 from curate.images import ImageError, decode_image, image_array
 from curate.shards import Sample, expand_shards, read_samples
 from train.finetune.augment import augment, draw
-from train.finetune.config import Augmentation
+from train.finetune.config import Augmentation, FinetuneConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +42,21 @@ def derive_seed(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def batch_positions(step: int, micro: int, rank: int, world: int, config: FinetuneConfig) -> range:
+    """Positions of the samples that a process takes in one forward pass."""
+    start = ((step * config.gradient_accumulation + micro) * world + rank) * config.batch_size
+    return range(start, start + config.batch_size)
+
+
+def upcoming_positions(start: int, rank: int, world: int, config: FinetuneConfig) -> list[range]:
+    """Positions of every batch that a process takes, from the optimizer step ``start`` to the end of the run."""
+    return [
+        batch_positions(step, micro, rank, world, config)
+        for step in range(start, config.steps)
+        for micro in range(config.gradient_accumulation)
+    ]
 
 
 def sample_captions(sample: Sample) -> tuple[str, ...]:
@@ -187,33 +202,88 @@ class Positions(Dataset):
         return {"row": torch.tensor(row), "pixels": pixels, "readable": torch.tensor(readable)}
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass trains on; tensors but ``rows`` are on the device.
+
+    Attributes:
+        positions: of the samples in the run; their random numbers follow from them.
+        rows: ``[n]`` int64, which sample of the shard set each is.
+        moments: ``[n, 2c, h, w]`` float32, mean and log-variance of the VAE's posterior.
+        weight: ``[n]`` float32, what each counts in the loss before the filter; 0 where the image cannot be read.
+    """
+
+    positions: Sequence[int]
+    rows: torch.Tensor
+    moments: torch.Tensor
+    weight: torch.Tensor
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent, ``(c, h, w)``."""
+        return self.moments.shape[1] // 2, *self.moments.shape[2:]
+
+
+class Batches(Protocol):
+    """The batches of one process, in the order of positions."""
+
+    def next(self) -> Batch:
+        """The next one."""
+        ...
+
+
+def make_batches(
+    dataset: Positions,
+    positions: Sequence[Sequence[int]],
+    config: FinetuneConfig,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+) -> Batches:
+    """Batches at some positions, from cached latents or from the shards, as the settings ask for."""
+    if config.cache_latents:
+        return CachedLatents(dataset, vae, accelerator).batches(positions)
+    return StreamedBatches(dataset, positions, config.workers, vae, accelerator.device)
+
+
 class StreamedBatches:
     """Batches whose images are read and decoded by worker processes, in the order of positions.
 
     Args:
         dataset: decoded samples by position.
-        batches: the positions of every batch this process takes, from where the run stands to its end.
+        positions: of every batch this process takes, from where the run stands to its end.
         workers: worker processes; 0 reads in this one.
+        vae: encodes the images.
+        device: where it does so.
     """
 
-    def __init__(self, dataset: Positions, batches: Sequence[Sequence[int]], workers: int) -> None:
+    def __init__(
+        self,
+        dataset: Positions,
+        positions: Sequence[Sequence[int]],
+        workers: int,
+        vae: AutoencoderKL,
+        device: torch.device,
+    ) -> None:
+        self.vae, self.device = vae, device
+        self._positions = iter(positions)
         loader = DataLoader(
             dataset,
-            batch_sampler=[list(positions) for positions in batches],
+            batch_sampler=[list(some) for some in positions],
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             multiprocessing_context="spawn" if workers else None,
         )
         self._batches = iter(loader)
 
-    def next(self, vae: AutoencoderKL, device: torch.device) -> dict[str, torch.Tensor]:
-        """The next batch: ``row [n]``, ``moments [n, 8, h, w]`` of the VAE's posterior, ``readable [n]``."""
+    def next(self) -> Batch:
+        """The next batch; waits for the workers where they are behind."""
         batch = next(self._batches)
-        return {
-            "row": batch["row"],
-            "moments": encode_moments(vae, batch["pixels"].to(device)),
-            "readable": batch["readable"].to(device),
-        }
+        return Batch(
+            positions=next(self._positions),
+            rows=batch["row"],
+            moments=encode_moments(self.vae, batch["pixels"].to(self.device)),
+            weight=batch["readable"].float().to(self.device),
+        )
 
 
 @torch.no_grad()
@@ -232,7 +302,7 @@ class CachedLatents:
     TOGETHER = 8  # images encoded in one pass: on a CPU, larger batches leave its caches
 
     def __init__(self, dataset: Positions, vae: AutoencoderKL, accelerator: Accelerator) -> None:
-        self.order, self.how = dataset.order, dataset.how
+        self.order, self.how, self.device = dataset.order, dataset.how, accelerator.device
         self.variants = max(1, dataset.how.variants) if dataset.how.active else 1
         if dataset.how.active and not dataset.how.variants:
             raise UserError("cache_latents with random augmentation needs augmentation.variants > 0")
@@ -251,14 +321,14 @@ class CachedLatents:
         with progress(total=len(mine), desc="encode latents", unit="image") as bar:
             for start in range(0, len(mine), together):
                 some = mine[start : start + together]
-                self._encode(dataset, some, vae, accelerator.device)
+                self._encode(dataset, some, vae)
                 bar.update(len(some))
         if accelerator.num_processes > 1:  # every row was filled by one process: the sum is the whole
             device = accelerator.device
             self.moments = accelerator.reduce(self.moments.to(device), reduction="sum").cpu()
             self.readable = accelerator.reduce(self.readable.to(device).int(), reduction="sum").cpu().bool()
 
-    def _encode(self, dataset: Positions, rows: Sequence[int], vae: AutoencoderKL, device: torch.device) -> None:
+    def _encode(self, dataset: Positions, rows: Sequence[int], vae: AutoencoderKL) -> None:
         """Fill in the posteriors of some rows, all their variants in one pass."""
         images = [load_image(dataset.sample(row), dataset.size) for row in rows]
         readable = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
@@ -273,32 +343,33 @@ class CachedLatents:
                 for variant in range(self.variants)
             ]
             pixels = augment(pixels, draw(generators), self.how)
-        moments = encode_moments(vae, pixels.to(device)).half().cpu()
+        moments = encode_moments(vae, pixels.to(self.device)).half().cpu()
         self.moments[numbers] = moments.view(len(numbers), self.variants, *moments.shape[1:])
         self.readable[numbers] = True
 
     def batches(self, positions: Sequence[Sequence[int]]) -> CachedBatches:
         """Batches at the given positions."""
-        return CachedBatches(self, positions)
+        return CachedBatches(self, positions, self.device)
 
 
 class CachedBatches:
-    """Batches from :class:`CachedLatents`; the same interface as :class:`StreamedBatches`."""
+    """Batches from :class:`CachedLatents`."""
 
-    def __init__(self, cache: CachedLatents, positions: Sequence[Sequence[int]]) -> None:
-        self.cache = cache
+    def __init__(self, cache: CachedLatents, positions: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.cache, self.device = cache, device
         self._positions = iter(positions)
 
-    def next(self, vae: AutoencoderKL, device: torch.device) -> dict[str, torch.Tensor]:
-        """See :meth:`StreamedBatches.next`."""
+    def next(self) -> Batch:
+        """The next batch."""
+        positions = next(self._positions)
         rows, variants = [], []
-        for position in next(self._positions):
+        for position in positions:
             row, epoch = self.cache.order.row(position)
             rows.append(row)
             variants.append(epoch % self.cache.variants)
-        moments = self.cache.moments[rows, variants].float()
-        return {
-            "row": torch.tensor(rows),
-            "moments": moments.to(device),
-            "readable": self.cache.readable[rows].to(device),
-        }
+        return Batch(
+            positions=positions,
+            rows=torch.tensor(rows),
+            moments=self.cache.moments[rows, variants].float().to(self.device),
+            weight=self.cache.readable[rows].float().to(self.device),
+        )

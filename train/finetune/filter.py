@@ -7,13 +7,17 @@ static and every rank runs the same passes; a kept sample weighs the same whatev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from train.finetune.config import FilterConfig
 from train.memorization.magnitude import magnitude
+
+if TYPE_CHECKING:
+    from train.finetune.diffusion import Diffusion
 
 BANDS = 10
 """Timestep bands that magnitudes are reported by: [0, 100), [100, 200), …"""
@@ -56,6 +60,88 @@ def filter_weights(
     m = magnitude(eps_cond, eps_uncond, form=policy.form)
     dropped = judged & (m >= policy.threshold)
     return (~dropped).float(), torch.where(judged, m, torch.full_like(m, float("nan")))
+
+
+class MemorizationFilter:
+    """The filter of one process of a run: weighs each batch, and keeps the record.
+
+    Args:
+        policy: the settings.
+        diffusion: brings the model's output to ε-space.
+        predict_unconditional: ``(x_t, t) →`` the model's output under the empty caption, without gradients; called
+            only where something is judged by it.
+        samples: how many samples the shard set has.
+    """
+
+    def __init__(
+        self,
+        policy: FilterConfig,
+        diffusion: Diffusion,
+        predict_unconditional: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        samples: int,
+    ) -> None:
+        self.policy, self.diffusion, self.predict_unconditional = policy, diffusion, predict_unconditional
+        self.table = VerdictTable(samples)
+
+    def weigh(
+        self,
+        output: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        rows: torch.Tensor,
+        conditional: torch.Tensor,
+        step: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Judge one batch and record the verdicts.
+
+        Args:
+            output: ``[n, c, h, w]`` float32, the model's output under the captions, detached.
+            x_t: ``[n, c, h, w]`` what the model was given.
+            t: ``[n]`` int64 timesteps.
+            rows: ``[n]`` int64, which samples these are.
+            conditional: ``[n]`` bool, False where there is nothing to judge: the caption was dropped for guidance
+                training, or the sample counts nothing anyway.
+            step: optimizer step.
+
+        Returns:
+            weights ``[n]`` float32, 0 where dropped and 1 elsewhere; magnitudes ``[n]`` float32, NaN where not judged.
+        """
+        if self.policy.policy == "off":
+            kept = torch.ones(len(t), device=t.device)
+            magnitudes = torch.full_like(kept, float("nan"))
+        else:
+            judged = is_judged(t, conditional, self.policy, step)
+            eps_cond = self.diffusion.to_eps(output, x_t, t)
+            eps_uncond = self.diffusion.to_eps(self.predict_unconditional(x_t, t), x_t, t)
+            kept, magnitudes = filter_weights(eps_cond, eps_uncond, judged, self.policy)
+        self.table.record(rows, t, kept, magnitudes)
+        return kept, magnitudes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores for this process."""
+        return self.table.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.table.load_state_dict(state)
+
+    def finish(self, path: Path, ids: Sequence[tuple[str, str]], states: Sequence[dict[str, Any]]) -> dict[str, int]:
+        """Write the verdicts of all processes, and return what the summary says of them.
+
+        Args:
+            path: the Parquet file.
+            ids: ``(shard, key)`` of each row.
+            states: every process's :meth:`state_dict`.
+        """
+        whole = VerdictTable(len(ids))
+        whole.load_state_dict({name: torch.stack([state[name] for state in states]).sum(0) for name in states[0]})
+        whole.write(path, ids)
+        return {
+            "samples_seen": int(whole.seen.sum()),
+            "judged": int(whole.judged_by_band.sum()),
+            "dropped": int(whole.dropped.sum()),
+            "samples_dropped_at_least_once": int((whole.dropped > 0).sum()),
+        }
 
 
 class VerdictTable:

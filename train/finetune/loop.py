@@ -4,7 +4,7 @@
     accelerate launch -m train finetune --config configs/finetune.yaml      (the same, by hand)
 
 Read top to bottom: what a step does stands in :func:`run_finetune`. Everything random at a step follows from the seed
-and the positions of its samples (``train.finetune.data``), so a run that is killed goes on exactly where it was.
+and the positions of its samples (``data.py``, ``diffusion.py``), so a run that is killed goes on exactly where it was.
 """
 
 from __future__ import annotations
@@ -14,90 +14,57 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
-from train.components import load_pipeline, pixel_size, set_attention, tokenize
-from train.finetune.checkpoint import load_latest, save_checkpoint
+from train.components import set_attention
+from train.finetune.average import Average
+from train.finetune.captions import Captions
+from train.finetune.checkpoint import (
+    Stateful,
+    collect_state,
+    gather_states,
+    list_checkpoints,
+    load_latest,
+    remove_partial,
+    restore_state,
+    save_checkpoint,
+)
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import CachedBatches, CachedLatents, Positions, ShardOrder, StreamedBatches, generator, scan
-from train.finetune.filter import VerdictTable, filter_weights, is_judged
-from train.finetune.loss import min_snr_weights, weighted_loss
-from train.memorization.magnitude import to_eps
+from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
+from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
+from train.finetune.filter import MemorizationFilter
+from train.finetune.hub import check_hub, push_model
+from train.finetune.log import LossBands, Meter, RunLog, Suspects, Tally, check_trackers, flat_numbers
+from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
+from train.finetune.memory import (
+    BATCH_FILE,
+    is_out_of_memory,
+    memory_advice,
+    read_batch,
+    smaller_batch,
+    write_batch,
+)
+from train.finetune.model import load_model
+from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
+from train.finetune.stop import StopOnSignal
+from train.finetune.validation import Validation, check_validation, send_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import StableDiffusionPipeline
 
 log = get_logger(__name__)
 
-
-class Denoiser(torch.nn.Module):
-    """Text encoder and UNet as one module, so that both train under one data-parallel wrapper."""
-
-    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Prompt embeddings ``[n, tokens, width]`` of token ids ``[n, tokens]``."""
-        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
-        with contextlib.nullcontext() if trained else torch.no_grad():
-            return self.text_encoder(ids)[0]
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The UNet's output for noised latents ``[n, 4, h, w]``, timesteps ``[n]`` and token ids ``[n, tokens]``."""
-        embeddings = self.encode(ids)
-        return self.unet(x_t, t, embeddings.expand(len(x_t), -1, -1)).sample
-
-
-def learning_rate(step: int, config: FinetuneConfig) -> float:
-    """The learning rate at an optimizer step: linear warm-up, then the schedule; a pure function of the step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.learning_rate * shape[config.lr_schedule]
-
-
-def batch_positions(step: int, micro: int, rank: int, world: int, config: FinetuneConfig) -> range:
-    """Positions of the samples that a process takes in one forward pass."""
-    start = ((step * config.gradient_accumulation + micro) * world + rank) * config.batch_size
-    return range(start, start + config.batch_size)
-
-
-def draw_randomness(
-    positions: range, shape: tuple[int, ...], timesteps: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All random numbers of a batch, one generator a sample.
-
-    Returns:
-        posterior noise ``[n, *shape]``, diffusion noise ``[n, *shape]``, timesteps ``[n]`` int64 in
-        [0, ``timesteps``), and two uniform numbers ``[n, 2]`` for the caption and its dropout.
-    """
-    posterior, noise, times, uniform = [], [], [], []
-    for position in positions:
-        g = generator(seed, "step", position)
-        posterior.append(torch.randn(shape, generator=g))
-        noise.append(torch.randn(shape, generator=g))
-        times.append(torch.randint(timesteps, (), generator=g))
-        uniform.append(torch.rand(2, generator=g))
-    return torch.stack(posterior), torch.stack(noise), torch.stack(times), torch.stack(uniform)
-
-
-def choose_caption(captions: tuple[str, ...], uniform: torch.Tensor, dropout: float) -> tuple[str, bool]:
-    """One of a sample's captions, or the empty one; and whether the sample is conditional."""
-    if uniform[1] < dropout:
-        return "", False
-    text = captions[min(int(uniform[0] * len(captions)), len(captions) - 1)]
-    return text, bool(text)
+FREE = (
+    *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
+    *("workers", "trackers", "validation", "push_to_hub"),
+)
+"""Settings that may change between a run and its resumption: the result does not depend on them."""
 
 
 def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -107,235 +74,213 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: the configuration differs from the one that ``out`` was begun with, or is out of range.
-        UserError: the model or the shards cannot be read, or the loss is not finite several times in a row.
+        UserError: the model or the shards cannot be read, memory runs out, a checkpoint cannot be written, or the loss
+            is not finite several times in a row.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
     check_config(config)
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     out = Path(config.out)
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.tracker,
-        project_dir=config.out if config.tracker else None,
-    )
-    rank, world = accelerator.process_index, accelerator.num_processes
-    with accelerator.main_process_first():
-        done = begin(out, config, world)
-    if done is not None:
-        return done
+    while True:
+        accelerator = make_accelerator(config)
+        with accelerator.main_process_first():
+            summary = begin(out, config, accelerator.num_processes)
+        attempt = read_batch(out, config)
+        try:
+            if summary is None:
+                with StopOnSignal() as stop:
+                    summary = train(attempt, accelerator, stop)
+            return publish(out, config, summary) if accelerator.is_main_process else summary
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not config.auto_batch_size or attempt.batch_size == 1:
+                advice = memory_advice(attempt)
+                if list_checkpoints(out / "checkpoints"):
+                    advice += " (of these, only auto_batch_size may change in a run that goes on)"
+                else:  # nothing to go on from: the folder is free for other settings
+                    for name in ("run.json", BATCH_FILE):
+                        (out / name).unlink(missing_ok=True)
+                raise UserError(f"out of memory; what lowers it: {advice}") from error
+            attempt = smaller_batch(attempt)
+            write_batch(out, attempt)
+            if accelerator.num_processes > 1:
+                raise UserError(
+                    f"out of memory; started again, the run takes batch_size {attempt.batch_size} and "
+                    f"gradient_accumulation {attempt.gradient_accumulation}"
+                ) from error
+        log.warning(
+            "out of memory: going on with batch_size %d and gradient_accumulation %d",
+            attempt.batch_size,
+            attempt.gradient_accumulation,
+        )
+        # Here the exception is gone, and with it the tensors that its frames held; what is left goes with these.
+        accelerator.end_training()
+        accelerator.free_memory()
 
-    pipe = load_pipeline(config.model, attention=config.attention)
-    size = pixel_size(pipe)
-    scheduler = pipe.scheduler
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"{config.model}: a model that predicts {prediction_type!r} cannot be trained here")
-    alpha_bar = scheduler.alphas_cumprod.to(accelerator.device)
-    vae = pipe.vae.to(accelerator.device).requires_grad_(False)
-    denoiser = Denoiser(pipe.unet.requires_grad_(True), pipe.text_encoder.requires_grad_(config.train_text_encoder))
-    denoiser.train()
-    if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    trained = [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        # One pass over the weights. With fp16's loss scaling a fused step hides whether an overflow skipped it, which
-        # the count of updates and the average must know.
-        fused=accelerator.scaler is None,
-    )
-    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
-    set_attention(pipe.unet, config.attention)
-    bare = accelerator.unwrap_model(denoiser)
-    trained = [p for p in bare.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in trained] if config.ema_decay else []
 
+def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) -> dict[str, Any]:
+    """The run from where it stands to its end, or to the step at which it is asked to stop."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    out = Path(config.out)
+    checkpoints = out / "checkpoints"
+
+    # What is trained.
+    model = load_model(config, device)
+    vae = model.pipe.vae
+    model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
+    diffusion = Diffusion(model.pipe.scheduler, device)
+    optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
+    denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
+    set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
+    if config.compile:
+        model.pipe.unet.compile()  # in place, so that no name in the state dict changes
+    average = Average(model.trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
+
+    # What it is trained on.
     shard_set = scan(config.shards)
     order = ShardOrder(shard_set.counts, config.shuffle_shards, config.seed)
-    table = VerdictTable(order.size)
-    empty_ids = tokenize(pipe, [""]).to(accelerator.device)
-    token_ids = tokenize(pipe, [text for texts in shard_set.captions for text in texts])
-    first_caption = torch.tensor([0, *[len(texts) for texts in shard_set.captions]]).cumsum(0)
+    captions = Captions(model, shard_set.captions, config.caption_dropout)
 
-    start, skipped, updates = 0, 0, 0
-    checkpoints = out / "checkpoints"
+    def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            return model.predict_unconditional(x_t, t)
+
+    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, order.size)
+
+    # Where it stands: all that a checkpoint holds.
+    counts, bands = Counts(), LossBands()
+    shared: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
+    shared |= {"counts": counts, "bands": bands}
+    if accelerator.scaler is not None:
+        shared["scaler"] = accelerator.scaler
+    own: dict[str, Stateful] = {"filter": memorization}
+    start = 0
     if (found := load_latest(checkpoints)) is not None:
         start, state = found
-        bare.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        for mine, saved in zip(average, state["average"], strict=True):
-            mine.copy_(saved)
-        table.load_state_dict(state["tables"][rank])
-        skipped, updates = state["skipped"], state["updates"]
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
+        restore_state(state, rank, shared, own)
         log.info("resuming %s after step %d", config.out, start)
 
-    dataset = Positions(shard_set, order, size, config.seed, config.augmentation)
-    upcoming = [
-        batch_positions(step, micro, rank, world, config)
-        for step in range(start, config.steps)
-        for micro in range(config.gradient_accumulation)
-    ]
-    batches: CachedBatches | StreamedBatches
-    if config.cache_latents:
-        batches = CachedLatents(dataset, vae, accelerator).batches(upcoming)
-    else:
-        batches = StreamedBatches(dataset, upcoming, config.workers)
-    if config.tracker:
-        accelerator.init_trackers("afresh")
-
-    nominal = config.batch_size * config.gradient_accumulation
-    writer = RunLog(out / "log.jsonl", start) if accelerator.is_main_process else None
-    stop = StopOnSignal()
-    began, broken = time.monotonic(), 0
+    dataset = Positions(shard_set, order, model.size, config.seed, config.augmentation)
+    batches = make_batches(dataset, upcoming_positions(start, rank, world, config), config, vae, accelerator)
+    if config.trackers:
+        accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
+    writer = validation = None
+    if accelerator.is_main_process:
+        remove_partial(checkpoints)
+        writer = RunLog(out / "log.jsonl", start)
+        if config.validation.every:
+            validation = Validation(config.validation, model.pipe, accelerator.autocast)
+    nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
+    samples = world * nominal  # and on all of them
+    began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
     step = start
     while step < config.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        # [kept samples, judged, dropped, summed loss, finite?, asked to stop] over micro-steps, then ranks.
-        tally = torch.zeros(6, device=accelerator.device)
+        set_learning_rate(optimizer, learning_rate(step, config))
+        tally, suspects = Tally(device, diffusion.timesteps), Suspects()
         for micro in range(config.gradient_accumulation):
-            positions = batch_positions(step, micro, rank, world, config)
-            batch = batches.next(vae, accelerator.device)
-            rows = batch["row"]
-            mean, logvar = batch["moments"].chunk(2, dim=1)
-            posterior, noise, t, uniform = draw_randomness(
-                positions, tuple(mean.shape[1:]), scheduler.config.num_train_timesteps, config.seed
+            with meter.waiting():
+                batch = batches.next()
+            draws = draw_randomness(
+                batch.positions,
+                batch.latent_shape,
+                diffusion.timesteps,
+                config.seed,
+                noise_offset=config.noise_offset,
+                input_perturbation=config.input_perturbation,
             )
-            posterior, noise, t = (x.to(accelerator.device) for x in (posterior, noise, t))
-            x_0 = (mean + (0.5 * logvar.clamp(-30, 20)).exp() * posterior) * vae.config.scaling_factor
-            x_t = scheduler.add_noise(x_0, noise, t)
-            ids, conditional = gather_captions(
-                rows, shard_set.captions, token_ids, first_caption, empty_ids, uniform, config.caption_dropout
-            )
-            judged = is_judged(t, conditional, config.filter, step) & batch["readable"]
-            weights = batch["readable"].float()
+            noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
+            x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
+            x_t = diffusion.noised(x_0, input_noise, t)
+            ids, conditional = captions.choose(batch.rows, draws.uniform)
+            readable = batch.weight > 0
 
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
-                eps_uncond = None
-                if config.filter.policy != "off":
-                    # Outside the data-parallel wrapper and without gradients: ranks need not agree on whether.
-                    with torch.no_grad(), accelerator.autocast():
-                        eps_uncond = bare(x_t, t, empty_ids)
                 output = denoiser(x_t, t, ids).float()
-                magnitudes = torch.full((len(t),), float("nan"), device=accelerator.device)
-                if eps_uncond is not None:
-                    eps_cond = to_eps(output.detach(), x_t, alpha_bar[t], prediction_type)
-                    eps_uncond = to_eps(eps_uncond.float(), x_t, alpha_bar[t], prediction_type)
-                    kept, magnitudes = filter_weights(eps_cond, eps_uncond, judged, config.filter)
-                    weights = weights * kept
-                target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x_0, noise, t)
-                losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
-                losses = losses * min_snr_weights(alpha_bar[t], prediction_type, config.snr_gamma)
+                kept, magnitudes = memorization.weigh(
+                    output.detach(), x_t, t, batch.rows, conditional & readable, step
+                )
+                weights = batch.weight * kept
+                errors = squared_errors(output, diffusion.target(x_0, noise, t))
+                losses = errors * min_snr_weights(diffusion.alpha_bar[t], diffusion.prediction_type, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
-            table.record(rows, t, weights, magnitudes)
-            finite = bool(torch.isfinite(loss))
-            tally += torch.tensor(
-                [
-                    float((weights > 0).sum()),
-                    float((~magnitudes.isnan()).sum()),
-                    float((judged & (weights == 0)).sum()),
-                    float(loss.detach()) if finite else 0.0,
-                    float(not finite),
-                    float(stop.asked),
-                ],
-                device=accelerator.device,
-            )
-        tally = accelerator.reduce(tally, reduction="sum")  # the one exchange beside the gradients'
-        kept_samples, judged_samples, dropped_samples, loss_sum, not_finite, asked = tally.tolist()
-        if kept_samples and not not_finite:
-            norm = (
-                float(accelerator.clip_grad_norm_(trained, config.max_grad_norm)) if config.max_grad_norm else 0.0
-            )
+            tally.add(loss, errors, t, readable, weights, kept, magnitudes)
+            suspects.add(batch.rows, losses)
+        totals = tally.reduce(accelerator, stop.asked)
+
+        grad_norm, moved, bad = 0.0, False, totals.not_finite > 0
+        if totals.kept and not bad:
+            grad_norm = float(accelerator.clip_grad_norm_(model.trained, config.max_grad_norm or math.inf))
+            bad = not math.isfinite(grad_norm) and accelerator.scaler is None
+        if totals.kept and not bad:
             optimizer.step()
-            overflow = accelerator.optimizer_step_was_skipped  # fp16: the loss scale is lowered instead
-            updates += not overflow
-            skipped += overflow
-            if average and not overflow:
-                # Warm-up as in the literature: the average follows closely while the weights still move fast.
-                decay = min(config.ema_decay, (1 + updates) / (10 + updates))
-                torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - decay)
-        else:
-            norm = 0.0
-            skipped += 1
+            moved = not accelerator.optimizer_step_was_skipped  # fp16's overflow: the loss scale is lowered instead
         optimizer.zero_grad()
+        counts.add(moved, bad)
+        bands.add(totals)
+        if moved:
+            average.update(counts.updates)
         step += 1
-        broken = broken + 1 if not_finite else 0
-        if broken >= 5:
-            names = ", ".join("/".join(shard_set.ids[row]) for row in rows[:8].tolist())
-            raise UserError(
-                f"the loss was not finite at five steps in a row, last at step {step} with {names}: "
-                "lower learning_rate or set mixed_precision to no"
-            )
-        if writer is not None and (step % config.log_every == 0 or step == config.steps or not_finite):
-            seen = world * nominal
+
+        names: list[str] = []
+        if bad:
+            names = ["/".join(shard_set.ids[row]) for row in suspects.rows(accelerator)]
+            log.warning("step %d skipped: the loss or its gradient is not finite with %s", step, ", ".join(names[:8]))
+            if counts.bad_in_a_row >= config.max_bad_steps:
+                raise UserError(
+                    f"the loss was not finite at {counts.bad_in_a_row} steps in a row, last at step {step} with "
+                    f"{', '.join(names[:8])}: lower learning_rate or set mixed_precision to no"
+                )
+        meter.add(samples)
+        if writer is not None and (step % config.log_every == 0 or step == config.steps or bad):
             line = {
                 "step": step,
-                "loss": loss_sum / world * seen / max(kept_samples, 1),
+                "loss": totals.loss / world * samples / max(totals.kept, 1),
+                "loss_by_band": bands.take(),
                 "learning_rate": learning_rate(step - 1, config),
-                "grad_norm": norm,
-                "kept": int(kept_samples),
-                "judged": int(judged_samples),
-                "dropped": int(dropped_samples),
-                "skipped_steps": skipped,
-                "samples_per_second": (step - start) * seen / (time.monotonic() - began),
+                "grad_norm": grad_norm,
+                "kept": int(totals.kept),
+                "judged": int(totals.judged),
+                "dropped": int(totals.dropped),
+                "skipped_steps": counts.skipped,
+                **({"not_finite": names} if bad else {}),
+                **meter.read(),
             }
             writer.add(line)
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {int(dropped_samples)} of {seen}")
-            if config.tracker:
-                accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+            bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {line['dropped']} of {samples}")
+            accelerator.log(flat_numbers(line), step=step)
         bar.update(1)
+
+        if validation is not None and step % config.validation.every == 0:
+            with average.in_place():
+                images = validation.draw(out / "validation" / f"step-{step:06d}")
+            send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
-        if asked or due:
-            tables = gather_tables(accelerator, table)
+        if totals.asked or due:
+            state = collect_state(accelerator, shared, own)
             if accelerator.is_main_process:
-                state = {
-                    "model": {k: v for k, v in bare.state_dict().items() if config.train_text_encoder or "unet" in k},
-                    "optimizer": optimizer.state_dict(),
-                    "average": average,
-                    "tables": tables,
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
-                    "skipped": skipped,
-                    "updates": updates,
-                }
                 save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
             accelerator.wait_for_everyone()
-        if asked:
+        if totals.asked:
             bar.close()
             log.info("stopped after step %d of %d; the same command goes on from there", step, config.steps)
-            stop.restore()
             accelerator.end_training()
             return {"steps": step, "stopped": True, "model": None}
     bar.close()
-    stop.restore()
 
-    if average:
-        for parameter, mean_weight in zip(trained, average, strict=True):
-            parameter.data.copy_(mean_weight)
-    tables = gather_tables(accelerator, table)
+    verdicts = gather_states(accelerator, memorization)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        whole = VerdictTable(order.size)
-        whole.load_state_dict({k: torch.stack([t[k] for t in tables]).sum(0) for k in tables[0]})
-        whole.write(out / "verdicts.parquet", shard_set.ids)
-        save_model(pipe, bare, out / "model")
+        judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
+        average.copy_to_parameters()
+        model.save(out / "model")
         summary = {
             "steps": step,
-            "samples_seen": int(whole.seen.sum()),
-            "judged": int(whole.judged_by_band.sum()),
-            "dropped": int(whole.dropped.sum()),
-            "samples_dropped_at_least_once": int((whole.dropped > 0).sum()),
-            "skipped_steps": skipped,
+            **judged,
+            "skipped_steps": counts.skipped,
             "processes": world,
             "seconds": round(time.monotonic() - began, 1),
             "model": str(out / "model"),
@@ -347,44 +292,74 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     return summary
 
 
-def gather_captions(
-    rows: torch.Tensor,
-    captions: list[tuple[str, ...]],
-    token_ids: torch.Tensor,
-    first_caption: torch.Tensor,
-    empty_ids: torch.Tensor,
-    uniform: torch.Tensor,
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[n, tokens]`` of each row's chosen caption, and whether it is conditional ``[n]`` bool."""
-    ids, conditional = [], []
-    for row, numbers in zip(rows.tolist(), uniform, strict=True):
-        texts = captions[row]
-        text, is_conditional = choose_caption(texts, numbers, dropout)
-        conditional.append(is_conditional)
-        ids.append(token_ids[first_caption[row] + texts.index(text)] if is_conditional else empty_ids[0].cpu())
-    return torch.stack(ids).to(empty_ids.device), torch.tensor(conditional, device=empty_ids.device)
+def publish(out: Path, config: FinetuneConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """Upload a finished run's model where that is asked for and not done yet, and say so in the summary."""
+    if config.push_to_hub and summary["model"] and "hub" not in summary:
+        summary = summary | {"hub": push_model(out / "model", config.push_to_hub)}
+        write_json(out / "summary.json", summary)
+    return summary
 
 
-def gather_tables(accelerator: Accelerator, table: VerdictTable) -> list[dict[str, torch.Tensor]]:
-    """Every rank's verdict table, on each rank."""
-    from accelerate.utils import gather_object
+@dataclass
+class Counts:
+    """How many optimizer steps changed the weights, how many were skipped, and how many just now in a row for a loss or
+    gradient that is not finite.
+    """
 
-    return gather_object([table.state_dict()]) if accelerator.num_processes > 1 else [table.state_dict()]
+    updates: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+    def add(self, moved: bool, bad: bool) -> None:
+        """Count one step."""
+        self.updates += moved
+        self.skipped += not moved
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint stores."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        vars(self).update(state)
 
 
 def check_config(config: FinetuneConfig) -> None:
     """Raise :class:`UsageError` for what can be seen to be wrong before anything is loaded."""
-    for name in ("steps", "batch_size", "gradient_accumulation", "learning_rate", "log_every"):
+    counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "lr_cycles", "max_bad_steps")
+    for name in (*counts, "learning_rate"):
         if getattr(config, name) <= 0:
             raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
-    if config.snr_gamma < 0:
-        raise UsageError(f"snr_gamma must be 0 or more, not {config.snr_gamma}")
+    for name in ("snr_gamma", "noise_offset", "input_perturbation", "lr_power", "max_grad_norm"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"{name} must be 0 or more, not {getattr(config, name)}")
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
     if config.filter.policy != "off" and config.filter.threshold <= 0:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
+    find_optimizer(config.optimizer)
+    check_trackers(config.trackers)
+    check_validation(config.validation)
+    if config.push_to_hub:
+        check_hub(config.push_to_hub)
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Accelerate's view of this process and its precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.trackers or None,
+        project_dir=config.out if config.trackers else None,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # float32 without a word, otherwise
+        raise UsageError("mixed_precision fp16 needs a GPU: take bf16, no, or auto")
+    return accelerator
 
 
 def resolve_precision(name: str) -> Any:
@@ -401,59 +376,10 @@ def resolve_precision(name: str) -> Any:
 def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
     run = dataclasses.asdict(config) | {"processes": world}
-    for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker"):
-        run.pop(free)  # these may change between a run and its resumption: the result does not depend on them
+    for free in FREE:
+        run.pop(free)
     claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
         log.info("%s is finished already", out)
         return json.loads((out / "summary.json").read_text())
     return None
-
-
-def save_model(pipe: StableDiffusionPipeline, denoiser: Denoiser, folder: Path) -> None:
-    """Write the pipeline aside and rename it, so that a model folder is never half a model."""
-    pipe.unet, pipe.text_encoder = denoiser.unet.eval(), denoiser.text_encoder.eval()
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipe.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-
-
-class RunLog:
-    """``log.jsonl``, a line per logged step; lines of steps that a resumed run repeats are cut off first."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start]
-        path.write_text("".join(kept))
-
-    def _lines(self) -> Iterator[str]:
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield line
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-class StopOnSignal:
-    """Turns SIGTERM and SIGUSR1 into a wish that the loop grants at the end of its step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before = {}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            with contextlib.suppress(ValueError):  # not the main thread: a caller's own loop decides
-                self._before[number] = signal.signal(number, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -6,7 +6,13 @@ Losses stay per sample until :func:`weighted_loss`, so that the filter's verdict
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def squared_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, ``[n]``, for output and target of shape ``[n, …]``."""
+    return F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
 
 
 def min_snr_weights(alpha_bar_t: Tensor, prediction_type: str, gamma: float) -> Tensor:

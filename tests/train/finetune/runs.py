@@ -1,0 +1,81 @@
+"""Small runs for the tests beside this file: settings, launched processes, and what they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.components import load_pipeline
+from train.finetune.config import FinetuneConfig
+from train.finetune.log import MEASURED, RunLog
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def settings(model: str, shards: str, out: Path, **changes) -> FinetuneConfig:
+    values = {
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 0,
+    }
+    return FinetuneConfig(model=model, shards=[shards], out=str(out), **values | changes)
+
+
+def log_lines(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_pipeline(str(out / "model")).unet.state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a SIGTERM, once, when a run has logged a step: it stops after the next one."""
+    add, sent = RunLog.add, []
+
+    def add_and_stop(self: RunLog, line: dict) -> None:
+        add(self, line)
+        if line["step"] == step and not sent:
+            sent.append(step)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "add", add_and_stop)
+
+
+def launch(config: FinetuneConfig, *, processes: int = 1, program: Path | None = None) -> subprocess.Popen:
+    """The command as users start it, with one process or two; ``program`` is a script in the place of ``-m train``."""
+    file = Path(config.out).with_suffix(".json")  # JSON is YAML
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    arguments = [*([str(program)] if program else ["-m", "train"]), "finetune", f"--config={file}"]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(start + arguments, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        path = out / "log.jsonl"
+        if path.is_file() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")

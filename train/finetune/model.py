@@ -1,0 +1,105 @@
+"""What is trained: Stable Diffusion's parts, which of their weights change, and how the result is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curate.console import UserError
+from train.components import load_pipeline, pixel_size, tokenize
+from train.finetune.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one module, so that both train under one data-parallel wrapper."""
+
+    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Prompt embeddings ``[n, tokens, width]`` of token ids ``[n, tokens]``."""
+        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
+        with contextlib.nullcontext() if trained else torch.no_grad():
+            return self.text_encoder(ids)[0]
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """The UNet's output for noised latents ``[n, 4, h, w]``, timesteps ``[n]`` and token ids ``[n, tokens]``."""
+        embeddings = self.encode(ids)
+        return self.unet(x_t, t, embeddings.expand(len(x_t), -1, -1)).sample
+
+
+class Model:
+    """A pipeline while it is trained.
+
+    Attributes:
+        pipe: the pipeline that the parts belong to.
+        denoiser: UNet and text encoder; the optimizer and the data-parallel wrapper go around it.
+        size: side of the training images in pixels.
+        empty_ids: token ids of the empty caption, ``[1, tokens]``, on the device.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, denoiser: Denoiser, device: torch.device) -> None:
+        self.pipe, self.denoiser = pipe, denoiser
+        self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+        self.size = pixel_size(pipe)
+        self.empty_ids = tokenize(pipe, [""]).to(device)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that change, always in the same order."""
+        return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def predict_unconditional(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The UNet's output under the empty caption: like ``x_t``, float32.
+
+        Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
+        """
+        return self.denoiser(x_t, t, self.empty_ids).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights that change, by name."""
+        return {k: v for k, v in self.denoiser.state_dict().items() if k in self._trained_names}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.denoiser.load_state_dict(state, strict=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline aside and rename it, so that a model folder is never half a model."""
+        pipe = self.pipe
+        pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
+        aside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        pipe.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+def load_model(config: FinetuneConfig, device: torch.device) -> Model:
+    """Load the pipeline, set free the weights that are to be trained, and freeze the others.
+
+    The VAE goes to the device; the denoiser goes there with ``accelerator.prepare``.
+
+    Raises:
+        UserError: the model cannot be read, or predicts something else than ε or v.
+    """
+    pipe: Any = load_pipeline(config.model, attention=config.attention)
+    prediction_type = pipe.scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"{config.model}: a model that predicts {prediction_type!r} cannot be trained here")
+    pipe.vae.to(device).requires_grad_(False)
+    pipe.unet.requires_grad_(True)
+    pipe.text_encoder.requires_grad_(config.train_text_encoder)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    return Model(pipe, Denoiser(pipe.unet, pipe.text_encoder).train(), device)
