@@ -92,7 +92,7 @@ def _stage(folder: str, changes: dict[str, object], answer: str) -> None:
     urls = expand_shards(config.shards)
     cached_embedder(config.image_embedder).embed([Image.new("RGB", (SIDE, SIDE))])  # imports and constants
     with tempfile.TemporaryDirectory() as out:
-        (Path(out) / "work" / "read").mkdir(parents=True)
+        (Path(out) / "read").mkdir()
         keys = [f"{number}" for number in range(len(urls))]
         engine = LocalEngine(config.workers)
         with PeakMemory() as memory:
