@@ -185,7 +185,7 @@ def test_a_plain_jpeg_inside_comments_does_not_hide_the_scans_of_another(monkeyp
     monkeypatch.setattr(images_module, "MAX_SCANS", 5)
     plain, progressive = (encode(gradient(400, 400), "JPEG", progressive=progressive) for progressive in (False, True))
     # A restart marker has no length. Read as one that has, it leads into the first comment, and that into the second.
-    marker, second = b"\xff\xd0", bytes(300 - 47) + plain[2:]
+    marker, second = b"\xff\xd0", bytes(250) + plain[2:]
     first = b"\xff\xfe\xff\xff" + bytes(65530) + b"\xff\xfe\0"
     second = b"\xff\xfe" + (len(second) + 2).to_bytes(2, "big") + second
     with pytest.raises(ImageError, match="scans"):
