@@ -205,7 +205,8 @@ class LayoutEmbedder:
         dx = (light[:, 1:-1, 2:] - light[:, 1:-1, :-2])[:, None]
         dy = (light[:, 2:, 1:-1] - light[:, :-2, 1:-1])[:, None]
         along = dx * c["cos"][:, None, None] + dy * c["sin"][:, None, None]
-        votes = along**4 / ((dx**2 + dy**2) ** 2 + 1e-8) ** 0.75  # the gradient's length, shared out by cos⁴
+        # The gradient's length, shared out by cos⁴. A fourth power is a general one to numpy, and ten times as slow.
+        votes = (along**2) ** 2 / ((dx**2 + dy**2) ** 2 + 1e-8) ** 0.75
         edges = (c["cells"] @ votes @ c["cells"].T).reshape(n, -1)
         edges = edges / ((edges**2).sum(1)[:, None] + 1e-5) ** 0.5
         edges = edges - edges.mean(1)[:, None]
@@ -289,7 +290,7 @@ def normalise_caption(caption: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
 
 
-def embed_captions(captions: Sequence[str], dim: int = 512, block: int = 16_384) -> Floats:
+def embed_captions(captions: Sequence[str], dim: int = 512, block: int = 2048) -> Floats:
     """Hashed character n-grams (n = 2, 3, 4) of the normalised captions, weight-free.
 
     Each n-gram adds ±1 to one of ``dim`` places, both chosen by its hash (Weinberger et al. 2009, arXiv

@@ -52,7 +52,7 @@ _HELD = 1 << 20  # pairs that are held before those inside crowds are looked for
 _QUERIES = 1 << 14  # rows compared with a screen that they are no part of, at a time
 _CROWD_ELEMENTS = 1 << 22  # products of crowded rows that are looked at at a time
 _SIGN_AND_NUMBER = np.array(0x8FFFE000, np.uint32).view(np.int32)  # of a float16 whose bits stand 13 places up
-_SEARCH_ELEMENTS = 1 << 24  # float32 elements that are compared with the sampled rows at a time
+_SEARCH_ELEMENTS = 1 << 22  # float32 elements that are compared with the sampled rows at a time: 16 MB
 
 
 @dataclass(frozen=True)

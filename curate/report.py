@@ -166,7 +166,7 @@ def gallery(table: pa.Table) -> list[list[int]]:
 
 
 def nearest_similarities(
-    embeddings: NDArray[np.float16], sample: int, seed: int, block: int = 1 << 14
+    embeddings: NDArray[np.float16], sample: int, seed: int, block: int = 1 << 11
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Nearest other row of a random sample of rows, by exact search.
 
