@@ -56,6 +56,23 @@ class FilterConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters that are trained in place of the weights.
+
+    Args:
+        rank: of each adapter; 0 trains the weights themselves.
+        alpha: the adapters' output is scaled by alpha / rank; 0 takes the rank, so that the scale is 1.
+        dropout: probability of dropping an adapter's input, in [0, 1).
+        targets: names of the UNet's layers that get one, as they end.
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass
 class ValidationConfig:
     """Images of fixed prompts, drawn at intervals from the weights that the run would save at that moment.
 
@@ -83,7 +100,11 @@ class FinetuneConfig:
     """Settings of a training run.
 
     Args:
-        model: pipeline folder, hub name or single-file checkpoint to start from.
+        model: pipeline folder, hub name or single-file checkpoint (.safetensors) to start from.
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
+            that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
             ``verdicts.parquet``, ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs.
@@ -117,6 +138,7 @@ class FinetuneConfig:
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
+        lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
@@ -131,6 +153,7 @@ class FinetuneConfig:
         checkpoint_every: steps between checkpoints; 0 saves one only on a signal.
         keep_checkpoints: how many are kept.
         log_every: steps between lines of the log.
+        license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
         validation: images drawn at intervals.
         push_to_hub: repository that the finished model is uploaded to, as in ``name/model``; one that does not exist is
@@ -141,6 +164,9 @@ class FinetuneConfig:
     model: str
     out: str
     shards: list[str]
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -164,6 +190,7 @@ class FinetuneConfig:
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
@@ -177,6 +204,7 @@ class FinetuneConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 20
+    license: str = "unknown"
     trackers: list[str] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     push_to_hub: str = ""

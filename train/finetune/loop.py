@@ -36,7 +36,7 @@ from train.finetune.checkpoint import (
     save_checkpoint,
 )
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
+from train.finetune.data import Positions, ShardOrder, derive_seed, make_batches, scan, upcoming_positions
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.filter import MemorizationFilter
 from train.finetune.hub import check_hub, push_model
@@ -51,6 +51,7 @@ from train.finetune.memory import (
     write_batch,
 )
 from train.finetune.model import load_model
+from train.finetune.model_card import write_cards
 from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
 from train.finetune.stop import StopOnSignal
 from train.finetune.validation import Validation, check_validation, send_images
@@ -62,7 +63,7 @@ log = get_logger(__name__)
 
 FREE = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
-    *("workers", "trackers", "validation", "push_to_hub"),
+    *("workers", "trackers", "validation", "push_to_hub", "license"),
 )
 """Settings that may change between a run and its resumption: the result does not depend on them."""
 
@@ -196,6 +197,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             ids, conditional = captions.choose(batch.rows, draws.uniform)
             readable = batch.weight > 0
 
+            torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
                 output = denoiser(x_t, t, ids).float()
@@ -285,6 +287,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             "seconds": round(time.monotonic() - began, 1),
             "model": str(out / "model"),
         }
+        write_cards(config, summary, shard_set.shards, order.size, model.size, diffusion.prediction_type)
         write_json(out / "summary.json", summary)
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -339,6 +342,16 @@ def check_config(config: FinetuneConfig) -> None:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
     if config.filter.policy != "off" and config.filter.threshold <= 0:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
+    lora = config.lora
+    for name in ("rank", "alpha"):
+        if getattr(lora, name) < 0:
+            raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
+    if not 0 <= lora.dropout < 1:
+        raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
+    if lora.rank and not lora.targets:
+        raise UsageError("lora.targets is empty: name the layers that get adapters")
+    if lora.rank and lora.dropout and config.filter.policy != "off":
+        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
     find_optimizer(config.optimizer)
     check_trackers(config.trackers)
     check_validation(config.validation)
