@@ -23,6 +23,16 @@ import torch
 from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
 from train.components import set_attention
 from train.finetune.average import Average
+from train.finetune.batches import (
+    FaultLog,
+    batch_positions,
+    cache_folder,
+    dead_workers_named,
+    image_sizes,
+    lay_out,
+    make_batches,
+    upcoming_positions,
+)
 from train.finetune.captions import Captions
 from train.finetune.checkpoint import (
     Stateful,
@@ -33,18 +43,20 @@ from train.finetune.checkpoint import (
     save_checkpoint,
 )
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
 from train.finetune.filter import MemorizationFilter
 from train.finetune.log import RunLog, Tally
 from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
 from train.finetune.model import load_model
 from train.finetune.optimizer import learning_rate, make_optimizer, set_learning_rate
+from train.finetune.scan import scan_once
 from train.finetune.stop import StopOnSignal
+from train.finetune.texts import cache_texts
 
 log = get_logger(__name__)
 
 
+@dead_workers_named()
 def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Train, save the pipeline to ``out/model`` and return the summary.
 
@@ -82,15 +94,17 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     average = Average(model.trained, config.ema_decay)
 
     # What it is trained on.
-    shard_set = scan(config.shards)
-    order = ShardOrder(shard_set.counts, config.shuffle_shards, config.seed)
-    captions = Captions(model, shard_set.captions, config.caption_dropout)
+    sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
+    shard_set = scan_once(config, accelerator)
+    loader, order = lay_out(shard_set, sizes, config)
+    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
+    captions = Captions(model, shard_set.captions, config.caption_dropout, texts)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, order.size)
+    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, len(shard_set))
 
     # Where it stands: all that a checkpoint holds.
     counts = Counts()
@@ -105,8 +119,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         restore_state(state, rank, shared, own)
         log.info("resuming %s after step %d", config.out, start)
 
-    dataset = Positions(shard_set, order, model.size, config.seed, config.augmentation)
-    batches = make_batches(dataset, upcoming_positions(start, rank, world, config), config, vae, accelerator)
+    upcoming = upcoming_positions(start, rank, world, config)
+    batches = make_batches(loader, order, upcoming, config, vae, accelerator)
+    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start)
     if config.tracker:
         accelerator.init_trackers("afresh")
     writer = RunLog(out / "log.jsonl", start) if accelerator.is_main_process else None
@@ -121,15 +136,16 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         tally = Tally(device)
         for micro in range(config.gradient_accumulation):
             batch = batches.next()
+            faults.add(batch.faults)
             draws = draw_randomness(batch.positions, batch.latent_shape, diffusion.timesteps, config.seed)
             noise, t = draws.noise.to(device), draws.t.to(device)
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_t = diffusion.noised(x_0, noise, t)
-            ids, conditional = captions.choose(batch.rows, draws.uniform)
+            prompt, conditional = captions.choose(batch.rows, draws.uniform)
 
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
-                output = denoiser(x_t, t, ids).float()
+                output = denoiser(x_t, t, prompt).float()
                 judgeable = conditional & (batch.weight > 0)
                 kept, magnitudes = memorization.weigh(output.detach(), x_t, t, batch.rows, judgeable, step)
                 weights = batch.weight * kept
@@ -196,6 +212,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     average.copy_to_parameters()
     verdicts = gather_states(accelerator, memorization)
+    replaced = accelerator.reduce(torch.tensor(faults.count, device=device), reduction="sum")
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
@@ -204,6 +221,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             "steps": step,
             **judged,
             "skipped_steps": counts.skipped,
+            "replaced": int(replaced),
+            "left_out": shard_set.left_out,
             "processes": world,
             "seconds": round(time.monotonic() - began, 1),
             "model": str(out / "model"),
@@ -246,6 +265,8 @@ def check_config(config: FinetuneConfig) -> None:
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
+    if config.cache_text and config.train_text_encoder:
+        raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
     if config.filter.policy != "off" and config.filter.threshold <= 0:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
 
@@ -264,7 +285,7 @@ def resolve_precision(name: str) -> Any:
 def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
     run = dataclasses.asdict(config) | {"processes": world}
-    for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker"):
+    for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker", "cache"):
         run.pop(free)  # these may change between a run and its resumption: the result does not depend on them
     claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():

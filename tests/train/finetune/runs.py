@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -45,12 +46,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def launch(config: FinetuneConfig, *, processes: int = 1) -> subprocess.Popen:
     """The command as users start it, with one process or two."""
-    arguments = ["-m", "train", "finetune", f"--model={config.model}", f"--out={config.out}"]
-    arguments += [f"--shards={config.shards[0]}", f"--steps={config.steps}", f"--batch_size={config.batch_size}"]
-    arguments += [f"--learning_rate={config.learning_rate}", f"--workers={config.workers}", "--log_every=1"]
-    arguments += [f"--checkpoint_every={config.checkpoint_every}", f"--filter.policy={config.filter.policy}"]
-    arguments += [f"--filter.threshold={config.filter.threshold}", f"--ema_decay={config.ema_decay}"]
-    arguments += [f"--caption_dropout={config.caption_dropout}"]
+    file = Path(config.out).with_suffix(".json")  # JSON is YAML
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    arguments = ["-m", "train", "finetune", f"--config={file}"]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
