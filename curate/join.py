@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,13 @@ class Joined:
 
 
 def join_stage(
-    out: Path, rows: Rows, keys: Sequence[str], captioner: CaptionEmbedder, config: DedupConfig
+    work: Path, rows: Rows, keys: Sequence[str], captioner: CaptionEmbedder, config: DedupConfig
 ) -> Joined:
-    """Exact copies are collapsed by hash first, so that a group of many of them costs nothing."""
+    """Exact copies are collapsed by hash first, so that a group of many of them costs nothing.
+
+    Args:
+        work: folder of the caches of pairs.
+    """
     from curate.embed import normalise_caption
 
     image_of, first = _numbered(rows.column("pixels"))
@@ -74,7 +79,7 @@ def join_stage(
     measured = [config.join, config.recall_sample, config.seed]
     lowest = min(sweep_thresholds(config))
     images_key = digest([list(keys), config.missing_caption, lowest, measured])
-    images_cache = out / "work" / f"pairs-{images_key}.parquet"
+    images_cache = work / f"pairs-{images_key}.parquet"
     image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], lowest, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
@@ -85,7 +90,7 @@ def join_stage(
         list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured,
         captioner.digest,
     ]  # fmt: skip
-    captions_cache = out / "work" / f"pairs-{digest(near_captions)}.parquet"
+    captions_cache = work / f"pairs-{digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
         captions_cache,
         lambda: embedded_captions(captioner, [captions[row] for row in long]),
@@ -135,7 +140,7 @@ def _joined(
         table = pq.read_table(cache)
         measured, crowd = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
         i, j, similarity = (table[name].to_numpy() for name in ("i", "j", "similarity"))
-        left_out = Crowd(embed()[crowd], np.array(crowd), threshold) if crowd else None
+        left_out = Crowd(embed(), np.array(crowd), np.array(crowd), threshold) if crowd else None
         return Pairs(i, j, similarity, left_out), measured
     embeddings = embed()
     if len(embeddings) < 2:
@@ -143,7 +148,7 @@ def _joined(
     else:
         n = len(embeddings)
         exact = config.join == "exact" or (config.join == "auto" and n <= EXACT_ROWS)
-        find = find_pairs if exact else find_pairs_in_cells
+        find = partial(find_pairs, memory=_join_memory(config)) if exact else find_pairs_in_cells
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
             pairs = find(embeddings, threshold, crowd=CROWD, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
@@ -152,6 +157,11 @@ def _joined(
     metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowd)}
     ledgers.write_table(table.replace_schema_metadata(metadata), cache)
     return pairs, measured
+
+
+def _join_memory(config: DedupConfig) -> int:
+    """In bytes."""
+    return int(config.join_memory * 1e9)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ def open_others(config: DedupConfig, embedder: Embedder) -> dict[str, TrainingIn
     """The indexes of the sets to keep apart from, by the folders that name them."""
     from curate.index import TrainingIndex
 
-    others = {folder: TrainingIndex.load(Path(folder).expanduser()) for folder in config.against}
+    others = {folder: TrainingIndex.load(folder) for folder in config.against}
     for folder, index in others.items():
         if index.embedder != embedder.name:
             raise UsageError(
@@ -195,7 +205,9 @@ def against_stage(
     shard, key = (np.full(len(images), None, dtype=object) for _ in range(2))
     similarity = np.full(len(images), np.nan, dtype=np.float32)
     for folder, index in others.items():
-        near, cosine = find_nearest(images, index.embeddings, config.threshold, threads=config.workers)
+        near, cosine = find_nearest(
+            images, index.embeddings, config.threshold, memory=_join_memory(config), threads=config.workers
+        )
         for image in np.flatnonzero((near >= 0) & ~(cosine <= similarity)).tolist():
             shard[image], key[image] = f"{folder}:{index.shards[near[image]]}", index.keys[near[image]]
             similarity[image] = cosine[image]

@@ -114,15 +114,25 @@ def image_sizes(config: FinetuneConfig, default: int, multiple: int) -> list[Siz
     return sizes
 
 
-def lay_out(shard_set: ShardSet, sizes: Sequence[Size], config: FinetuneConfig) -> tuple[ImageLoader, SampleOrder]:
-    """How the images of a run are loaded, and their order."""
+def lay_out(
+    shard_set: ShardSet, sizes: Sequence[Size], config: FinetuneConfig, together: int
+) -> tuple[ImageLoader, SampleOrder]:
+    """How the images of a run are loaded, and their order.
+
+    Args:
+        shard_set: the samples.
+        sizes: from :func:`image_sizes`.
+        config: of the run.
+        together: samples in a row that are of one bucket: the batch size that the run was begun with, which smaller
+            batches divide, so that they leave the order as it is.
+    """
     loader = ImageLoader(shard_set, sizes, config.crop, config.augmentation, config.seed, keep=config.shuffle_shards)
     order = SampleOrder(
         shard_set.counts,
         config.shuffle_shards,
         config.seed,
         repeats=shard_set.repeats,
-        batch_size=config.batch_size,
+        batch_size=together,
         buckets=len(sizes),
         bucket_of=loader.buckets if len(sizes) > 1 else None,
     )

@@ -83,10 +83,20 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         with write_atomic(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        raise UserError(f"{path}: the checkpoint could not be written: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch's goes on with a stack of C++ frames
+        raise UserError(
+            f"{path}: the checkpoint could not be written: {reason}; make room, and the same command goes on from "
+            f"{f'step {older[-1][0]}' if (older := list_checkpoints(folder)) else 'the beginning'}"
+        ) from error
     for _, old in list_checkpoints(folder)[: -max(keep, 1)]:
         old.unlink()
     return path
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed left behind; nobody else may be writing there."""
+    for path in folder.glob(".tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 def load_latest(folder: Path) -> tuple[int, dict[str, Any]] | None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.console import UserError
+from curate.console import UsageError, UserError
 from curate.shards import write_shard
 from tests.train.finetune.runs import REPOSITORY, launch, log_lines, settings, wait_for_step
 from train.finetune.batches import DecodedBatches, FaultLog, StreamedBatches, ahead, lay_out
@@ -61,7 +61,7 @@ def photos(folder: Path, *, shards: int = 4, each: int = 6) -> str:
 
 def batches(shards: str, tmp_path: Path, *, workers: int = 0, start: int = 0, count: int = 12, **changes):
     config = settings("", shards, tmp_path, crop="random", seed=5, shuffle_shards=2, **changes)
-    loader, order = lay_out(scan(config.shards, tmp_path / "samples.arrow"), SIZES, config)
+    loader, order = lay_out(scan(config.shards, tmp_path / "samples.arrow"), SIZES, config, 4)
     positions = [range(4 * batch, 4 * batch + 4) for batch in range(start, count)]
     return StreamedBatches(DecodedBatches(order, loader), positions, workers, Pixels(), torch.device("cpu"))
 
@@ -141,7 +141,7 @@ def test_positions_are_asked_for_no_further_ahead_than_is_prefetched(tmp_path):
             yield range(4 * batch, 4 * batch + 4)
 
     config = settings("", photos(tmp_path / "in"), tmp_path)
-    loader, order = lay_out(scan(config.shards, tmp_path / "samples.arrow"), SIZES, config)
+    loader, order = lay_out(scan(config.shards, tmp_path / "samples.arrow"), SIZES, config, 4)
     stream = StreamedBatches(DecodedBatches(order, loader), positions(), 1, Pixels(), torch.device("cpu"))
     drained(stream, 3)
     assert 3 <= len(asked) < 12
@@ -246,7 +246,7 @@ def test_an_exception_in_a_worker_names_the_sample_in_one_line(tmp_path, workers
     config = settings("", photos(tmp_path / "in"), tmp_path)
     shard_set = scan(config.shards, tmp_path / "samples.arrow")
     loader = Explosive(shard_set, [(16, 16)], "none", Augmentation(), seed=0)
-    order = lay_out(shard_set, [(16, 16)], config)[1]
+    order = lay_out(shard_set, [(16, 16)], config, 4)[1]
     stream = StreamedBatches(
         DecodedBatches(order, loader), [range(40)], workers, Pixels(), torch.device("cpu")
     )
@@ -318,6 +318,13 @@ def test_a_samples_weight_multiplies_its_loss_and_the_batch_stays_nominal(model,
         norms[weight] = log_lines(tmp_path / f"run{weight}")[0]["grad_norm"]
     assert norms[3] == pytest.approx(3 * norms[1], rel=1e-3) and norms[1] > 0
     assert norms[0] == 0 and summary["skipped_steps"] == 1
+
+
+def test_settings_that_model_or_shards_do_not_take_leave_the_folder_free_for_others(model, shards, tmp_path):
+    for bad, word in (({"resolution": 30}, "resolution"), ({"shards": [str(tmp_path / "no.tar")]}, "no such file")):
+        with pytest.raises(UsageError, match=word):
+            run_finetune(dataclasses.replace(settings(model, shards, tmp_path / "run"), **bad))
+    assert run_finetune(settings(model, shards, tmp_path / "run", steps=1, resolution=32))["steps"] == 1
 
 
 def test_config_files_name_shard_groups_buckets_and_caches(run_cli, tmp_path):

@@ -91,6 +91,12 @@ def test_one_bucket_gives_the_plain_order():
     assert [one.at(i) for i in range(100)] == [plain.at(i) for i in range(100)]
 
 
+def test_half_a_batch_is_of_one_bucket_too_so_that_smaller_passes_take_the_same_samples():
+    order = bucketed()
+    for half in range(60):
+        assert len({order.bucket(2 * half + slot) for slot in range(2)}) == 1
+
+
 def test_a_position_holds_the_same_whatever_was_asked_for_before_and_in_another_process():
     order = bucketed()
     expected = {i: order.at(i) for i in range(200)}
