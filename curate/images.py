@@ -104,6 +104,38 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
     Raises:
         ImageError: as ``decode_image``.
     """
+    image = _opened(data, max_pixels)
+    width, height = image.size
+    try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        orientation = _orientation(image)
+        if orientation > 4:  # turned by a quarter
+            width, height = height, width
+        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+        return DecodedImage(_as_rgb(upright), width, height, orientation)
+    except Exception as error:
+        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+
+
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an encoded image, upright, from its header alone: nothing is decoded.
+
+    An orientation that a PNG states behind its pixels is not seen.
+
+    Raises:
+        ImageError: empty, unknown, too large, or with a malformed header.
+    """
+    image = _opened(data, max_pixels)
+    width, height = image.size
+    if image.format == "PNG" and "exif" not in image.info:  # getexif() would decode all pixels to look behind them
+        return width, height
+    return (height, width) if _orientation(image) > 4 else (width, height)
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """An image of which the header is read, and found to be of a size to decode."""
     if not data:
         raise ImageError("image is empty (0 bytes)")
     if (scans := _scans(data)) > MAX_SCANS:
@@ -123,17 +155,7 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
         raise ImageError(f"image is {width}x{height}, more than {max_pixels} pixels: refused before decoding")
     if width < 1 or height < 1:
         raise ImageError(f"image is {width}x{height}: nothing to see")
-    try:
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
-        image.load()
-        orientation = _orientation(image)
-        if orientation > 4:  # turned by a quarter
-            width, height = height, width
-        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
-        return DecodedImage(_as_rgb(upright), width, height, orientation)
-    except Exception as error:
-        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+    return image
 
 
 def shrunk(image: Image.Image, at_least: int) -> Image.Image:

@@ -40,11 +40,15 @@ _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it stands in its shard: ``members`` maps extensions (as spelled) to bytes, in order."""
+    """One sample as it stands in its shard: ``members`` maps extensions (as spelled) to bytes, in order.
+
+    ``offsets`` says where in the file the bytes of each begin; it is empty where the archive is compressed.
+    """
 
     shard: str
     key: str
     members: Mapping[str, bytes] = field(repr=False)
+    offsets: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def image_ext(self) -> str | None:
@@ -213,7 +217,7 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
             reason = f"key {shown(key)} stands in this shard before: its members must be side by side, each once"
             return BadSample(shard, key, f"{reason} (here: {extensions})", "repeated_key")
         seen.add(key)
-        sample = Sample(shard, key, finished.members)
+        sample = Sample(shard, key, finished.members, finished.offsets)
         if sample.image_ext is None:
             extensions = _listed(finished.members)
             reason = f"no image: none of {', '.join(IMAGE_EXTENSIONS)} among its members ({extensions})"
@@ -241,7 +245,7 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
                         yield close(group)
                         usual = group.lowered & {"txt", "json"}
                     group = _Group(key)
-                group.add(ext, member.data, problem)
+                group.add(ext, member, problem)
         except ReadError as error:
             raise UserError(f"cannot read shard {url}: {error}") from error
 
@@ -379,11 +383,13 @@ class _Group:
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
     lowered: set[str] = field(default_factory=set)
     problem: tuple[str, str] | None = None
     size: int = 0
 
-    def add(self, ext: str, data: bytes | None, problem: str | None) -> None:
+    def add(self, ext: str, member: Member, problem: str | None) -> None:
+        data = member.data
         self.lowered.add(ext.lower())
         self.size += len(data or b"") + BLOCK
         if problem is None and self.size > MAX_SAMPLE_BYTES:
@@ -393,6 +399,8 @@ class _Group:
             self.members.clear()
         elif data is not None and self.problem is None:
             self.members[ext] = data
+            if member.offset is not None:
+                self.offsets[ext] = member.offset
 
 
 def _refusal(member: Member) -> str | None:
