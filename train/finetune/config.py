@@ -7,6 +7,34 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class ShardGroup:
+    """Shards whose samples stand in an epoch several times.
+
+    Args:
+        path: a path, glob, brace range, folder or fsspec URL.
+        repeats: how often each of their samples is seen in an epoch.
+    """
+
+    path: str
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Images of several shapes, of which a batch holds one: each goes where the aspect ratio is nearest to its own.
+
+    Args:
+        step: sides are multiples of it, in pixels; 64 is usual. 0 brings every image to one square.
+        min_side: smallest side; 0 is half the resolution.
+        max_side: largest side; 0 is twice the resolution.
+    """
+
+    step: int = 0
+    min_side: int = 0
+    max_side: int = 0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -107,7 +135,7 @@ class FinetuneConfig:
             that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
             ``verdicts.parquet``, ``summary.json``.
-        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs.
+        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``.
         steps: optimizer steps.
         batch_size: samples a process takes in one forward pass.
         gradient_accumulation: forward passes per optimizer step.
@@ -145,10 +173,17 @@ class FinetuneConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attention: how the UNet computes attention (``train.components.set_attention``).
         compile: compile the UNet with torch.compile; the first steps take minutes.
+        resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
+        crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
+        buckets: images of several shapes.
+        weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
-        cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start.
-        workers: processes that read and decode images, when latents are not cached.
-        shuffle_shards: shards that are shuffled together; memory holds their encoded bytes.
+        cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
+            latents in memory (``memory`` or true) or in ``cache`` (``disk``).
+        cache_text: the same for the captions' embeddings, where the text encoder is not trained; in half precision.
+        cache: folder of what is kept on disk, which several runs may share; empty is ``out/cache``.
+        workers: processes that read and decode images.
+        shuffle_shards: shards that are shuffled together.
         filter: which samples of a batch are left out.
         checkpoint_every: steps between checkpoints; 0 saves one only on a signal.
         keep_checkpoints: how many are kept.
@@ -163,7 +198,7 @@ class FinetuneConfig:
 
     model: str
     out: str
-    shards: list[str]
+    shards: list[str | ShardGroup]
     revision: str | None = None
     variant: str | None = None
     model_config: str | None = None
@@ -197,7 +232,13 @@ class FinetuneConfig:
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
     compile: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
-    cache_latents: bool = False
+    resolution: int = 0
+    crop: Literal["none", "center", "random"] = "none"
+    buckets: Buckets = field(default_factory=Buckets)
+    weight_field: str | None = None
+    cache_latents: bool | Literal["memory", "disk"] = False
+    cache_text: bool | Literal["memory", "disk"] = False
+    cache: str = ""
     workers: int = 2
     shuffle_shards: int = 16
     filter: FilterConfig = field(default_factory=FilterConfig)

@@ -24,6 +24,16 @@ import torch
 from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
 from train.components import set_attention
 from train.finetune.average import Average
+from train.finetune.batches import (
+    FaultLog,
+    batch_positions,
+    cache_folder,
+    dead_workers_named,
+    image_sizes,
+    lay_out,
+    make_batches,
+    upcoming_positions,
+)
 from train.finetune.captions import Captions
 from train.finetune.checkpoint import (
     Stateful,
@@ -36,7 +46,6 @@ from train.finetune.checkpoint import (
     save_checkpoint,
 )
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import Positions, ShardOrder, derive_seed, make_batches, scan, upcoming_positions
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.filter import MemorizationFilter
 from train.finetune.hub import check_hub, push_model
@@ -53,7 +62,10 @@ from train.finetune.memory import (
 from train.finetune.model import load_model
 from train.finetune.model_card import write_cards
 from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
+from train.finetune.order import derive_seed
+from train.finetune.scan import scan_once
 from train.finetune.stop import StopOnSignal
+from train.finetune.texts import cache_texts
 from train.finetune.validation import Validation, check_validation, send_images
 
 if TYPE_CHECKING:
@@ -63,7 +75,7 @@ log = get_logger(__name__)
 
 FREE = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
-    *("workers", "trackers", "validation", "push_to_hub", "license"),
+    *("workers", "trackers", "validation", "push_to_hub", "license", "cache"),
 )
 """Settings that may change between a run and its resumption: the result does not depend on them."""
 
@@ -89,8 +101,12 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         try:
             if summary is None:
                 with StopOnSignal() as stop:
-                    summary = train(attempt, accelerator, stop)
+                    summary = train(attempt, config.batch_size, accelerator, stop)
             return publish(out, config, summary) if accelerator.is_main_process else summary
+        except UsageError:  # found once the model or the shards were read
+            if not (out / "log.jsonl").exists():  # nothing was trained: the folder is free for other settings
+                (out / "run.json").unlink(missing_ok=True)
+            raise
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -119,8 +135,12 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         accelerator.free_memory()
 
 
-def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) -> dict[str, Any]:
-    """The run from where it stands to its end, or to the step at which it is asked to stop."""
+@dead_workers_named()
+def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: StopOnSignal) -> dict[str, Any]:
+    """The run from where it stands to its end, or to the step at which it is asked to stop.
+
+    ``planned`` is the batch size that was asked for, of which the one that fits may be a part.
+    """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     out = Path(config.out)
     checkpoints = out / "checkpoints"
@@ -138,15 +158,17 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
     average = Average(model.trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
-    shard_set = scan(config.shards)
-    order = ShardOrder(shard_set.counts, config.shuffle_shards, config.seed)
-    captions = Captions(model, shard_set.captions, config.caption_dropout)
+    sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
+    shard_set = scan_once(config, accelerator)
+    loader, order = lay_out(shard_set, sizes, config, planned)
+    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
+    captions = Captions(model, shard_set.captions, config.caption_dropout, texts)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, order.size)
+    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, len(shard_set))
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
@@ -161,8 +183,9 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
         restore_state(state, rank, shared, own)
         log.info("resuming %s after step %d", config.out, start)
 
-    dataset = Positions(shard_set, order, model.size, config.seed, config.augmentation)
-    batches = make_batches(dataset, upcoming_positions(start, rank, world, config), config, vae, accelerator)
+    upcoming = upcoming_positions(start, rank, world, config)
+    batches = make_batches(loader, order, upcoming, config, vae, accelerator)
+    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start)
     if config.trackers:
         accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
     writer = validation = None
@@ -183,6 +206,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
         for micro in range(config.gradient_accumulation):
             with meter.waiting():
                 batch = batches.next()
+            faults.add(batch.faults)
             draws = draw_randomness(
                 batch.positions,
                 batch.latent_shape,
@@ -194,13 +218,13 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_t = diffusion.noised(x_0, input_noise, t)
-            ids, conditional = captions.choose(batch.rows, draws.uniform)
+            prompt, conditional = captions.choose(batch.rows, draws.uniform)
             readable = batch.weight > 0
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
-                output = denoiser(x_t, t, ids).float()
+                output = denoiser(x_t, t, prompt).float()
                 kept, magnitudes = memorization.weigh(
                     output.detach(), x_t, t, batch.rows, conditional & readable, step
                 )
@@ -274,6 +298,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
     bar.close()
 
     verdicts = gather_states(accelerator, memorization)
+    replaced = accelerator.reduce(torch.tensor(faults.count, device=device), reduction="sum")
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
@@ -283,11 +308,14 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             "steps": step,
             **judged,
             "skipped_steps": counts.skipped,
+            "replaced": int(replaced),
+            "left_out": shard_set.left_out,
             "processes": world,
             "seconds": round(time.monotonic() - began, 1),
             "model": str(out / "model"),
         }
-        write_cards(config, summary, shard_set.shards, order.size, model.size, diffusion.prediction_type)
+        size = config.resolution or model.size
+        write_cards(config, summary, shard_set.urls, len(shard_set), size, diffusion.prediction_type)
         write_json(out / "summary.json", summary)
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -340,6 +368,8 @@ def check_config(config: FinetuneConfig) -> None:
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
+    if config.cache_text and config.train_text_encoder:
+        raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
     if config.filter.policy != "off" and config.filter.threshold <= 0:
         raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
     lora = config.lora

@@ -35,9 +35,12 @@ class Denoiser(torch.nn.Module):
         with contextlib.nullcontext() if trained else torch.no_grad():
             return self.text_encoder(ids)[0]
 
-    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """The UNet's output for noised latents ``[n, 4, h, w]``, timesteps ``[n]`` and token ids ``[n, tokens]``."""
-        embeddings = self.encode(ids)
+    def forward(self, x_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        """The UNet's output for noised latents ``[n, 4, h, w]``, timesteps ``[n]`` and prompts.
+
+        A prompt is token ids ``[n, tokens]`` or, where it was encoded before, its embedding ``[n, tokens, width]``.
+        """
+        embeddings = prompt if prompt.is_floating_point() else self.encode(prompt)
         return self.unet(x_t, t, embeddings.expand(len(x_t), -1, -1)).sample
 
 
@@ -63,6 +66,7 @@ class Model:
         self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
         self.size = pixel_size(pipe)
         self.empty_ids = tokenize(pipe, [""]).to(device)
+        self._empty: Tensor | None = None
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -75,7 +79,10 @@ class Model:
 
         Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
         """
-        return self.denoiser(x_t, t, self.empty_ids).float()
+        if self._empty is None:  # encoded once, unless the text encoder changes
+            trained = any(p.requires_grad for p in self.denoiser.text_encoder.parameters())
+            self._empty = self.empty_ids if trained else self.denoiser.encode(self.empty_ids)
+        return self.denoiser(x_t, t, self._empty).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that change, by name."""
