@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from curate.console import UserError
-from curate.images import decode_image, image_array
+from curate.images import decode_image
 from curate.shards import write_shard
 from train.components import check_trainable, encode_captions, load_pipeline, tiny_pipeline, unsupported
 from train.sample_set import load_part
@@ -271,6 +271,7 @@ def test_a_hub_name_offline_is_named_with_the_reason():
 
 
 def test_a_model_that_predicts_v_is_trained_on_v_and_stays_one(tmp_path):
+    from train.finetune.buckets import bring_to, crop_box
     from train.finetune.config import FinetuneConfig
     from train.finetune.latents import encode_moments
     from train.finetune.loop import run_finetune
@@ -290,7 +291,8 @@ def test_a_model_that_predicts_v_is_trained_on_v_and_stays_one(tmp_path):
 
     # The same step by hand: the draws of position 0, x_t and v as Salimans & Ho define them.
     pipe = load_pipeline(model)
-    pixels = torch.from_numpy(image_array(decode_image(sample.image), 64))
+    image = decode_image(sample.image)
+    pixels = torch.from_numpy(bring_to(image, (64, 64), crop_box(image.size, (64, 64), "center")))
     mean, logvar = encode_moments(pipe.vae, pixels[None]).chunk(2, dim=1)
     g = generator(0, "step", 0)
     posterior, noise = torch.randn(mean.shape[1:], generator=g), torch.randn(mean.shape[1:], generator=g)
