@@ -40,17 +40,21 @@ class Captions:
         self._ids = tokenize(model.pipe, [text for texts in captions for text in texts])
         self._first = torch.tensor([0, *[len(texts) for texts in captions]]).cumsum(0)
 
-    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids ``[n, tokens]`` of each row's chosen caption, and whether it is conditional ``[n]`` bool.
+    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, list[str], Tensor]:
+        """Each row's chosen caption.
 
         Args:
             rows: ``[n]`` int64, on the CPU.
             uniform: ``[n, 2]``, see :func:`choose_caption`.
+
+        Returns:
+            token ids ``[n, tokens]``; the ``n`` texts; and whether they are conditional, ``[n]`` bool on the CPU.
         """
-        ids, conditional = [], []
+        ids, texts, conditional = [], [], []
         for row, numbers in zip(rows.tolist(), uniform, strict=True):
-            texts = self.captions[row]
-            text, is_conditional = choose_caption(texts, numbers, self.dropout)
+            of_row = self.captions[row]
+            text, is_conditional = choose_caption(of_row, numbers, self.dropout)
+            texts.append(text)
             conditional.append(is_conditional)
-            ids.append(self._ids[self._first[row] + texts.index(text)] if is_conditional else self._empty[0].cpu())
-        return torch.stack(ids).to(self._empty.device), torch.tensor(conditional, device=self._empty.device)
+            ids.append(self._ids[self._first[row] + of_row.index(text)] if is_conditional else self._empty[0].cpu())
+        return torch.stack(ids).to(self._empty.device), texts, torch.tensor(conditional)

@@ -21,8 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from curate.console import UserError, get_logger, progress
+from curate.idlist import listed_keys, refuse_missing
 from curate.images import ImageError, decode_image, image_array
-from curate.shards import Sample, expand_shards, read_samples
+from curate.shards import Sample, expand_shards, read_samples, shard_names
 from train.finetune.augment import augment, draw
 from train.finetune.config import Augmentation, FinetuneConfig
 
@@ -121,33 +122,48 @@ class ShardSet:
         counts: readable samples of each.
         ids: ``(shard, key)`` of each row.
         captions: of each row, at least one.
+        excluded: keys in each shard that are no rows.
     """
 
     shards: list[str]
     counts: list[int]
     ids: list[tuple[str, str]]
     captions: list[tuple[str, ...]]
+    excluded: list[set[str]]
 
 
-def scan(patterns: Sequence[str]) -> ShardSet:
+def scan(patterns: Sequence[str], exclude: str = "") -> ShardSet:
     """Read every shard once for its keys and captions.
 
+    Args:
+        patterns: paths, globs, brace ranges, folders or URLs.
+        exclude: a list of samples to leave out (:mod:`curate.idlist`); empty for none.
+
     Raises:
-        UserError: there is no usable sample.
+        UsageError: the list cannot be read, or is not of these shards.
+        UserError: there is no usable sample, or a listed one is not there.
     """
     shards = expand_shards(list(patterns))
+    names = shard_names(shards)
+    listed = listed_keys(exclude, shards) if exclude else [set() for _ in shards]
+    found: list[set[str]] = [set() for _ in shards]
     counts: list[int] = []
     ids: list[tuple[str, str]] = []
     captions: list[tuple[str, ...]] = []
-    for shard in progress(shards, desc="scan", unit="shard"):
+    for number, shard in enumerate(progress(shards, desc="scan", unit="shard")):
         before = len(ids)
         for sample in usable_samples(shard):
-            ids.append((sample.shard, sample.key))
+            if sample.key in listed[number]:
+                found[number].add(sample.key)
+                continue
+            ids.append((names[number], sample.key))
             captions.append(sample_captions(sample))
         counts.append(len(ids) - before)
+    if exclude:
+        refuse_missing(exclude, names, listed, found)
     if not ids:
-        raise UserError(f"{', '.join(patterns)}: the shards hold no sample with an image")
-    return ShardSet(shards, counts, ids, captions)
+        raise UserError(f"{', '.join(patterns)}: the shards hold no sample with an image that is not excluded")
+    return ShardSet(shards, counts, ids, captions, listed)
 
 
 def usable_samples(shard: str) -> Iterator[Sample]:
@@ -187,7 +203,8 @@ class Positions(Dataset):
         if shard not in self._open:
             while len(self._open) >= self.order.window:
                 self._open.pop(next(iter(self._open)))
-            self._open[shard] = list(usable_samples(self.shard_set.shards[shard]))
+            samples, excluded = usable_samples(self.shard_set.shards[shard]), self.shard_set.excluded[shard]
+            self._open[shard] = [sample for sample in samples if sample.key not in excluded]
         return self._open[shard][place]
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:

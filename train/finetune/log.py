@@ -47,21 +47,32 @@ class Tally:
             magnitudes: ``[n]``, NaN where not judged.
             asked: whether this process has been asked to stop.
         """
-        judged = ~magnitudes.isnan()
         finite = loss.detach().isfinite()
         numbers = (
             (weights > 0).sum(),
-            judged.sum(),
-            (judged & (kept == 0)).sum(),
+            (~magnitudes.isnan()).sum(),
+            (kept == 0).sum(),
             torch.where(finite, loss.detach(), 0.0),
             ~finite,
             torch.tensor(asked, device=loss.device),
         )
         self._sums += torch.stack([number.float() for number in numbers])
 
-    def reduce(self, accelerator: Accelerator) -> Totals:
-        """The sums over all processes: the one exchange of a step beside the gradients'."""
-        return Totals(*accelerator.reduce(self._sums, reduction="sum").tolist())
+    def exchange(self, accelerator: Accelerator, records: Tensor) -> tuple[Totals, Tensor]:
+        """The sums over all processes, and all that they recorded: the one exchange of a step beside the gradients'.
+
+        Args:
+            accelerator: of the run.
+            records: ``[micro-steps, n, columns]`` int32, on the device.
+
+        Returns:
+            The sums; and all records ``[micro-steps · processes · n, columns]`` on the CPU, in the order of positions.
+        """
+        packed = torch.cat([self._sums.view(torch.int32), records.flatten()])
+        everyone = accelerator.gather(packed[None]).cpu()
+        sums = everyone[:, : len(self._sums)].contiguous().view(torch.float32).sum(dim=0)
+        of_all = everyone[:, len(self._sums) :].view(len(everyone), *records.shape)
+        return Totals(*sums.tolist()), of_all.transpose(0, 1).reshape(-1, records.shape[-1])
 
 
 class RunLog:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
+from curate.idlist import ids_digest
 from train.components import set_attention
 from train.finetune.average import Average
 from train.finetune.captions import Captions
 from train.finetune.checkpoint import (
     Stateful,
     collect_state,
-    gather_states,
     load_latest,
     restore_state,
     save_checkpoint,
@@ -35,7 +35,7 @@ from train.finetune.checkpoint import (
 from train.finetune.config import FinetuneConfig
 from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
-from train.finetune.filter import MemorizationFilter
+from train.finetune.filter import MemorizationFilter, check_filter, chosen_thresholds, reference_samples
 from train.finetune.log import RunLog, Tally
 from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
 from train.finetune.model import load_model
@@ -56,8 +56,10 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
 
     check_config(config)
+    thresholds = chosen_thresholds(config.filter, config.model)
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     out = Path(config.out)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
@@ -82,7 +84,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     average = Average(model.trained, config.ema_decay)
 
     # What it is trained on.
-    shard_set = scan(config.shards)
+    shard_set = scan(config.shards, config.exclude)
     order = ShardOrder(shard_set.counts, config.shuffle_shards, config.seed)
     captions = Captions(model, shard_set.captions, config.caption_dropout)
 
@@ -90,14 +92,29 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, order.size)
+    memorization = MemorizationFilter(
+        config.filter,
+        diffusion,
+        predict_unconditional,
+        order.size,
+        config.seed,
+        thresholds,
+        reference_samples(config.filter, shard_set),
+        together=accelerator.distributed_type == DistributedType.FSDP,
+    )
 
     # Where it stands: all that a checkpoint holds.
     counts = Counts()
-    shared: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average, "counts": counts}
+    shared: dict[str, Stateful] = {
+        "model": model,
+        "optimizer": optimizer,
+        "average": average,
+        "counts": counts,
+        "filter": memorization,
+    }
     if accelerator.scaler is not None:
         shared["scaler"] = accelerator.scaler
-    own: dict[str, Stateful] = {"filter": memorization}
+    own: dict[str, Stateful] = {}
     start = 0
     checkpoints = out / "checkpoints"
     if (found := load_latest(checkpoints)) is not None:
@@ -125,20 +142,22 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             noise, t = draws.noise.to(device), draws.t.to(device)
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_t = diffusion.noised(x_0, noise, t)
-            ids, conditional = captions.choose(batch.rows, draws.uniform)
+            ids, texts, conditional = captions.choose(batch.rows, draws.uniform)
 
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
                 output = denoiser(x_t, t, ids).float()
-                judgeable = conditional & (batch.weight > 0)
-                kept, magnitudes = memorization.weigh(output.detach(), x_t, t, batch.rows, judgeable, step)
+                kept, magnitudes = memorization.weigh(
+                    output.detach(), x_t, draws.t, batch.rows, texts, conditional, batch.weight > 0, step
+                )
                 weights = batch.weight * kept
                 losses = squared_errors(output, diffusion.target(x_0, noise, t))
                 losses = losses * min_snr_weights(diffusion.alpha_bar[t], diffusion.prediction_type, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
             tally.add(loss, weights, kept, magnitudes, stop.asked)
-        totals = tally.reduce(accelerator)
+        totals, records = tally.exchange(accelerator, memorization.records())
+        memorization.absorb(records, step)
 
         grad_norm = 0.0
         moved = totals.kept > 0 and not totals.not_finite
@@ -173,7 +192,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
                 "skipped_steps": counts.skipped,
                 "samples_per_second": (step - start) * seen / (time.monotonic() - began),
             }
-            writer.add(line)
+            writer.add(line | memorization.log_line())
             bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {line['dropped']} of {seen}")
             if config.tracker:
                 accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
@@ -195,10 +214,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     stop.restore()
 
     average.copy_to_parameters()
-    verdicts = gather_states(accelerator, memorization)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
+        judged = memorization.finish(out, shard_set.ids)
         model.save(out / "model")
         summary = {
             "steps": step,
@@ -246,8 +264,7 @@ def check_config(config: FinetuneConfig) -> None:
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    if config.filter.policy != "off" and config.filter.threshold <= 0:
-        raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
+    check_filter(config.filter)
 
 
 def resolve_precision(name: str) -> Any:
@@ -266,6 +283,8 @@ def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | Non
     run = dataclasses.asdict(config) | {"processes": world}
     for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker"):
         run.pop(free)  # these may change between a run and its resumption: the result does not depend on them
+    if config.exclude:
+        run["exclude"] = ids_digest(config.exclude)
     claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
         log.info("%s is finished already", out)

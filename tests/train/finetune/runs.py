@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,8 @@ def launch(config: FinetuneConfig, *, processes: int = 1) -> subprocess.Popen:
     arguments = ["-m", "train", "finetune", f"--model={config.model}", f"--out={config.out}"]
     arguments += [f"--shards={config.shards[0]}", f"--steps={config.steps}", f"--batch_size={config.batch_size}"]
     arguments += [f"--learning_rate={config.learning_rate}", f"--workers={config.workers}", "--log_every=1"]
-    arguments += [f"--checkpoint_every={config.checkpoint_every}", f"--filter.policy={config.filter.policy}"]
-    arguments += [f"--filter.threshold={config.filter.threshold}", f"--ema_decay={config.ema_decay}"]
-    arguments += [f"--caption_dropout={config.caption_dropout}"]
+    arguments += [f"--checkpoint_every={config.checkpoint_every}", f"--ema_decay={config.ema_decay}"]
+    arguments += [f"--caption_dropout={config.caption_dropout}", f"--filter={json.dumps(asdict(config.filter))}"]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
