@@ -83,7 +83,7 @@ class FilterConfig:
     threshold: float | list[float | None] | str = 2.0
     form: Literal["l2", "rms"] = "l2"
     min_timestep: int = 800
-    k: int = 4
+    k: int = 5
     expires: int = 8
     verdict_of: Literal["sample", "caption"] = "sample"
     calibrate: Calibration = field(default_factory=Calibration)
