@@ -99,6 +99,8 @@ class DedupConfig:
         join: ``exact`` finds all near pairs; ``cells`` compares only rows of neighbouring k-means cells, for sets that
             are too large for it, and loses a little, which ``recall`` measures; ``auto`` is exact up to two million
             distinct images (and captions).
+        join_memory: GB that the exact join may take beside the embeddings and what it finds. With too little of it the
+            embeddings are read several times. The result is the same.
         engine: where stages run: ``local`` is this machine's processes.
         recall_sample: rows on which the recall of the join is measured against exact search.
         seed: of the samples on which recall and the report's histogram are measured.
@@ -127,6 +129,7 @@ class DedupConfig:
     batch_size: int = 256
     workers: int = 0
     join: Literal["auto", "exact", "cells"] = "auto"
+    join_memory: float = 2.0
     engine: Literal["local"] = "local"
     recall_sample: int = 1000
     seed: int = 0

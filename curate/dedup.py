@@ -122,6 +122,8 @@ def _check_settings(config: DedupConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
+    if config.join_memory <= 0:
+        raise UsageError(f"join_memory must be above 0 GB, got {config.join_memory}")
     for name in ("workers", "min_caption_chars", "seed"):
         value = getattr(config, name)
         if value < 0:
@@ -177,7 +179,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def settings_of(config: DedupConfig) -> dict[str, Any]:
     """What the result depends on, beside the input."""
-    apart = ("out", "shards", "workers", "engine")
+    apart = ("out", "shards", "workers", "engine", "join_memory")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
     if config.exclude:  # what the list holds, wherever it lies
         settings["exclude"] = ids_digest(config.exclude)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ def _joined(
         table = pq.read_table(cache)
         measured, crowd = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
         i, j, similarity = (table[name].to_numpy() for name in ("i", "j", "similarity"))
-        left_out = Crowd(embed()[crowd], np.array(crowd), threshold) if crowd else None
+        left_out = Crowd(embed(), np.array(crowd), np.array(crowd), threshold) if crowd else None
         return Pairs(i, j, similarity, left_out), measured
     embeddings = embed()
     if len(embeddings) < 2:
@@ -144,7 +145,7 @@ def _joined(
     else:
         n = len(embeddings)
         exact = config.join == "exact" or (config.join == "auto" and n <= EXACT_ROWS)
-        find = find_pairs if exact else find_pairs_in_cells
+        find = partial(find_pairs, memory=_join_memory(config)) if exact else find_pairs_in_cells
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
             pairs = find(embeddings, threshold, crowd=CROWD, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
@@ -153,6 +154,11 @@ def _joined(
     metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowd)}
     ledgers.write_table(table.replace_schema_metadata(metadata), cache)
     return pairs, measured
+
+
+def _join_memory(config: DedupConfig) -> int:
+    """In bytes."""
+    return int(config.join_memory * 1e9)
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,9 @@ def against_stage(
     shard, key = (np.full(len(images), None, dtype=object) for _ in range(2))
     similarity = np.full(len(images), np.nan, dtype=np.float32)
     for folder, index in others.items():
-        near, cosine = find_nearest(images, index.embeddings, config.threshold, threads=config.workers)
+        near, cosine = find_nearest(
+            images, index.embeddings, config.threshold, memory=_join_memory(config), threads=config.workers
+        )
         for image in np.flatnonzero((near >= 0) & ~(cosine <= similarity)).tolist():
             shard[image], key[image] = f"{folder}:{index.shards[near[image]]}", index.keys[near[image]]
             similarity[image] = cosine[image]

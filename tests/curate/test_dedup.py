@@ -280,10 +280,10 @@ def test_the_index_holds_kept_and_dropped_samples(curated):
     assert int(np.asarray(index.kept).sum()) == summary["kept"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_input_gives_the_same_bytes_anywhere(curated, mess, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "join_memory"), [(1, 2.0), (2, 1e-9)])
+def test_the_same_input_gives_the_same_bytes_anywhere(curated, mess, tmp_path, workers, join_memory):
     shutil.copytree(mess, tmp_path / "moved")
-    run_dedup(settings(tmp_path / "moved", tmp_path / "out", workers=workers))
+    run_dedup(settings(tmp_path / "moved", tmp_path / "out", workers=workers, join_memory=join_memory))
     assert promised(tmp_path / "out") == promised(curated[0])
 
 
@@ -407,6 +407,7 @@ def test_one_sample_is_a_set(mess, tmp_path):
         ({"max_per_caption": 0}, "max_per_caption"),
         ({"samples_per_shard": 0}, "samples_per_shard"),
         ({"workers": -1}, "workers"),
+        ({"join_memory": 0}, "join_memory"),
         ({"image_embedder": "no-such-embedder"}, "no-such-embedder"),
         ({"shards": ["nowhere"]}, "nowhere"),
         ({"shards": ["pipe:cat x"]}, "pipe"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -91,32 +91,74 @@ class FilterConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Images of fixed prompts, drawn at intervals from the weights that the run would save at that moment.
+
+    Args:
+        every: optimizer steps between them; 0 draws none.
+        prompts: texts to draw, one image each, into ``out/validation/step-000500/``.
+        guidance: none, amg, or amg-strong, as in ``train sample``.
+        index: training-set index for the guidance: the output folder of curate dedup, or its index folder.
+        steps: denoising steps.
+        scale: classifier-free guidance scale.
+        seed: of every image.
+    """
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    guidance: Literal["none", "amg", "amg-strong"] = "none"
+    index: str = ""
+    steps: int = 25
+    scale: float = 7.5
+    seed: int = 0
+
+
+@dataclass
 class FinetuneConfig:
     """Settings of a training run.
 
     Args:
         model: pipeline folder, hub name or single-file checkpoint to start from.
-        out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``log.jsonl``, ``verdicts.parquet``,
-            ``filter.json`` (the thresholds), ``summary.json``.
+        out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
+            ``verdicts.parquet``, ``filter.json`` (the thresholds), ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps.
         batch_size: samples a process takes in one forward pass.
         gradient_accumulation: forward passes per optimizer step.
+        auto_batch_size: when memory runs out, take half the batch_size and twice the gradient_accumulation, and go on
+            from the newest checkpoint; the optimizer step stays what it was. The size that fits is kept in
+            ``out/batch.json``. Of several processes none can wait for one that failed: the run stops, and takes the
+            smaller batch when it is started again.
+        optimizer: adamw, adafactor, adamw8bit, lion, lion8bit (bitsandbytes), prodigy (prodigyopt; takes learning_rate
+            1), or a class by its dotted name, as in ``torch.optim.SGD``.
+        optimizer_args: further arguments of the optimizer.
         learning_rate: peak.
         lr_schedule: shape after the warm-up.
+        lr_cycles: of cosine_restarts.
+        lr_power: of polynomial.
         warmup_steps: linear warm-up.
-        adam_beta2: second-moment decay of AdamW.
-        weight_decay: of AdamW.
+        adam_beta2: second-moment decay, of optimizers that have betas.
+        weight_decay: of optimizers that have one.
         max_grad_norm: gradient clipping; 0 switches it off.
+        max_bad_steps: stop after so many steps in a row whose loss or gradient is not finite. Such a step changes
+            nothing, and the log names its samples.
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
+        ema_device: where the average is kept; cpu spares the GPU a copy of the weights, for a transfer every step.
         snr_gamma: weigh timesteps by Min-SNR-γ (5 is usual); 0 weighs all alike.
+        noise_offset: one more normal number per sample and channel in the noise, times this (0.05 to 0.1 is usual), so
+            that the model learns very dark and very bright images.
+        input_perturbation: noise on the noise that the model sees but is not asked for, times this (0.1 is usual).
+        zero_terminal_snr: rescale the noise schedule to end in pure noise; needs a model that predicts v. With
+            snr_gamma the last timestep, whose SNR is 0, weighs nothing.
+        prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attention: how the UNet computes attention (``train.components.set_attention``).
+        compile: compile the UNet with torch.compile; the first steps take minutes.
         augmentation: random changes of the images.
         cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start.
         workers: processes that read and decode images, when latents are not cached.
@@ -125,7 +167,10 @@ class FinetuneConfig:
         checkpoint_every: steps between checkpoints; 0 saves one only on a signal.
         keep_checkpoints: how many are kept.
         log_every: steps between lines of the log.
-        tracker: an Accelerate tracker by name (tensorboard, wandb, …), or none.
+        trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
+        validation: images drawn at intervals.
+        push_to_hub: repository that the finished model is uploaded to, as in ``name/model``; one that does not exist is
+            made, private.
         seed: of the order, noise, timesteps, captions and augmentation.
     """
 
@@ -136,19 +181,31 @@ class FinetuneConfig:
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation: int = 1
+    auto_batch_size: bool = False
+    optimizer: str = "adamw"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-5
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "constant"
+    lr_cycles: int = 1
+    lr_power: float = 1.0
     warmup_steps: int = 0
     adam_beta2: float = 0.999
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 5
     ema_decay: float = 0.0
+    ema_device: Literal["auto", "cpu"] = "auto"
     snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    zero_terminal_snr: bool = False
+    prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
+    compile: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     cache_latents: bool = False
     workers: int = 2
@@ -157,7 +214,9 @@ class FinetuneConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 20
-    tracker: str | None = None
+    trackers: list[str] = field(default_factory=list)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    push_to_hub: str = ""
     seed: int = 0
 
 

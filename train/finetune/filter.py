@@ -318,8 +318,8 @@ class MemorizationFilter:
         return summary
 
 
-def check_filter(policy: FilterConfig) -> None:
-    """Raise :class:`UsageError` for settings out of range."""
+def check_filter(policy: FilterConfig, model: str) -> None:
+    """Raise :class:`UsageError` for settings out of range, and thresholds that cannot be found."""
     how = policy.calibrate
     for name, value, least in (
         ("min_timestep", policy.min_timestep, 0),
@@ -333,11 +333,7 @@ def check_filter(policy: FilterConfig) -> None:
             raise UsageError(f"filter.{name} must be {least} or more, not {value}")
     if not 0 < how.quantile < 1:
         raise UsageError(f"filter.calibrate.quantile must lie in (0, 1), not {how.quantile}")
-    if policy.policy != "off" and not how.steps and not isinstance(policy.threshold, str):
-        try:
-            Thresholds.of(policy.threshold, policy.form)
-        except UsageError as error:
-            raise UsageError(f"filter.{error}") from None
+    chosen_thresholds(policy, model)
 
 
 def reference_samples(policy: FilterConfig, shard_set: ShardSet) -> Tensor | None:
@@ -361,7 +357,10 @@ def chosen_thresholds(policy: FilterConfig, model: str) -> Thresholds | None:
     if policy.policy == "off" or policy.calibrate.steps:
         return None
     if not isinstance(policy.threshold, str):
-        return Thresholds.of(policy.threshold, policy.form)
+        try:
+            return Thresholds.of(policy.threshold, policy.form)
+        except UsageError as error:
+            raise UsageError(f"filter.{error}") from None
     path = Path(model) / FILE if policy.threshold == "auto" else Path(policy.threshold)
     thresholds = read_thresholds(path)
     if thresholds.form != policy.form:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,21 +29,42 @@ from train.finetune.captions import Captions
 from train.finetune.checkpoint import (
     Stateful,
     collect_state,
+    list_checkpoints,
     load_latest,
+    remove_partial,
     restore_state,
     save_checkpoint,
 )
 from train.finetune.config import FinetuneConfig
 from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
-from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
+from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.filter import MemorizationFilter, check_filter, chosen_thresholds, reference_samples
-from train.finetune.log import RunLog, Tally
+from train.finetune.hub import check_hub, push_model
+from train.finetune.log import LossBands, Meter, RunLog, Suspects, Tally, check_trackers, flat_numbers
 from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
+from train.finetune.memory import (
+    BATCH_FILE,
+    is_out_of_memory,
+    memory_advice,
+    read_batch,
+    smaller_batch,
+    write_batch,
+)
 from train.finetune.model import load_model
-from train.finetune.optimizer import learning_rate, make_optimizer, set_learning_rate
+from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
 from train.finetune.stop import StopOnSignal
+from train.finetune.validation import Validation, check_validation, send_images
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = get_logger(__name__)
+
+FREE = (
+    *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
+    *("workers", "trackers", "validation", "push_to_hub"),
+)
+"""Settings that may change between a run and its resumption: the result does not depend on them."""
 
 
 def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -52,36 +74,67 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: the configuration differs from the one that ``out`` was begun with, or is out of range.
-        UserError: the model or the shards cannot be read, or the loss is not finite several times in a row.
+        UserError: the model or the shards cannot be read, memory runs out, a checkpoint cannot be written, or the loss
+            is not finite several times in a row.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
     check_config(config)
-    thresholds = chosen_thresholds(config.filter, config.model)
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     out = Path(config.out)
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.tracker,
-        project_dir=config.out if config.tracker else None,
-    )
+    while True:
+        accelerator = make_accelerator(config)
+        with accelerator.main_process_first():
+            summary = begin(out, config, accelerator.num_processes)
+        attempt = read_batch(out, config)
+        try:
+            if summary is None:
+                with StopOnSignal() as stop:
+                    summary = train(attempt, accelerator, stop)
+            return publish(out, config, summary) if accelerator.is_main_process else summary
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not config.auto_batch_size or attempt.batch_size == 1:
+                advice = memory_advice(attempt)
+                if list_checkpoints(out / "checkpoints"):
+                    advice += " (of these, only auto_batch_size may change in a run that goes on)"
+                else:  # nothing to go on from: the folder is free for other settings
+                    for name in ("run.json", BATCH_FILE):
+                        (out / name).unlink(missing_ok=True)
+                raise UserError(f"out of memory; what lowers it: {advice}") from error
+            attempt = smaller_batch(attempt)
+            write_batch(out, attempt)
+            if accelerator.num_processes > 1:
+                raise UserError(
+                    f"out of memory; started again, the run takes batch_size {attempt.batch_size} and "
+                    f"gradient_accumulation {attempt.gradient_accumulation}"
+                ) from error
+        log.warning(
+            "out of memory: going on with batch_size %d and gradient_accumulation %d",
+            attempt.batch_size,
+            attempt.gradient_accumulation,
+        )
+        # Here the exception is gone, and with it the tensors that its frames held; what is left goes with these.
+        accelerator.end_training()
+        accelerator.free_memory()
+
+
+def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) -> dict[str, Any]:
+    """The run from where it stands to its end, or to the step at which it is asked to stop."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    with accelerator.main_process_first():
-        done = begin(out, config, world)
-    if done is not None:
-        return done
+    out = Path(config.out)
+    checkpoints = out / "checkpoints"
 
     # What is trained.
     model = load_model(config, device)
     vae = model.pipe.vae
+    model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     diffusion = Diffusion(model.pipe.scheduler, device)
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
     set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
-    average = Average(model.trained, config.ema_decay)
+    if config.compile:
+        model.pipe.unet.compile()  # in place, so that no name in the state dict changes
+    average = Average(model.trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
     shard_set = scan(config.shards, config.exclude)
@@ -98,125 +151,139 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         predict_unconditional,
         order.size,
         config.seed,
-        thresholds,
+        chosen_thresholds(config.filter, config.model),
         reference_samples(config.filter, shard_set),
-        together=accelerator.distributed_type == DistributedType.FSDP,
+        together=accelerator.distributed_type == "FSDP",
     )
 
     # Where it stands: all that a checkpoint holds.
-    counts = Counts()
-    shared: dict[str, Stateful] = {
-        "model": model,
-        "optimizer": optimizer,
-        "average": average,
-        "counts": counts,
-        "filter": memorization,
-    }
+    counts, bands = Counts(), LossBands()
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
+    parts |= {"counts": counts, "bands": bands, "filter": memorization}
     if accelerator.scaler is not None:
-        shared["scaler"] = accelerator.scaler
-    own: dict[str, Stateful] = {}
+        parts["scaler"] = accelerator.scaler
     start = 0
-    checkpoints = out / "checkpoints"
     if (found := load_latest(checkpoints)) is not None:
         start, state = found
-        restore_state(state, rank, shared, own)
+        restore_state(state, parts)
         log.info("resuming %s after step %d", config.out, start)
 
     dataset = Positions(shard_set, order, model.size, config.seed, config.augmentation)
     batches = make_batches(dataset, upcoming_positions(start, rank, world, config), config, vae, accelerator)
-    if config.tracker:
-        accelerator.init_trackers("afresh")
-    writer = RunLog(out / "log.jsonl", start) if accelerator.is_main_process else None
-    stop = StopOnSignal()
-    nominal = config.batch_size * config.gradient_accumulation
-    began, broken = time.monotonic(), 0
+    if config.trackers:
+        accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
+    writer = validation = None
+    if accelerator.is_main_process:
+        remove_partial(checkpoints)
+        writer = RunLog(out / "log.jsonl", start)
+        if config.validation.every:
+            validation = Validation(config.validation, model.pipe, accelerator.autocast)
+    nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
+    samples = world * nominal  # and on all of them
+    began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
     step = start
     while step < config.steps:
         set_learning_rate(optimizer, learning_rate(step, config))
-        tally = Tally(device)
+        tally, suspects = Tally(device, diffusion.timesteps), Suspects()
         for micro in range(config.gradient_accumulation):
-            batch = batches.next()
-            draws = draw_randomness(batch.positions, batch.latent_shape, diffusion.timesteps, config.seed)
-            noise, t = draws.noise.to(device), draws.t.to(device)
+            with meter.waiting():
+                batch = batches.next()
+            draws = draw_randomness(
+                batch.positions,
+                batch.latent_shape,
+                diffusion.timesteps,
+                config.seed,
+                noise_offset=config.noise_offset,
+                input_perturbation=config.input_perturbation,
+            )
+            noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
-            x_t = diffusion.noised(x_0, noise, t)
+            x_t = diffusion.noised(x_0, input_noise, t)
             ids, texts, conditional = captions.choose(batch.rows, draws.uniform)
+            readable = batch.weight > 0
 
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
                 output = denoiser(x_t, t, ids).float()
                 kept, magnitudes = memorization.weigh(
-                    output.detach(), x_t, draws.t, batch.rows, texts, conditional, batch.weight > 0, step
+                    output.detach(), x_t, draws.t, batch.rows, texts, conditional, readable, step
                 )
                 weights = batch.weight * kept
-                losses = squared_errors(output, diffusion.target(x_0, noise, t))
-                losses = losses * min_snr_weights(diffusion.alpha_bar[t], diffusion.prediction_type, config.snr_gamma)
+                errors = squared_errors(output, diffusion.target(x_0, noise, t))
+                losses = errors * min_snr_weights(diffusion.alpha_bar[t], diffusion.prediction_type, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
-            tally.add(loss, weights, kept, magnitudes, stop.asked)
-        totals, records = tally.exchange(accelerator, memorization.records())
+            tally.add(loss, errors, t, readable, weights, kept, magnitudes)
+            suspects.add(batch.rows, losses)
+        totals, records = tally.exchange(accelerator, memorization.records(), stop.asked)
         memorization.absorb(records, step)
 
-        grad_norm = 0.0
-        moved = totals.kept > 0 and not totals.not_finite
-        if moved:
-            if config.max_grad_norm:
-                grad_norm = float(accelerator.clip_grad_norm_(model.trained, config.max_grad_norm))
+        grad_norm, moved, bad = 0.0, False, totals.not_finite > 0
+        if totals.kept and not bad:
+            grad_norm = float(accelerator.clip_grad_norm_(model.trained, config.max_grad_norm or math.inf))
+            bad = not math.isfinite(grad_norm) and accelerator.scaler is None
+        if totals.kept and not bad:
             optimizer.step()
             moved = not accelerator.optimizer_step_was_skipped  # fp16's overflow: the loss scale is lowered instead
         optimizer.zero_grad()
-        counts.add(moved)
+        counts.add(moved, bad)
+        bands.add(totals)
         if moved:
             average.update(counts.updates)
         step += 1
 
-        broken = broken + 1 if totals.not_finite else 0
-        if broken >= 5:
-            names = ", ".join("/".join(shard_set.ids[row]) for row in batch.rows[:8].tolist())
-            raise UserError(
-                f"the loss was not finite at five steps in a row, last at step {step} with {names}: "
-                "lower learning_rate or set mixed_precision to no"
-            )
-        if writer is not None and (step % config.log_every == 0 or step == config.steps or totals.not_finite):
-            seen = world * nominal
+        names: list[str] = []
+        if bad:
+            names = ["/".join(shard_set.ids[row]) for row in suspects.rows(accelerator)]
+            log.warning("step %d skipped: the loss or its gradient is not finite with %s", step, ", ".join(names[:8]))
+            if counts.bad_in_a_row >= config.max_bad_steps:
+                raise UserError(
+                    f"the loss was not finite at {counts.bad_in_a_row} steps in a row, last at step {step} with "
+                    f"{', '.join(names[:8])}: lower learning_rate or set mixed_precision to no"
+                )
+        meter.add(samples)
+        if writer is not None and (step % config.log_every == 0 or step == config.steps or bad):
             line = {
                 "step": step,
-                "loss": totals.loss / world * seen / max(totals.kept, 1),
+                "loss": totals.loss / world * samples / max(totals.kept, 1),
+                "loss_by_band": bands.take(),
                 "learning_rate": learning_rate(step - 1, config),
                 "grad_norm": grad_norm,
                 "kept": int(totals.kept),
                 "judged": int(totals.judged),
                 "dropped": int(totals.dropped),
                 "skipped_steps": counts.skipped,
-                "samples_per_second": (step - start) * seen / (time.monotonic() - began),
+                **({"not_finite": names} if bad else {}),
+                **meter.read(),
             }
-            writer.add(line | memorization.log_line())
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {line['dropped']} of {seen}")
-            if config.tracker:
-                accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+            line |= memorization.log_line()
+            writer.add(line)
+            bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {line['dropped']} of {samples}")
+            accelerator.log(flat_numbers(line), step=step)
         bar.update(1)
 
+        if validation is not None and step % config.validation.every == 0:
+            with average.in_place():
+                images = validation.draw(out / "validation" / f"step-{step:06d}")
+            send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         if totals.asked or due:
-            state = collect_state(accelerator, shared, own)
             if accelerator.is_main_process:
-                save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
+                save_checkpoint(checkpoints, step, collect_state(parts), config.keep_checkpoints)
             accelerator.wait_for_everyone()
         if totals.asked:
             bar.close()
             log.info("stopped after step %d of %d; the same command goes on from there", step, config.steps)
-            stop.restore()
             accelerator.end_training()
             return {"steps": step, "stopped": True, "model": None}
     bar.close()
-    stop.restore()
 
-    average.copy_to_parameters()
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         judged = memorization.finish(out, shard_set.ids)
+        average.copy_to_parameters()
         model.save(out / "model")
         summary = {
             "steps": step,
@@ -233,17 +300,29 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     return summary
 
 
+def publish(out: Path, config: FinetuneConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """Upload a finished run's model where that is asked for and not done yet, and say so in the summary."""
+    if config.push_to_hub and summary["model"] and "hub" not in summary:
+        summary = summary | {"hub": push_model(out / "model", config.push_to_hub)}
+        write_json(out / "summary.json", summary)
+    return summary
+
+
 @dataclass
 class Counts:
-    """How many optimizer steps changed the weights, and how many were skipped."""
+    """How many optimizer steps changed the weights, how many were skipped, and how many just now in a row for a loss or
+    gradient that is not finite.
+    """
 
     updates: int = 0
     skipped: int = 0
+    bad_in_a_row: int = 0
 
-    def add(self, moved: bool) -> None:
+    def add(self, moved: bool, bad: bool) -> None:
         """Count one step."""
         self.updates += moved
         self.skipped += not moved
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint stores."""
@@ -256,15 +335,38 @@ class Counts:
 
 def check_config(config: FinetuneConfig) -> None:
     """Raise :class:`UsageError` for what can be seen to be wrong before anything is loaded."""
-    for name in ("steps", "batch_size", "gradient_accumulation", "learning_rate", "log_every"):
+    counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "lr_cycles", "max_bad_steps")
+    for name in (*counts, "learning_rate"):
         if getattr(config, name) <= 0:
             raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
-    if config.snr_gamma < 0:
-        raise UsageError(f"snr_gamma must be 0 or more, not {config.snr_gamma}")
+    for name in ("snr_gamma", "noise_offset", "input_perturbation", "lr_power", "max_grad_norm"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"{name} must be 0 or more, not {getattr(config, name)}")
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    check_filter(config.filter)
+    check_filter(config.filter, config.model)
+    find_optimizer(config.optimizer)
+    check_trackers(config.trackers)
+    check_validation(config.validation)
+    if config.push_to_hub:
+        check_hub(config.push_to_hub)
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Accelerate's view of this process and its precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.trackers or None,
+        project_dir=config.out if config.trackers else None,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # float32 without a word, otherwise
+        raise UsageError("mixed_precision fp16 needs a GPU: take bf16, no, or auto")
+    return accelerator
 
 
 def resolve_precision(name: str) -> Any:
@@ -281,8 +383,8 @@ def resolve_precision(name: str) -> Any:
 def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
     run = dataclasses.asdict(config) | {"processes": world}
-    for free in ("log_every", "checkpoint_every", "keep_checkpoints", "workers", "tracker"):
-        run.pop(free)  # these may change between a run and its resumption: the result does not depend on them
+    for free in FREE:
+        run.pop(free)
     if config.exclude:
         run["exclude"] = ids_digest(config.exclude)
     claim(out, run)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
+from typing import Any, Self
 
 
 class StopOnSignal:
-    """Turns SIGTERM and SIGUSR1 into a wish that the loop grants at the end of its step."""
+    """Within its block, SIGTERM and SIGUSR1 are a wish (``asked``) that the loop grants at the end of its step."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before = {}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            with contextlib.suppress(ValueError):  # not the main thread: a caller's own loop decides
-                self._before[number] = signal.signal(number, self._ask)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for name in ("SIGTERM", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            try:
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: a caller's own loop decides
+                pass
+        return self
 
     def _ask(self, *_: object) -> None:
         self.asked = True
 
-    def restore(self) -> None:
-        """Give the signals back."""
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from train.components import load_pipeline
 from train.finetune.config import FinetuneConfig
+from train.finetune.log import MEASURED, RunLog
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -33,7 +35,7 @@ def settings(model: str, shards: str, out: Path, **changes) -> FinetuneConfig:
 
 def log_lines(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -44,13 +46,25 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def launch(config: FinetuneConfig, *, processes: int = 1) -> subprocess.Popen:
-    """The command as users start it, with one process or two."""
-    arguments = ["-m", "train", "finetune", f"--model={config.model}", f"--out={config.out}"]
-    arguments += [f"--shards={config.shards[0]}", f"--steps={config.steps}", f"--batch_size={config.batch_size}"]
-    arguments += [f"--learning_rate={config.learning_rate}", f"--workers={config.workers}", "--log_every=1"]
-    arguments += [f"--checkpoint_every={config.checkpoint_every}", f"--ema_decay={config.ema_decay}"]
-    arguments += [f"--caption_dropout={config.caption_dropout}", f"--filter={json.dumps(asdict(config.filter))}"]
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a SIGTERM, once, when a run has logged a step: it stops after the next one."""
+    add, sent = RunLog.add, []
+
+    def add_and_stop(self: RunLog, line: dict) -> None:
+        add(self, line)
+        if line["step"] == step and not sent:
+            sent.append(step)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "add", add_and_stop)
+
+
+def launch(config: FinetuneConfig, *, processes: int = 1, program: Path | None = None) -> subprocess.Popen:
+    """The command as users start it, with one process or two; ``program`` is a script in the place of ``-m train``."""
+    file = Path(config.out).with_suffix(".json")  # JSON is YAML
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    arguments = [*([str(program)] if program else ["-m", "train"]), "finetune", f"--config={file}"]
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -173,14 +173,16 @@ def test_verdict_table_counts_repeated_visits_by_band(tmp_path):
 def test_what_processes_saw_is_exchanged_in_the_order_of_positions():
     # Two processes, two micro-steps of one sample: the gather of a launcher, done by hand.
     of_rank = [torch.tensor([[[0]], [[2]]], dtype=torch.int32), torch.tensor([[[1]], [[3]]], dtype=torch.int32)]
-    tallies = [Tally(torch.device("cpu")) for _ in of_rank]
-    packed = []
-    for rank, (tally, records) in enumerate(zip(tallies, of_rank, strict=True)):
-        tally.add(torch.tensor(0.5), torch.tensor([1.0]), torch.tensor([float(rank)]), torch.tensor([NAN]), False)
-        tally.exchange(SimpleNamespace(gather=lambda one: packed.append(one) or one), records)
-    totals, records = tallies[0].exchange(SimpleNamespace(gather=lambda _: torch.cat(packed)), of_rank[0])
+    one, tallies, packed = torch.tensor([1.0]), [], []
+    for rank, records in enumerate(of_rank):
+        tally, kept = Tally(torch.device("cpu"), 1000), torch.tensor([float(rank)])
+        tally.add(torch.tensor(0.5), one, torch.tensor([950]), one.bool(), kept, kept, torch.tensor([NAN]))
+        tally.exchange(SimpleNamespace(gather=lambda mine: packed.append(mine) or mine), records, asked=rank == 1)
+        tallies.append(tally)
+    totals, records = tallies[0].exchange(SimpleNamespace(gather=lambda _: torch.cat(packed)), of_rank[0], asked=False)
     assert records.flatten().tolist() == [0, 1, 2, 3]
-    assert totals.loss == 1.0 and totals.kept == 2 and totals.dropped == 1
+    assert (totals.loss, totals.kept, totals.dropped, totals.asked) == (1.0, 1, 1, 1)
+    assert totals.band_counts == [0.0] * 9 + [2.0]
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from curate.console import UsageError, UserError
-from tests.train.finetune.runs import launch, log_lines, same, settings
+from tests.train.finetune.runs import launch, log_lines, same, settings, weights
 from train.components import load_pipeline
-from train.finetune.config import FilterConfig
+from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
+from train.finetune.data import ShardOrder, scan
 from train.finetune.loop import resolve_precision, run_finetune
 
 
@@ -88,8 +89,120 @@ def test_a_model_with_a_part_missing_is_named(model, shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"steps": 0}, "steps"), ({"caption_dropout": 1.0}, "caption_dropout"), ({"learning_rate": -1.0}, "learning_")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"caption_dropout": 1.0}, "caption_dropout"),
+        ({"learning_rate": -1.0}, "learning_"),
+        ({"max_bad_steps": 0}, "max_bad_steps"),
+        ({"noise_offset": -0.1}, "noise_offset"),
+        ({"optimizer": "adamm"}, "optimizer 'adamm'"),
+        ({"trackers": ["tensorbored"]}, "trackers"),
+        ({"validation": ValidationConfig(every=3)}, "validation.prompts"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr"),
+    ],
 )
 def test_settings_out_of_range_are_named(model, shards, tmp_path, change, word):
     with pytest.raises(UsageError, match=word):
         run_finetune(settings(model, shards, tmp_path / "run", **change))
+
+
+# ------------------------------------------------------------------------------------------- bad numbers, options
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int], sample: int) -> None:
+    """Make the loss of one sample NaN at some forward passes, counted from 0."""
+    from train.finetune import loop
+
+    errors, count = loop.squared_errors, iter(range(1000))
+
+    def spoiled(output, target):
+        losses = errors(output, target)
+        if next(count) in calls:
+            losses = losses * torch.where(torch.arange(len(losses)) == sample, float("nan"), 1.0)
+        return losses
+
+    monkeypatch.setattr(loop, "squared_errors", spoiled)
+
+
+def test_a_step_whose_loss_is_not_finite_names_its_sample_and_changes_nothing(model, shards, tmp_path, monkeypatch):
+    from train.finetune.average import Average
+
+    moved, update = [], Average.update
+    monkeypatch.setattr(Average, "update", lambda self, updates: (moved.append(updates), update(self, updates)))
+    spoil(monkeypatch, {2}, sample=1)
+    summary = run_finetune(settings(model, shards, tmp_path / "run", ema_decay=0.9))
+    lines = log_lines(tmp_path / "run")
+    config = settings(model, shards, tmp_path / "run")
+    (named,) = lines[2]["not_finite"]
+    assert named == "/".join(sample_at(config, 2 * 4 + 1))
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1]
+    assert ["not_finite" in line for line in lines] == [False, False, True, False]
+    assert summary["skipped_steps"] == 1 and summary["steps"] == 4
+    assert moved == [1, 2, 3]  # neither the average nor its count of updates moves on the skipped step
+
+
+def sample_at(config: FinetuneConfig, position: int) -> tuple[str, str]:
+    found = scan(config.shards)
+    row, _ = ShardOrder(found.counts, config.shuffle_shards, config.seed).row(position)
+    return found.ids[row]
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_single_ones_do_not(model, shards, tmp_path, monkeypatch):
+    spoil(monkeypatch, {0, 2, 4, 5}, sample=0)
+    with pytest.raises(UserError, match="not finite at 2 steps in a row, last at step 6 with .*/.*learning_rate"):
+        run_finetune(settings(model, shards, tmp_path / "run", steps=10, max_bad_steps=2))
+    assert len(log_lines(tmp_path / "run")) == 5
+
+
+def test_a_diverged_run_stops_by_itself(model, shards, tmp_path):
+    with pytest.raises(UserError, match="not finite at 2 steps in a row"):
+        run_finetune(settings(model, shards, tmp_path / "run", steps=20, learning_rate=1e30, max_bad_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_whose_loss_is_not_finite_stop_together_and_name_the_samples_of_both(model, shards, tmp_path):
+    config = settings(
+        model, shards, tmp_path / "run", steps=20, batch_size=1, learning_rate=1e30, max_bad_steps=2
+    )  # fmt: skip
+    process = launch(config, processes=2)
+    assert process.wait(timeout=120) == 1
+    assert "not finite at 2 steps in a row" in process.communicate()[1]
+    named = [line["not_finite"] for line in log_lines(tmp_path / "run") if "not_finite" in line]
+    assert named and all(len(names) == 2 for names in named)
+
+
+def test_a_gradient_that_is_not_finite_is_a_bad_step_too(model, shards, tmp_path, monkeypatch):
+    from train.finetune import loop
+
+    weigh, count = loop.weighted_loss, iter(range(1000))
+
+    def steep(losses, weights, nominal):  # finite, with an infinite slope
+        loss = weigh(losses, weights, nominal)
+        return loss + (loss - loss.detach()).abs().sqrt() if next(count) == 1 else loss
+
+    monkeypatch.setattr(loop, "weighted_loss", steep)
+    summary = run_finetune(settings(model, shards, tmp_path / "run", max_grad_norm=0.0))
+    lines = log_lines(tmp_path / "run")
+    assert summary["skipped_steps"] == 1 and len(lines[1]["not_finite"]) == 4
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / "run").values())
+
+
+def test_half_precision_that_the_machine_has_not_is_named(model, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="mixed_precision fp16"):
+        run_finetune(settings(model, shards, tmp_path / "run", mixed_precision="fp16"))
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_trains_alike_and_is_saved_under_its_own_names(model, shards, tmp_path, monkeypatch):
+    # Traced and differentiated ahead of time as always; generating C++ for it would take minutes.
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager"))
+    changes = {"steps": 2, "filter": FilterConfig("every_step", threshold=1e9)}
+    run_finetune(settings(model, shards, tmp_path / "plain", **changes))
+    run_finetune(settings(model, shards, tmp_path / "compiled", compile=True, checkpoint_every=1, **changes))
+    plain, compiled = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
+    for a, b in zip(log_lines(tmp_path / "plain"), log_lines(tmp_path / "compiled"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)

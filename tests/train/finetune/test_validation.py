@@ -1,0 +1,86 @@
+"""Validation images: where they go, what they show, and that training does not notice them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from curate.console import UsageError
+from curate.embed import load_embedder
+from curate.index import TrainingIndex
+from tests.train.finetune.runs import log_lines, same, settings, weights
+from train.components import load_pipeline
+from train.finetune.config import ValidationConfig
+from train.finetune.loop import run_finetune
+from train.finetune.validation import Validation, check_validation
+
+PROMPTS = ["grinning face", "red apple"]
+
+
+def test_a_run_with_validation_ends_as_one_without_and_shows_what_it_would_save(model, shards, tmp_path):
+    changes = {"ema_decay": 0.9, "train_text_encoder": True}
+    show = ValidationConfig(every=2, prompts=PROMPTS, steps=3, seed=5)
+    run_finetune(settings(model, shards, tmp_path / "without", **changes))
+    torch.manual_seed(1)
+    run_finetune(settings(model, shards, tmp_path / "with", validation=show, **changes))
+    assert log_lines(tmp_path / "with") == log_lines(tmp_path / "without")
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+    files = sorted((tmp_path / "with" / "validation").rglob("*.png"))
+    names = [str(file.relative_to(tmp_path / "with" / "validation")) for file in files]
+    assert names == [f"step-00000{step}/0000{n}.png" for step in (2, 4) for n in (0, 1)]
+    # The last images are those of the saved model, which holds the averaged weights.
+    saved = load_pipeline(str(tmp_path / "with" / "model"))
+    for prompt, file in zip(PROMPTS, files[2:], strict=True):
+        g = torch.Generator().manual_seed(5)
+        expected = saved(prompt, num_inference_steps=3, guidance_scale=7.5, generator=g).images[0]
+        with Image.open(file) as image:
+            difference = np.abs(np.asarray(image, int) - np.asarray(expected, int))
+            assert image.text["prompt"] == prompt
+        assert difference.max() <= 2  # drawn together there and alone here
+    with Image.open(files[0]) as first, Image.open(files[2]) as last:
+        assert np.abs(np.asarray(first, int) - np.asarray(last, int)).max() > 2
+
+
+def test_drawing_leaves_the_pipeline_and_the_random_state_as_they_were(tiny_pipe, tmp_path):
+    tiny_pipe.unet.train()
+    tiny_pipe.vae.eval()
+    scheduler, state = tiny_pipe.scheduler, torch.get_rng_state()
+    timesteps = scheduler.timesteps.clone()
+    Validation(ValidationConfig(1, ["a"], steps=2), tiny_pipe, contextlib.nullcontext).draw(tmp_path)
+    assert tiny_pipe.unet.training and not tiny_pipe.vae.training
+    assert tiny_pipe.scheduler is scheduler and torch.equal(scheduler.timesteps, timesteps)
+    assert torch.equal(torch.get_rng_state(), state)
+    tiny_pipe.unet.eval()
+
+
+def test_images_are_guided_away_from_what_the_index_holds(tiny_pipe, tmp_path):
+    def draw(name: str, **guidance) -> np.ndarray:
+        config = ValidationConfig(1, PROMPTS, steps=4, **guidance)
+        images = Validation(config, tiny_pipe, contextlib.nullcontext).draw(tmp_path / name)
+        return np.stack([np.asarray(image) for image in images])
+
+    drawn = draw("none")
+    vectors = load_embedder("layout").embed([Image.fromarray(image) for image in drawn])
+    index = TrainingIndex.build(vectors, PROMPTS, ["s", "s"], ["a", "b"], [True, True], [0, 1], "layout")
+    index.save(tmp_path / "curated" / "index")
+    guided = draw("amg", guidance="amg-strong", index=str(tmp_path / "curated"))
+    assert (guided != drawn).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ValidationConfig(every=-1), "validation.every"),
+        (ValidationConfig(every=5), "validation.prompts"),
+        (ValidationConfig(every=5, prompts=["a"], steps=0), "validation.steps"),
+        (ValidationConfig(every=5, prompts=["a"], guidance="amg"), "validation.guidance amg needs validation.index"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(config, message):
+    with pytest.raises(UsageError, match=message):
+        check_validation(config)

@@ -1,0 +1,44 @@
+"""Uploading the result to the Hugging Face hub. Only the checks run in the test suite; the upload needs the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from curate.console import UsageError, UserError
+
+
+def check_hub(repo_id: str) -> None:
+    """See, without asking the hub, that a model could be uploaded under this name.
+
+    Raises:
+        UsageError: the name is no repository's, or there is no token to write with.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"push_to_hub: {error}") from error
+    if get_token() is None:
+        raise UsageError("push_to_hub: no token to write with: run `hf auth login`, or set HF_TOKEN")
+
+
+def push_model(folder: Path, repo_id: str) -> str:
+    """Upload a pipeline folder and return its address; a repository that does not exist is made, private.
+
+    Raises:
+        UserError: the hub refused, or was out of reach; says how to repeat it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, repo_type="model", private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Fine-tuned with Afresh")
+    except Exception as error:  # the hub's own errors, requests', the network's: for the user one thing
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"push_to_hub: {repo_id}: {reason} (the model is in {folder}; the same command tries again)"
+        ) from error
+    return f"https://huggingface.co/{repo_id}"

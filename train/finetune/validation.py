@@ -1,0 +1,111 @@
+"""Images of fixed prompts at intervals, drawn by the guided sampler from the weights that a run would save.
+
+Each image has a generator of its own and the global ones are put back, so a run with validation ends with the weights
+of one without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from curate.console import UsageError, write_atomic
+from train.finetune.config import ValidationConfig
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from train.sampling.guidance import Guidance
+
+TOGETHER = 4  # images drawn in one batch: bounds memory, and changes no image
+
+
+def check_validation(config: ValidationConfig) -> None:
+    """Raise :class:`UsageError` for options that do not go together."""
+    if config.every < 0:
+        raise UsageError(f"validation.every must be 0 or more, not {config.every}")
+    if config.every and not config.prompts:
+        raise UsageError("validation.every needs validation.prompts: texts to draw")
+    if config.every and config.steps <= 0:
+        raise UsageError(f"validation.steps must be positive, not {config.steps}")
+    if config.guidance != "none" and not config.index:
+        raise UsageError(f"validation.guidance {config.guidance} needs validation.index: the output of curate dedup")
+
+
+class Validation:
+    """Draws a run's validation images.
+
+    Args:
+        config: prompts and guidance.
+        pipe: the pipeline that is trained; its parts are used as they are at the moment of drawing.
+        autocast: the run's precision, as a context.
+
+    Raises:
+        UserError: the index is missing, or does not fit.
+    """
+
+    def __init__(
+        self, config: ValidationConfig, pipe: StableDiffusionPipeline, autocast: Callable[[], AbstractContextManager]
+    ) -> None:
+        self.config, self.pipe, self.autocast = config, pipe, autocast
+        self.guidance: list[Guidance] = []
+        if config.guidance != "none":
+            from train.sampling.amg import AMG
+            from train.sampling.job import open_index
+
+            index, embedder = open_index(config.index)
+            if hasattr(embedder, "to"):
+                embedder.to(pipe.vae.device)
+            self.guidance = [AMG(index, embedder, "strong" if config.guidance == "amg-strong" else "main")]
+
+    def draw(self, folder: Path) -> list[Image.Image]:
+        """Draw every prompt once, into ``folder/00000.png`` and on; the files carry prompt and seed as PNG text."""
+        from train.sampling.pipeline import GuidedStableDiffusion
+
+        config, source = self.config, self.pipe
+        # A scheduler of its own: drawing sets its timesteps.
+        scheduler = type(source.scheduler).from_config(source.scheduler.config)
+        pipe: Any = GuidedStableDiffusion.from_pipe(source, scheduler=scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        modules = [module for module in (source.unet, source.text_encoder, source.vae) if module.training]
+        for module in modules:
+            module.eval()
+        images: list[Image.Image] = []
+        try:
+            with torch.random.fork_rng(), self.autocast():
+                for start in range(0, len(config.prompts), TOGETHER):
+                    prompts = config.prompts[start : start + TOGETHER]
+                    images += pipe(
+                        prompts,
+                        num_inference_steps=config.steps,
+                        guidance_scale=config.scale,
+                        generator=[torch.Generator("cpu").manual_seed(config.seed) for _ in prompts],
+                        guidance=self.guidance,
+                    ).images
+        finally:
+            for module in modules:
+                module.train()
+        for number, (prompt, image) in enumerate(zip(config.prompts, images, strict=True)):
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt("prompt", prompt)
+            info.add_itxt("settings", json.dumps({"seed": config.seed, "guidance": config.guidance}))
+            with write_atomic(folder / f"{number:05d}.png") as temporary:
+                image.save(temporary, format="PNG", pnginfo=info)
+        return images
+
+
+def send_images(trackers: list[Any], images: list[Image.Image], step: int) -> None:
+    """Show images to the trackers that take some."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": images}, step=step)
