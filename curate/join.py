@@ -63,9 +63,13 @@ class Joined:
 
 
 def join_stage(
-    out: Path, rows: Rows, keys: Sequence[str], captioner: CaptionEmbedder, config: DedupConfig
+    work: Path, rows: Rows, keys: Sequence[str], captioner: CaptionEmbedder, config: DedupConfig
 ) -> Joined:
-    """Exact copies are collapsed by hash first, so that a group of many of them costs nothing."""
+    """Exact copies are collapsed by hash first, so that a group of many of them costs nothing.
+
+    Args:
+        work: folder of the caches of pairs.
+    """
     from curate.embed import normalise_caption
 
     image_of, first = _numbered(rows.column("pixels"))
@@ -76,7 +80,7 @@ def join_stage(
     measured = [config.join, config.recall_sample, config.seed]
     lowest = min(sweep_thresholds(config))
     images_key = digest([list(keys), config.missing_caption, lowest, measured])
-    images_cache = out / "work" / f"pairs-{images_key}.parquet"
+    images_cache = work / f"pairs-{images_key}.parquet"
     image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], lowest, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
@@ -87,7 +91,7 @@ def join_stage(
         list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured,
         captioner.digest,
     ]  # fmt: skip
-    captions_cache = out / "work" / f"pairs-{digest(near_captions)}.parquet"
+    captions_cache = work / f"pairs-{digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
         captions_cache,
         lambda: embedded_captions(captioner, [captions[row] for row in long]),
@@ -180,7 +184,7 @@ def open_others(config: DedupConfig, embedder: Embedder) -> dict[str, TrainingIn
     """The indexes of the sets to keep apart from, by the folders that name them."""
     from curate.index import TrainingIndex
 
-    others = {folder: TrainingIndex.load(Path(folder).expanduser()) for folder in config.against}
+    others = {folder: TrainingIndex.load(folder) for folder in config.against}
     for folder, index in others.items():
         if index.embedder != embedder.name:
             raise UsageError(

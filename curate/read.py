@@ -71,18 +71,18 @@ class _ReadTask:
 
 def read_stage(
     engine: Engine,
-    out: Path,
+    work: Path,
     urls: Sequence[str],
     names: Sequence[str],
     keys: Sequence[str],
     config: DedupConfig,
 ) -> list[Path]:
-    """Read the shards that were not read before; one cache file each, named by its key.
+    """Read the shards that were not read before; one cache file each in ``work/read``, named by its key.
 
     A shard has threads by its share of the bytes, so that the cores are busy with one huge shard as with many small
     ones. The files do not depend on their number.
     """
-    caches = [out / "work" / "read" / f"{key}.parquet" for key in keys]
+    caches = [work / "read" / f"{key}.parquet" for key in keys]
     missing = [number for number, cache in enumerate(caches) if not cache.is_file()]
     if len(missing) < len(caches):
         log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))

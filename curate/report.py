@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.config import ReportConfig
-from curate.console import UserError, write_atomic, write_json
+from curate.console import UserError, write_atomic
 from curate.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE, read_ledger
+from curate.place import Place
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+PICTURES = "work/report.json"
 GROUPS_SHOWN = 24
 DROPPED_SHOWN = 7  # of one group: with the kept one, a line
 CLOSE_CALLS_SHOWN = 12  # on each side of the threshold
@@ -70,19 +72,19 @@ class Pictures:
     close_calls: Sequence[tuple[int, int, float]]
     thumbnails: Mapping[int, bytes]
 
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
+    def save(self, out: Place) -> None:
+        """Write ``work/report.json``."""
         thumbnails = {
             str(row): base64.b64encode(data).decode() for row, data in sorted(self.thumbnails.items())
         }
         calls = [[a, b, similarity] for a, b, similarity in self.close_calls]
-        write_json(path, {"histogram": self.histogram, "close_calls": calls, "thumbnails": thumbnails})
+        out.write_json(PICTURES, {"histogram": self.histogram, "close_calls": calls, "thumbnails": thumbnails})
 
     @classmethod
-    def load(cls, path: Path) -> Pictures:
+    def load(cls, out: Place) -> Pictures:
         """Read what ``save`` wrote. Raises ``UserError`` when it is missing or damaged."""
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(out.read(PICTURES))
             return cls(
                 histogram=stored["histogram"],
                 close_calls=[(int(a), int(b), float(s)) for a, b, s in stored["close_calls"]],
@@ -90,7 +92,7 @@ class Pictures:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}: missing or damaged; run `curate dedup` again, it continues there"
+                f"{out.at(PICTURES)}: missing or damaged; run `curate dedup` again, it continues there"
             ) from error
 
 
@@ -98,31 +100,34 @@ def run_report(config: ReportConfig) -> dict[str, Any]:
     """Write ``out/report.html`` again from what ``out`` holds.
 
     Raises:
+        UsageError: ``out`` is a URL that cannot be opened.
         UserError: ``out`` is not a finished curation.
     """
-    out = Path(config.out).expanduser()
-    summary = read_summary(out)
-    html = render(summary, read_ledger(out), Pictures.load(out / "work" / "report.json"))
+    out = Place(config.out)
+    summary = read_summary(config.out)
+    html = render(summary, read_ledger(config.out), Pictures.load(out))
     write_report(out, html)
-    return {"report": str(out / "report.html"), "bytes": len(html.encode())}
+    return {"report": out.at("report.html"), "bytes": len(html.encode())}
 
 
-def write_report(out: Path, html: str) -> None:
-    """Write ``out/report.html``, atomically."""
-    with write_atomic(out / "report.html") as temporary:
+def write_report(out: Place, html: str) -> None:
+    """Write ``report.html``, atomically."""
+    with write_atomic(out.made_in / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8", newline="\n")
+    out.deliver("report.html")
 
 
-def read_summary(out: Path) -> dict[str, Any]:
-    """``summary.json`` of a finished curation. Raises ``UserError`` when there is none."""
-    path = out / "summary.json"
+def read_summary(out: str | Path) -> dict[str, Any]:
+    """``summary.json`` of a finished curation, in a folder or at a URL. Raises ``UserError`` when there is none."""
+    place = Place(str(out))
+    path = place.at("summary.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(place.read("summary.json"))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; is {out} a folder that `curate dedup` wrote to its end?"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not a curation's summary: {error}") from error
 
 

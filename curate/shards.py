@@ -20,10 +20,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from curate.console import UsageError, UserError, printable, write_atomic
 from curate.tar import BLOCK, MAX_MEMBER_BYTES, Archive, Member, ReadError, shown
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_SAMPLE_BYTES = 1 << 30  # all members of a sample together, which memory holds
@@ -504,8 +507,7 @@ def fingerprint(url: str) -> list[str | int]:
         import fsspec
 
         try:
-            filesystem, path = fsspec.core.url_to_fs(url)
-            return [str(filesystem.ukey(path))]
+            return [version(*fsspec.core.url_to_fs(url))]
         except Exception as error:
             raise UserError(f"cannot open shard {url}: {error}") from error
     with open_shard(url) as file:
@@ -514,3 +516,13 @@ def fingerprint(url: str) -> list[str | int]:
         file.seek(max(0, stat.st_size - (1 << 16)))
         digest.update(file.read(1 << 16))
     return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+
+
+def version(filesystem: AbstractFileSystem, path: str) -> str:
+    """What a store calls this version of a file: size and tag, which it gives alike in a listing and by itself.
+
+    Stores without tags are asked for all they say of the file.
+    """
+    info = filesystem.info(path)
+    tag = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), None)
+    return f"{info['size']} {tag}" if tag else str(filesystem.ukey(path))

@@ -763,7 +763,7 @@ def test_a_full_disk_stops_with_a_clear_line_and_is_gone_on_from(photos, tmp_pat
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the last shard does not fit
     try:
-        with pytest.raises(UserError, match=r"000004.tar cannot be written: .*; the same command goes on there"):
+        with pytest.raises(UserError, match=r"000004.tar cannot be written: .*; make room, and the same command"):
             ingest(photos, tmp_path / "out", samples_per_shard=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -800,7 +800,9 @@ def test_bad_usage_is_found_before_anything_is_written(photos, tmp_path):
         (photos, photos / "out", {}, "lies in the source"),
         (photos, tmp_path, {}, "holds the source"),
         (photos, tmp_path / "foreign", {}, "thesis.txt"),
-        (photos, "memory://out", {}, "must be a local folder"),
+        (photos, "memory://out*", {}, "has wildcards"),
+        (photos, "nosuch://out", {}, "nosuch"),
+        (photos, tmp_path / "out", {"work_dir": "w"}, "work_dir goes with an out at a URL"),
         (photos, tmp_path / "out", {"samples_per_shard": 0}, "samples_per_shard"),
         (photos, tmp_path / "out", {"shard_bytes": 0}, "shard_bytes"),
         (photos, tmp_path / "out", {"split": "train"}, "split and subset are for datasets"),
