@@ -49,8 +49,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "noisy_one_in_k_caption": {"policy": "noisy_one_in_k", "k": 2, "verdict_of": "caption"},
 }
 RUNS = [
-    *(("noisy_caption", quantile) for quantile in (0.8, 0.9, 0.7, 0.95, 0.99)),
-    *(("every_step", quantile) for quantile in (0.8, 0.95, 0.99)),
+    *(("noisy_caption", quantile) for quantile in (0.8, 0.7, 0.9, 0.6, 0.95, 0.99)),
+    *(("every_step", quantile) for quantile in (0.8, 0.7, 0.95, 0.99)),
     *((policy, 0.8) for policy in ("noisy_steps", "one_in_k", "noisy_alone", "noisy_one_in_k_caption")),
 ]
 

@@ -164,7 +164,7 @@ def draw_figure(path: Path, results: list[dict[str, Any]]) -> None:
     by_band.set(xlabel="timestep", ylabel="AUC, repeated against unique", ylim=(0.2, 1))
     rates.axhline(0.2, color="#bbb", linewidth=0.8, linestyle="--")
     rates.set(xlabel="timestep", ylabel="true positives at 20 % false ones", ylim=(0, 1))
-    rates.legend(frameon=False, fontsize=7)
+    rates.legend(frameon=False, fontsize=7, loc="upper left")
     steps = [result["step"] for result in results]
     for low, colour in ((800, "#d1495b"), (500, "#4c78a8"), (0, "#888")):
         bands = range(low * BANDS // 1000, BANDS if low == 800 else (low + 300) * BANDS // 1000)
