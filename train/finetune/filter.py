@@ -199,6 +199,7 @@ class MemorizationFilter:
                     limits = self.thresholds[bands[chosen]].to(device)
                     kept[index], magnitudes[index] = filter_weights(eps_cond, eps_uncond, limits, self.policy.form)
                     magnitudes = torch.where(counted, magnitudes, torch.nan)
+            kept = torch.where(counted, kept, 1.0)  # what counts nothing anyway is not the filter's doing
         left_out = (kept == 0).int()
         known = torch.stack([rows, t, keys], dim=1).int().to(device)
         seen = torch.stack([magnitudes.view(torch.int32), left_out], dim=1)

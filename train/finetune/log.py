@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curate.console import UsageError, to_json
-from train.finetune.filter import BANDS
+from train.memorization.thresholds import BANDS, timestep_band
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,7 +93,7 @@ class Tally:
         )
         self._scalars += torch.stack([number.float() for number in numbers])
         counted = readable & losses.isfinite()
-        band = (t * BANDS // self.timesteps).clamp(0, BANDS - 1)
+        band = timestep_band(t, self.timesteps)
         self._bands[0].index_add_(0, band, torch.where(counted, losses, 0.0))
         self._bands[1].index_add_(0, band, counted.float())
 

@@ -138,8 +138,8 @@ def test_nothing_is_judged_before_the_warm_up_ends_nor_in_bands_without_a_thresh
 
 def test_an_image_that_cannot_be_read_is_no_evidence():
     judge = OneNumber(FilterConfig("every_step", threshold=2.0))
-    judge([0, 1], [3.0, 3.0], counted=[True, False])
-    assert judge.filter.table.totals()["judged"] == 1
+    assert judge([0, 1], [3.0, 3.0], counted=[True, False]) == [0, 1]
+    assert judge.filter.table.totals() == {"judged": 1, "dropped": 1, "samples_dropped_at_least_once": 1}
 
 
 # ----------------------------------------------------------------------------------------------------- the record
