@@ -26,10 +26,11 @@ NEAR_IMAGE = "near_image"  # image near, caption another one (pooled, if there i
 CAPTION_QUOTA = "caption_quota"  # another image, the same caption, and enough samples have it
 NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough samples have one like it
 OTHER_SET = "other_set"  # the image, or a near one, stands in a set that was to be kept apart
+EXCLUDED = "excluded"  # named in a list of samples to leave out
 FEW = 16  # copies that are all looked at, whatever their captions
 AHEAD = 256  # crowded things that are looked up at a time
 PAIRS_AHEAD = 1 << 20  # and with how many kept ones
-REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET)
+REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED)
 
 
 class Near(Protocol):
@@ -60,7 +61,7 @@ class Verdicts:
         kept: bool ``[n]``.
         reason: object ``[n]``, one of ``REASONS`` for a dropped row, None for a kept one.
         kept_by: int64 ``[n]``, the kept row that stands for a dropped one; -1 for a kept one, and for one that stands
-            in another set.
+            in another set or was excluded.
         image_similarity: float32 ``[n]``, cosine of a row with its stand-in, 1 for equal pixels; NaN where it
             is not known, because there is no stand-in or the two are no near pair.
         caption_similarity: float32 ``[n]``, likewise of the captions.
@@ -92,6 +93,7 @@ def decide(
     max_per_caption: int | None = None,
     on_caption_differs: OnCaptionDiffers = "pool",
     elsewhere: NDArray[np.bool_] | None = None,
+    excluded: NDArray[np.bool_] | None = None,
 ) -> Verdicts:
     """Keep or drop each row.
 
@@ -117,6 +119,7 @@ def decide(
         on_caption_differs: ``pool`` or ``keep``.
         elsewhere: ``[n]``, rows that are dropped before all others since they stand in another set; they stand for
             nothing, and each is a group of its own.
+        excluded: ``[n]``, rows that are dropped likewise since somebody listed them.
 
     Raises:
         ValueError: arrays of different lengths, an unknown rule, a number below 1.
@@ -133,8 +136,9 @@ def decide(
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
-    if elsewhere is not None:
-        order = order[~elsewhere[order]]
+    for apart in (elsewhere, excluded):
+        if apart is not None:
+            order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
     judge = _Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
@@ -142,6 +146,8 @@ def decide(
         judge.greedy()
     else:
         judge.components()
+    if excluded is not None:
+        judge.reason[excluded] = EXCLUDED
     if elsewhere is not None:
         judge.reason[elsewhere] = OTHER_SET
     return judge.verdicts()

@@ -50,6 +50,7 @@ REASONS = {
     "near_caption": ("Near caption", "another image, but enough with a caption near this one stay"),
     "caption_quota": ("Caption quota", "another image, but enough with this caption stay"),
     "other_set": ("In another set", "the image, or a near one, stands in a set given with --against"),
+    "excluded": ("Excluded", "named in the list given with --exclude"),
 }
 SHORT = {  # beside a similarity, in the gallery
     "exact_image": "identical",
@@ -58,6 +59,7 @@ SHORT = {  # beside a similarity, in the gallery
     "near_caption": "caption",
     "caption_quota": "quota",
     "other_set": "other set",
+    "excluded": "excluded",
 }
 
 

@@ -185,6 +185,40 @@ def shard_names(urls: Sequence[str]) -> list[str]:
     return names
 
 
+def find_shards(names: Iterable[str], urls: Sequence[str], source: str) -> dict[str, int]:
+    """Which of the shards at ``urls`` each name of :func:`shard_names` means: the one whose path ends with it.
+
+    Args:
+        names: of shards, as a ledger or a list has them; perhaps given when the shards stood among others.
+        urls: paths or URLs.
+        source: where the names come from, for messages.
+
+    Returns:
+        Position in ``urls`` by name; names that mean none of them are left out.
+
+    Raises:
+        UsageError: a name means several of them.
+    """
+    found: dict[str, int] = {}
+    by_tail: dict[int, dict[str, list[int]]] = {}  # by the number of path components
+    for name in dict.fromkeys(names):
+        depth = len(PurePosixPath(name).parts)
+        if depth not in by_tail:
+            tails = by_tail[depth] = {}
+            for number, url in enumerate(urls):
+                tails.setdefault("/".join(PurePosixPath(_path_of(url)).parts[-depth:]), []).append(number)
+        matches = by_tail[depth].get(name) or [number for number, url in enumerate(urls) if url == name]
+        if len(matches) > 1:
+            several = ", ".join(urls[number] for number in matches[:3])
+            raise UsageError(
+                f"{source}: the shard {printable(name)} may be any of {several}: put as much of its path in front of "
+                "it there as tells them apart"
+            )
+        if matches:
+            found[name] = matches[0]
+    return found
+
+
 def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadSample]:
     """Stream one shard's samples in order; what cannot be a sample comes as a ``BadSample`` in its place.
 

@@ -50,22 +50,23 @@ class Captions:
         self._device = model.empty_ids.device
         self._ids = lru_cache(REMEMBERED)(lambda text: tokenize(model.pipe, [text])[0])
 
-    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's chosen caption, and whether it is conditional, ``[n]`` bool.
+    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, list[str], Tensor]:
+        """Each row's chosen caption.
 
         Args:
             rows: ``[n]`` int64, on the CPU.
             uniform: ``[n, 2]``, see :func:`choose_caption`.
 
         Returns:
-            Of the captions the token ids ``[n, tokens]`` int64, or the embeddings ``[n, tokens, width]`` float32.
+            Of the captions the token ids ``[n, tokens]`` int64, or the embeddings ``[n, tokens, width]`` float32; the
+            ``n`` texts; and whether they are conditional, ``[n]`` bool on the CPU.
         """
         chosen = [
             choose_caption(self.captions(row), numbers, self.dropout)
             for row, numbers in zip(rows.tolist(), uniform, strict=True)
         ]
         texts = [text for text, _ in chosen]
-        conditional = torch.tensor([is_conditional for _, is_conditional in chosen], device=self._device)
+        conditional = torch.tensor([is_conditional for _, is_conditional in chosen])
         if self.cached is not None:
-            return self.cached.embed(texts), conditional
-        return torch.stack([self._ids(text) for text in texts]).to(self._device), conditional
+            return self.cached.embed(texts), texts, conditional
+        return torch.stack([self._ids(text) for text in texts]).to(self._device), texts, conditional

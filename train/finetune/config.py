@@ -63,23 +63,58 @@ class Augmentation:
         return any((self.shift, self.scale, self.flip, self.colour, self.hue, self.rotate))
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How the filter finds its thresholds by itself, from samples that are known to be unique.
+
+    Args:
+        steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes ``filter.threshold``.
+        quantile: of their magnitudes that becomes the threshold: one minus the share of unique samples left out.
+        per_band: one threshold for each timestep band of 100; else one for all.
+        window: steps after which an older magnitude counts by a factor e less; the threshold then follows the model to
+            the end of the run. 0 fixes it after ``steps``.
+        unique: folder of a curation of the shards that are trained on; its ledger tells which samples have no near
+            copy. Empty takes all samples, which is right for shards that curation wrote.
+    """
+
+    steps: int = 0
+    quantile: float = 0.99
+    per_band: bool = True
+    window: int = 0
+    unique: str = ""
+
+
 @dataclass
 class FilterConfig:
     """Which samples of a batch are left out because the model retrieves them from their caption.
 
     Args:
         policy: ``off``; ``every_step`` judges each sample at each visit (Wen et al.); ``noisy_steps`` only where the
-            timestep is at least ``min_timestep``.
-        threshold: largest text-conditional noise magnitude a sample may have; a sample at or above it is left out.
+            timestep is at least ``min_timestep``; ``one_in_k`` at one of its visits in ``k``; ``noisy_one_in_k`` where
+            both hold. Visits without a caption are never judged, nor left out.
+        threshold: smallest text-conditional noise magnitude that is left out: one number; or ten, one for each timestep
+            band of 100, null where nothing is judged; or ``auto``, those that ``train detect --calibrate`` left in
+            the model's folder; or a file of its or of a run's (``filter.json``).
         form: ``l2`` is the papers' scale (grows with the latent's size), ``rms`` is independent of it.
-        min_timestep: of the policy ``noisy_steps``, in [0, 1000).
+        min_timestep: of the noisy policies, in [0, 1000).
+        k: of the policies one_in_k.
+        expires: how many further visits a sample's last verdict stands for, where they are not judged themselves; 0
+            leaves a sample out at the very visit only.
+        verdict_of: whose last verdict stands in: the ``sample``'s own, or the latest one of any sample under the same
+            ``caption``, whose visits it then holds for: copies that stand under one caption are judged by each other,
+            as the magnitude is the caption's more than the image's.
+        calibrate: thresholds from the run itself.
         warmup_steps: steps before the filter starts.
     """
 
-    policy: Literal["off", "every_step", "noisy_steps"] = "off"
-    threshold: float = 2.0
+    policy: Literal["off", "every_step", "noisy_steps", "one_in_k", "noisy_one_in_k"] = "off"
+    threshold: float | list[float | None] | str = 2.0
     form: Literal["l2", "rms"] = "l2"
-    min_timestep: int = 500
+    min_timestep: int = 800
+    k: int = 5
+    expires: int = 8
+    verdict_of: Literal["sample", "caption"] = "sample"
+    calibrate: Calibration = field(default_factory=Calibration)
     warmup_steps: int = 0
 
 
@@ -134,8 +169,9 @@ class FinetuneConfig:
         model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
             that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
-            ``verdicts.parquet``, ``summary.json``.
+            ``verdicts.parquet``, ``filter.json`` (the thresholds), ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``.
+        exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps.
         batch_size: samples a process takes in one forward pass.
         gradient_accumulation: forward passes per optimizer step.
@@ -202,6 +238,7 @@ class FinetuneConfig:
     revision: str | None = None
     variant: str | None = None
     model_config: str | None = None
+    exclude: str = ""
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -250,3 +287,21 @@ class FinetuneConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     push_to_hub: str = ""
     seed: int = 0
+
+
+@dataclass
+class VerdictsConfig:
+    """Which samples of a run are listed as always left out.
+
+    Args:
+        run: folder of a finished ``train finetune`` with a filter.
+        out: list to write, a line ``shard<TAB>key`` each; ``curate dedup --exclude`` and ``train finetune --exclude``
+            read it.
+        min_judged: a sample must have been judged at least so often.
+        min_share: share of these verdicts that must have been against it.
+    """
+
+    run: str = ""
+    out: str = ""
+    min_judged: int = 3
+    min_share: float = 1.0

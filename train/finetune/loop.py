@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
+from curate.idlist import ids_digest
 from train.components import set_attention
 from train.finetune.average import Average
 from train.finetune.batches import (
@@ -38,7 +39,6 @@ from train.finetune.captions import Captions
 from train.finetune.checkpoint import (
     Stateful,
     collect_state,
-    gather_states,
     list_checkpoints,
     load_latest,
     remove_partial,
@@ -47,7 +47,7 @@ from train.finetune.checkpoint import (
 )
 from train.finetune.config import FinetuneConfig
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.filter import MemorizationFilter
+from train.finetune.filter import MemorizationFilter, check_filter, chosen_thresholds, reference_samples
 from train.finetune.hub import check_hub, push_model
 from train.finetune.log import LossBands, Meter, RunLog, Suspects, Tally, check_trackers, flat_numbers
 from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
@@ -168,19 +168,27 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, len(shard_set))
+    memorization = MemorizationFilter(
+        config.filter,
+        diffusion,
+        predict_unconditional,
+        len(shard_set),
+        config.seed,
+        chosen_thresholds(config.filter, config.model),
+        reference_samples(config.filter, shard_set),
+        together=accelerator.distributed_type == "FSDP",
+    )
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
-    shared: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
-    shared |= {"counts": counts, "bands": bands}
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
+    parts |= {"counts": counts, "bands": bands, "filter": memorization}
     if accelerator.scaler is not None:
-        shared["scaler"] = accelerator.scaler
-    own: dict[str, Stateful] = {"filter": memorization}
+        parts["scaler"] = accelerator.scaler
     start = 0
     if (found := load_latest(checkpoints)) is not None:
         start, state = found
-        restore_state(state, rank, shared, own)
+        restore_state(state, parts)
         log.info("resuming %s after step %d", config.out, start)
 
     upcoming = upcoming_positions(start, rank, world, config)
@@ -218,7 +226,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_t = diffusion.noised(x_0, input_noise, t)
-            prompt, conditional = captions.choose(batch.rows, draws.uniform)
+            prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform)
             readable = batch.weight > 0
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
@@ -226,7 +234,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
                 output = denoiser(x_t, t, prompt).float()
                 kept, magnitudes = memorization.weigh(
-                    output.detach(), x_t, t, batch.rows, conditional & readable, step
+                    output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
                 )
                 weights = batch.weight * kept
                 errors = squared_errors(output, diffusion.target(x_0, noise, t))
@@ -235,7 +243,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 accelerator.backward(loss)
             tally.add(loss, errors, t, readable, weights, kept, magnitudes)
             suspects.add(batch.rows, losses)
-        totals = tally.reduce(accelerator, stop.asked)
+        totals, records = tally.exchange(accelerator, memorization.records(), stop.asked)
+        memorization.absorb(records, step)
 
         grad_norm, moved, bad = 0.0, False, totals.not_finite > 0
         if totals.kept and not bad:
@@ -275,6 +284,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 **({"not_finite": names} if bad else {}),
                 **meter.read(),
             }
+            line |= memorization.log_line()
             writer.add(line)
             bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {line['dropped']} of {samples}")
             accelerator.log(flat_numbers(line), step=step)
@@ -286,9 +296,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         if totals.asked or due:
-            state = collect_state(accelerator, shared, own)
             if accelerator.is_main_process:
-                save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
+                save_checkpoint(checkpoints, step, collect_state(parts), config.keep_checkpoints)
             accelerator.wait_for_everyone()
         if totals.asked:
             bar.close()
@@ -297,11 +306,10 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             return {"steps": step, "stopped": True, "model": None}
     bar.close()
 
-    verdicts = gather_states(accelerator, memorization)
     replaced = accelerator.reduce(torch.tensor(faults.count, device=device), reduction="sum")
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
+        judged = memorization.finish(out, shard_set.ids)
         average.copy_to_parameters()
         model.save(out / "model")
         summary = {
@@ -370,8 +378,6 @@ def check_config(config: FinetuneConfig) -> None:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
     if config.cache_text and config.train_text_encoder:
         raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
-    if config.filter.policy != "off" and config.filter.threshold <= 0:
-        raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
     lora = config.lora
     for name in ("rank", "alpha"):
         if getattr(lora, name) < 0:
@@ -382,6 +388,7 @@ def check_config(config: FinetuneConfig) -> None:
         raise UsageError("lora.targets is empty: name the layers that get adapters")
     if lora.rank and lora.dropout and config.filter.policy != "off":
         raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
+    check_filter(config.filter, config.model)
     find_optimizer(config.optimizer)
     check_trackers(config.trackers)
     check_validation(config.validation)
@@ -421,6 +428,8 @@ def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | Non
     run = dataclasses.asdict(config) | {"processes": world}
     for free in FREE:
         run.pop(free)
+    if config.exclude:
+        run["exclude"] = ids_digest(config.exclude)
     claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
         log.info("%s is finished already", out)

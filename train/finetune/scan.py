@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from curate.console import UsageError, UserError, digest, get_logger, write_atomic
 from curate.engine import LocalEngine
+from curate.idlist import listed_keys, refuse_missing
 from curate.images import ImageError, image_size
 from curate.shards import BadSample, Sample, expand_shards, fingerprint, read_samples, shard_bytes, shard_names
 from train.finetune.config import FinetuneConfig, ShardGroup
@@ -145,10 +146,16 @@ class _ScanTask:
     name: str
     part: Path
     weight_field: str | None
+    excluded: frozenset[str]
 
 
 def scan(
-    shards: Sequence[str | ShardGroup], path: Path, *, workers: int = 1, weight_field: str | None = None
+    shards: Sequence[str | ShardGroup],
+    path: Path,
+    *,
+    workers: int = 1,
+    weight_field: str | None = None,
+    exclude: str = "",
 ) -> ShardSet:
     """What the shards hold; read from ``path`` if a scan was written there before.
 
@@ -160,10 +167,12 @@ def scan(
         path: of ``samples.arrow``, in the folder of the run.
         workers: processes that read the shards.
         weight_field: field of a sample's json with its weight in the loss; 1 where there is none.
+        exclude: a list of samples to leave out (:mod:`curate.idlist`); empty for none.
 
     Raises:
-        UsageError: a pattern names nothing, or a shard is given twice with different repeats.
-        UserError: there is no usable sample, or a weight is negative.
+        UsageError: a pattern names nothing, a shard is given twice with different repeats, or the list of samples to
+            leave out cannot be read or is not of these shards.
+        UserError: there is no usable sample, a weight is negative, or a sample to leave out is not there.
     """
     if path.is_file():
         shard_set = ShardSet(path)
@@ -172,28 +181,36 @@ def scan(
     repeats = expand_groups(shards)
     urls, names = list(repeats), shard_names(list(repeats))
     fingerprints = [fingerprint(url) for url in urls]
+    excluded = [frozenset(keys) for keys in listed_keys(exclude, urls)] if exclude else [frozenset()] * len(urls)
     work = path.with_name(path.name + ".parts")
     work.mkdir(parents=True, exist_ok=True)
     parts = [
-        work / f"{digest([FORMAT, url, name, mark, weight_field])}.arrow"
-        for url, name, mark in zip(urls, names, fingerprints, strict=True)
+        work / f"{digest([FORMAT, url, name, mark, weight_field, sorted(keys)])}.arrow"
+        for url, name, mark, keys in zip(urls, names, fingerprints, excluded, strict=True)
     ]
     tasks = [
-        _ScanTask(url, name, part, weight_field)
-        for url, name, part in zip(urls, names, parts, strict=True)
+        _ScanTask(url, name, part, weight_field, keys)
+        for url, name, part, keys in zip(urls, names, parts, excluded, strict=True)
         if not part.is_file()
     ]
     sizes = [shard_bytes(url) for url in urls]
     alone = None not in sizes and sum(size or 0 for size in sizes) < ALONE_BYTES
     LocalEngine(1 if alone else max(workers, 1)).map(_scan_shard, tasks, desc="scan")
-    counts, left_out = [], 0
+    counts, left_out, there = [], 0, []
     for part in parts:
         with pa.memory_map(str(part)) as source, pa.ipc.open_file(source) as reader:
             counts.append(reader.get_batch(0).num_rows)
-            left_out += json.loads(reader.schema.metadata[b"afresh"])["left_out"]
+            about_part = json.loads(reader.schema.metadata[b"afresh"])
+            left_out += about_part["left_out"]
+            there.append(set(about_part["excluded"]))
+    if exclude:
+        refuse_missing(exclude, names, excluded, there)
     if not sum(counts):
         shutil.rmtree(work)
-        raise UserError(f"{', '.join(map(str, shards))}: the shards hold no sample with an image that can be read")
+        but = " and is not excluded" if exclude else ""
+        raise UserError(
+            f"{', '.join(map(str, shards))}: the shards hold no sample with an image that can be read{but}"
+        )
     about = {
         "urls": urls,
         "names": names,
@@ -216,7 +233,13 @@ def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
 
     def work() -> None:
         if accelerator.is_main_process:
-            scan(config.shards, path, workers=config.workers, weight_field=config.weight_field)
+            scan(
+                config.shards,
+                path,
+                workers=config.workers,
+                weight_field=config.weight_field,
+                exclude=config.exclude,
+            )
 
     together(accelerator, work)
     return ShardSet(path)
@@ -268,8 +291,11 @@ def _warn_of_changes(shard_set: ShardSet, shards: Sequence[str | ShardGroup]) ->
 def _scan_shard(task: _ScanTask) -> None:
     """Write the record batch of one shard."""
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
-    left_out = 0
+    left_out, excluded = 0, []
     for item in read_samples(task.url, name=task.name):
+        if item.key in task.excluded:
+            excluded.append(item.key)
+            continue
         if isinstance(item, Sample):
             try:
                 row = _describe(item, task)
@@ -281,7 +307,7 @@ def _scan_shard(task: _ScanTask) -> None:
                 continue
         log.warning("%s: %s: %s (left out)", item.shard, item.key, item.reason)
         left_out += 1
-    with _writer(task.part, {"left_out": left_out}) as writer:
+    with _writer(task.part, {"left_out": left_out, "excluded": excluded}) as writer:
         writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
 
 

@@ -35,6 +35,10 @@ class DetectConfig:
         signals: scores to compute: magnitude (the text-conditional noise magnitude, averaged over the steps).
         form: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         batch_size: prompt and seed pairs per UNet call.
+        calibrate: share of prompts known not to be memorized that a threshold may call so, as 0.01; the threshold is
+            then found from the prompts of label 0 (from all, where none has a label) and written to the model's
+            folder, as ``memorization.json``, where the training filter reads it (``filter.threshold: auto``). A model
+            that is no local folder has it beside ``out``. 0 leaves it out.
         bootstrap: resamples behind the confidence intervals.
         dtype: of the model's weights.
         device: auto, cpu, cuda, …
@@ -56,6 +60,7 @@ class DetectConfig:
     signals: list[str] = field(default_factory=lambda: ["magnitude"])
     form: Literal["l2", "rms"] = "l2"
     batch_size: int = 32
+    calibrate: float = 0.0
     bootstrap: int = 1000
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
