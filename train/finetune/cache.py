@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curate.console import Progress, UserError, get_logger, progress, write_atomic
+from curate.console import UserError, get_logger, progress, write_atomic
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +37,8 @@ Write = Callable[[int, NDArray[np.float16]], None]
 """``write(row, values)``: hand over a row of a part."""
 Compute = Callable[[int, Sequence[int], Write], None]
 """``compute(number, rows, write)``: the given rows of a part, in any order; what is not written is missing."""
+Count = Callable[[int, Sequence[int], Write, NDArray[np.uint32]], None]
+"""The same, which also fills in the checksums of the rows that are written."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def in_memory(
         )
     stored = []
     rank, world = accelerator.process_index, accelerator.num_processes
-    with _counting(parts, compute, name, unit, rows=sum(len(range(rank, part.rows, world)) for part in parts)) as count:
+    mine = sum(len(range(rank, part.rows, world)) for part in parts)
+    with _counting(compute, name, unit, mine) as count:
         for number, part in enumerate(parts):
             values = np.zeros(int(part.starts[-1]), dtype=np.float16)
             checksums = np.full(part.rows, MISSING, dtype=np.uint32)
@@ -132,7 +135,7 @@ def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str,
     need, free = sum(2 * int(parts[number].starts[-1]) for number in missing), shutil.disk_usage(folder).free
     if need > free:
         raise UserError(f"{folder}: {name} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-    with _counting(parts, compute, name, unit, rows=sum(parts[number].rows for number in missing)) as count:
+    with _counting(compute, name, unit, sum(parts[number].rows for number in missing)) as count:
         while missing:
             before = len(missing)
             for number in list(missing):
@@ -148,7 +151,7 @@ def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str,
     return [one for one in stored if one is not None]
 
 
-def _compute_file(folder: Path, part: Part, number: int, count: Any) -> Stored:
+def _compute_file(folder: Path, part: Part, number: int, count: Count) -> Stored:
     for stale in folder.glob(f".tmp-*-{part.key}*"):  # of a process that was killed: the lock is ours
         stale.unlink()
     checksums = np.full(part.rows, MISSING, dtype=np.uint32)
@@ -193,9 +196,8 @@ def _open(folder: Path, part: Part) -> Stored | None:
 
 
 @contextmanager
-def _counting(parts: Sequence[Part], compute: Compute, name: str, unit: str, rows: int) -> Iterator[Any]:
+def _counting(compute: Compute, name: str, unit: str, rows: int) -> Iterator[Count]:
     """``compute`` with progress and checksums."""
-    bar: Progress
     with progress(total=rows, desc=name, unit=unit) as bar:
 
         def run(number: int, wanted: Sequence[int], write: Write, checksums: NDArray[np.uint32]) -> None:
