@@ -15,8 +15,8 @@ class ImportConfig:
     Args:
         src: a folder of images, a Hugging Face dataset (a local folder or a hub name), or parquet files; paths,
             globs, brace ranges or fsspec URLs. Only parquet files may be several.
-        out: local folder for the result: ``{:06d}.tar``, ``import.parquet`` with a row for every row of the source,
-            ``summary.json``.
+        out: local folder or fsspec URL for the result: ``{:06d}.tar``, ``import.parquet`` with a row for every row of
+            the source, ``summary.json``.
         kind: what the source is, where it should not be recognised by itself.
         caption_field: of the ``.json`` beside an image, the field with its caption.
         text_column: the column of captions, in tables and in a folder's metadata files; null for the only one of
@@ -32,6 +32,8 @@ class ImportConfig:
         require_caption: skip images without a caption that can be read.
         samples_per_shard: samples a shard holds at most.
         shard_bytes: bytes a shard holds at most, unless a single sample has more.
+        work_dir: with an ``out`` at a URL, local folder below which a shard lies until it is sent; null for
+            ``afresh`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``).
     """
 
     src: list[str] = field(default_factory=list)
@@ -49,6 +51,7 @@ class ImportConfig:
     require_caption: bool = False
     samples_per_shard: int = 1000
     shard_bytes: int = 256_000_000
+    work_dir: str | None = None
 
 
 @dataclass
@@ -57,7 +60,7 @@ class DedupConfig:
 
     Args:
         shards: tar shards: paths, folders, globs, brace ranges or fsspec URLs.
-        out: local folder for the result: ``shards/``, ``ledger.parquet``, ``index/``, ``report.html``,
+        out: local folder or fsspec URL for the result: ``shards/``, ``ledger.parquet``, ``index/``, ``report.html``,
             ``summary.json``; ``work/`` beside them is a cache that may be deleted.
         image_embedder: ``layout`` (needs no weights), ``copy-detector``, a TorchScript file such as SSCD's, or an image
             tower by its library and its hub name or folder: ``transformers:NAME`` (CLIP, SigLIP, DINOv2),
@@ -70,8 +73,10 @@ class DedupConfig:
         min_caption_chars: captions with fewer characters are near only when equal (after normalisation).
         rule: ``greedy`` drops what is near a sample that is kept, so that chains swallow nothing;
             ``components`` keeps one sample of everything that is linked.
-        against: folders of other curations: samples whose image, or a near one, stands in one of them are dropped
-            (evaluation sets that must not be trained on; batches that were curated before).
+        against: folders or URLs of other curations: samples whose image, or a near one, stands in one of them are
+            dropped (evaluation sets that must not be trained on; batches that were curated before).
+        exclude: a list of samples that are dropped whatever else they are, a line ``shard<TAB>key`` each, as ``train
+            verdicts`` writes of those that a run's filter left out; empty for none.
         keep_copies: how many near copies of an image may stay; 1 keeps one of each.
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
             ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
@@ -102,6 +107,9 @@ class DedupConfig:
         engine: where stages run: ``local`` is this machine's processes.
         recall_sample: rows on which the recall of the join is measured against exact search.
         seed: of the samples on which recall and the report's histogram are measured.
+        work_dir: with an ``out`` at a URL, local folder below which there are the caches (embeddings, a row of text a
+            sample, pairs) and the files being written, each until it is sent; null for ``afresh`` in the user's cache
+            folder (``$XDG_CACHE_HOME``, ``~/.cache``). A stopped run goes on with the same one.
     """
 
     shards: list[str] = field(default_factory=list)
@@ -113,6 +121,7 @@ class DedupConfig:
     min_caption_chars: int = 12
     rule: Literal["greedy", "components"] = "greedy"
     against: list[str] = field(default_factory=list)
+    exclude: str = ""
     keep_copies: int = 1
     prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
@@ -130,6 +139,7 @@ class DedupConfig:
     engine: Literal["local"] = "local"
     recall_sample: int = 1000
     seed: int = 0
+    work_dir: str | None = None
 
 
 @dataclass
@@ -154,7 +164,7 @@ class SearchConfig:
     """Settings of ``curate search``: give ``image`` or ``caption``.
 
     Args:
-        out: folder that ``curate dedup`` wrote.
+        out: folder that ``curate dedup`` wrote, or its URL.
         image: file of an image to search for.
         caption: text to search for among the captions.
         caption_embedder: what captions are compared by, as in ``curate dedup``; a neural one embeds all of them first.
@@ -173,7 +183,7 @@ class ReportConfig:
     """Settings of ``curate report``.
 
     Args:
-        out: folder that ``curate dedup`` wrote.
+        out: folder that ``curate dedup`` wrote, or its URL.
     """
 
     out: str = ""
@@ -184,7 +194,7 @@ class ExportConfig:
     """Settings of ``curate export``.
 
     Args:
-        out: folder that ``curate dedup`` wrote.
+        out: folder that ``curate dedup`` wrote, or its URL.
         dest: what to write, and must not exist yet: a folder, or with ``ids`` a file, which is replaced.
         format: ``dataset`` is a Hugging Face dataset as ``save_to_disk`` writes it; ``parquet`` a folder of parquet
             files, which ``load_dataset`` reads too; ``ids`` a sorted list of input samples, ``shard/key`` a line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -195,6 +196,8 @@ def progress(
 
 # -------------------------------------------------------------------------------------- files written whole
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -202,16 +205,24 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. The folder is made if it is missing; the
     temporary name keeps the suffix, for writers that go by it.
+
+    Raises:
+        UserError: the disk is full, or the user's share of it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            reason = f"{os.strerror(error.errno)}; make room, and the same command goes on there"
+            raise UserError(f"{path} cannot be written: {reason}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -288,16 +299,20 @@ def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         UsageError: the folder was begun with other settings (names them), or cannot be written.
     """
     path = Path(folder) / "run.json"
-    settings = json.loads(json.dumps(settings))
     if path.is_file():
-        before = json.loads(path.read_text())
-        changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
-        if changed:
-            raise UsageError(
-                f"{folder}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
-            )
+        refuse_other_settings(folder, json.loads(path.read_text()), settings)
         return
     try:
         write_json(path, settings)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def refuse_other_settings(folder: object, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ``UsageError`` with the names of the ``settings`` that differ from those that ``folder`` was begun with."""
+    settings = json.loads(json.dumps(settings))
+    changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+    if changed:
+        raise UsageError(
+            f"{folder}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
+        )

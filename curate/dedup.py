@@ -8,6 +8,9 @@ Stages, each of which leaves files so that a stopped run is continued where it w
 4. write: the kept samples' bytes → ``shards/*.tar``,
 5. publish: ledger, index, report and, last, ``summary.json``. A folder without it is unfinished.
 
+The result may lie at a URL (:mod:`curate.place`): then the caches of the first two stages stay in a local folder, and
+everything else is sent there as it is finished, with the marks by which a stopped run is continued.
+
 Of the images, memory holds the few that are being read; what grows with the set are the embeddings and one row
 of text a sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
 workers, the clock, or the place where the set lies.
@@ -18,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -27,9 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import curate
 from curate.config import PREFERENCES, DedupConfig
-from curate.console import UsageError, UserError, digest, get_logger, locked, write_json
+from curate.console import UsageError, UserError, digest, get_logger, locked
 from curate.engine import LocalEngine
-from curate.join import against_stage, decide_stage, join_stage, open_others
+from curate.idlist import ids_digest, listed_keys
+from curate.join import against_stage, decide_stage, exclude_stage, join_stage, open_others
+from curate.place import Place, open_out
 from curate.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.read import Rows, cached_embedder, preferred_fields, read_stage
 from curate.rewrite import plan_shards, write_stage
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -55,42 +59,48 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: a setting is out of range, there are no shards, ``out`` is foreign or cannot be written.
-        UserError: a shard cannot be opened, changed while it was read, or no sample can be read.
+        UserError: a shard cannot be opened, changed while it was read, or no sample can be read; the disk is full, or
+            the store of ``out`` fails. The same command goes on there.
     """
     clock = _Clock()
     _check_settings(config)
+    out = open_out(config.out, config.work_dir)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
+    listed = listed_keys(config.exclude, urls) if config.exclude else None
     cached_embedder.cache_clear()  # a file of the same name may be another one by now
     _caption_embedder.cache_clear()
     embedder, captioner = cached_embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
     others = open_others(config, embedder)
-    out = _prepare(config.out, urls)
-    engine = LocalEngine(config.workers)
-    with _locked(out):
+    _prepare(out, config, urls)
+    work = out.made_in / "work"
+    if out.remote:
+        log.info("%s: caches, and files until they are sent, lie in %s", out, out.made_in)
+    with _locked(out), LocalEngine(config.workers) as engine:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
-        caches = read_stage(engine, out, urls, names, keys, config)
+        caches = read_stage(engine, work, urls, names, keys, config)
         rows = Rows.load(caches, embedder.dim, config.missing_caption)
         clock.lap("read")
         if len(rows.readable) == 0:
             publish_ledger(out, rows, None, None)
             first = rows.table["reason"][0].as_py() if rows.table.num_rows else "the shards are empty"
             raise UserError(
-                f"none of the {rows.table.num_rows} samples can be read ({first}); see {out}/ledger.parquet"
+                f"none of the {rows.table.num_rows} samples can be read ({first}); see {out.at('ledger.parquet')}"
             )
 
-        joined = join_stage(out, rows, keys, captioner, config)
+        excluded = None if listed is None else exclude_stage(rows, names, listed, config)
+        joined = join_stage(work, rows, keys, captioner, config)
         elsewhere = against_stage(rows, joined, others, config)
         clock.lap("join")
-        verdicts, sweep = decide_stage(rows, joined, elsewhere, config)
+        verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config)
         clock.lap("decide")
 
-        plan = plan_shards(out / "shards", rows, verdicts, urls, config.samples_per_shard, kept=True)
+        plan = plan_shards(out, "shards", rows, verdicts, urls, config.samples_per_shard, kept=True)
         dropped = []
         if config.write_dropped:
-            dropped = plan_shards(out / "dropped", rows, verdicts, urls, config.samples_per_shard, kept=False)
+            dropped = plan_shards(out, "dropped", rows, verdicts, urls, config.samples_per_shard, kept=False)
         write_stage(engine, out, plan + dropped)
         clock.lap("write")
 
@@ -98,8 +108,8 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         publish_index(out, rows, verdicts, embedder)
         summary = summarise(table, joined, verdicts, settings_of(config), shards=len(plan)) | {"sweep": sweep}
         publish_report(engine, out, table, rows, joined, summary, urls, config)
-        write_json(out / "summary.json", summary)
-        _forget_stale(out, [*caches, *joined.caches])
+        out.write_json("summary.json", summary)
+        _forget_stale(work, [*caches, *joined.caches])
         clock.lap("publish")
     shown = {key: value for key, value in summary.items() if key != "settings"}
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
@@ -133,61 +143,55 @@ def _check_settings(config: DedupConfig) -> None:
             raise UsageError(f"prefer: unknown criterion {criterion!r}; choose {known}, +FIELD or -FIELD (of the json)")
     if len(set(config.prefer)) < len(config.prefer):
         raise UsageError(f"prefer names a criterion twice: {', '.join(config.prefer)}")
-    if not config.out:
-        raise UsageError("out: name the folder to write to")
-    if "://" in config.out:
-        raise UsageError(f"out: {config.out} must be a local folder")
 
 
-def _prepare(out_name: str, urls: Sequence[str]) -> Path:
-    """The output folder, made and found writable, and holding neither the input nor anything foreign."""
-    out = Path(out_name).expanduser()
+def _prepare(out: Place, config: DedupConfig, urls: Sequence[str]) -> None:
+    """Make the output folder, and see that it can be written, and holds neither the input nor anything foreign."""
     for url in urls:
-        if "://" not in url and Path(url).resolve().is_relative_to(out.resolve()):
-            raise UsageError(
-                f"out: {out} holds the input {url}; inputs are never changed, name another folder"
-            )
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"out: {out} is a file, not a folder")
-    if out.is_dir() and not (out / "work").is_dir() and not (out / "ledger.parquet").is_file():
-        foreign = next(iter(sorted(out.iterdir())), None)
+        if out.holds(url):
+            raise UsageError(f"out: {out} holds the input {url}; inputs are never changed, name another folder")
+    there = out.entries()
+    if "work" not in there and "ledger.parquet" not in there:
+        foreign = next((name for name in there if not name.startswith(".tmp-")), None)
         if foreign is not None:
-            raise UsageError(f"out: {out} is not empty and no curation ({foreign.name}); name a new folder")
+            raise UsageError(f"out: {out} is not empty and no curation ({foreign}); name a new folder")
+    if out.in_memory and config.workers != 1:
+        raise UsageError(f"out: {out} lies in the memory of one process; give --workers 1")
+    out.prepare()
     try:
-        (out / "work" / "read").mkdir(parents=True, exist_ok=True)
-        (out / "shards").mkdir(exist_ok=True)
-        probe = out / "work" / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        for folder in ("work/read", *([] if out.remote else ["shards"])):
+            (out.made_in / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"out: cannot write to {out}: {error.strerror or error}") from error
-    return out
+        raise UsageError(f"out: cannot write to {out.made_in}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder, which begins by removing what a killed one left half-written."""
-    with locked(out, out / "work" / "lock"):
-        for left_over in [*out.glob(".tmp-*"), *out.glob("*/.tmp-*"), *out.glob("work/read/.tmp-*")]:
-            if left_over.is_file():
-                left_over.unlink()
-        yield
+def _locked(out: Place) -> Iterator[None]:
+    """One run at a time in a folder, which begins and ends by removing what a killed one left half-written."""
+    with locked(out.where, out.made_in / "work" / "lock"):
+        out.sweep()
+        try:
+            yield
+        finally:
+            out.sweep_here()  # after workers that were ended in the middle of a file
 
 
 def settings_of(config: DedupConfig) -> dict[str, Any]:
     """What the result depends on, beside the input."""
-    apart = ("out", "shards", "workers", "engine", "join_memory")
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+    apart = ("out", "work_dir", "shards", "workers", "engine", "join_memory")
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+    if config.exclude:  # what the list holds, wherever it lies
+        settings["exclude"] = ids_digest(config.exclude)
+    return settings
 
 
-def _note_changes(out: Path, config: DedupConfig, inputs: Mapping[str, str]) -> None:
+def _note_changes(out: Place, config: DedupConfig, inputs: Mapping[str, str]) -> None:
     """Say what differs from the run that this folder holds, and mark the folder as unfinished."""
     settings = settings_of(config)
     job = {"settings": settings, "inputs": dict(inputs)}
-    path = out / "work" / "job.json"
     try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):
+        before = json.loads(out.read("work/job.json"))
+    except (FileNotFoundError, ValueError):
         before = None
     if before == job:
         return
@@ -200,8 +204,8 @@ def _note_changes(out: Path, config: DedupConfig, inputs: Mapping[str, str]) -> 
         if fresh or gone:
             changed.append(f"{fresh} shards to read, {gone} gone")
         log.info("%s holds another run; changed: %s", out, "; ".join(changed))
-        (out / "summary.json").unlink(missing_ok=True)
-    write_json(path, job)
+    out.remove("summary.json")
+    out.write_json("work/job.json", job)
 
 
 @lru_cache(maxsize=2)
@@ -218,9 +222,9 @@ def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> s
     return digest([made_by, name, fingerprint(url)])
 
 
-def _forget_stale(out: Path, in_use: Sequence[Path]) -> None:
+def _forget_stale(work: Path, in_use: Sequence[Path]) -> None:
     """Remove caches of other settings and inputs than this run's."""
-    for path in [*(out / "work" / "read").glob("*.parquet"), *(out / "work").glob("pairs-*.parquet")]:
+    for path in [*(work / "read").glob("*.parquet"), *work.glob("pairs-*.parquet")]:
         if path not in in_use:
             path.unlink()
 

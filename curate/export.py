@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from curate.config import ExportConfig
 from curate.console import UsageError, UserError, locked, progress, write_atomic
 from curate.ledger import KEPT, read_ledger
+from curate.place import Place
 from curate.report import read_summary
-from curate.shards import BadSample, Sample, expand_shards, read_samples
+from curate.shards import BadSample, Sample, read_samples
 
 ROWS_PER_GROUP = 100  # of a parquet file: what a reader takes at a time
 GROUP_BYTES = 100_000_000
@@ -58,7 +59,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
         UserError: ``out`` is not a finished curation, or its shards and ledger do not agree.
     """
     start = time.monotonic()
-    out, dest = Path(config.out).expanduser(), Path(config.dest).expanduser()
+    out, dest = config.out, Path(config.dest).expanduser()
     _check_settings(config, dest)
     kept = read_summary(out)["kept"]  # says so when the curation is unfinished
     if config.format == "ids":
@@ -117,11 +118,13 @@ def _written_aside(dest: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------ the samples
 
 
-def kept_samples(out: Path) -> Iterator[dict[str, Any]]:
+def kept_samples(out: str) -> Iterator[dict[str, Any]]:
     """Kept samples in their order, as rows of COLUMNS. Raises ``UserError`` if shards and ledger do not agree."""
     ledger = read_ledger(out, ["shard", "key", "status"])
     ledger = ledger.filter(pc.equal(ledger["status"], KEPT))
-    samples = (sample for url in expand_shards(str(out / "shards")) for sample in read_samples(url))
+    place = Place(out)
+    shards = [place.at(f"shards/{name}") for name in place.entries("shards") if name.endswith(".tar")]
+    samples = (sample for url in shards for sample in read_samples(url))
     for batch in ledger.to_batches(max_chunksize=1024):
         for shard, key in zip(batch["shard"].to_pylist(), batch["key"].to_pylist(), strict=True):
             sample = next(samples, None)
@@ -132,7 +135,7 @@ def kept_samples(out: Path) -> Iterator[dict[str, Any]]:
         raise _disagreement(out, sample, "no further sample")
 
 
-def _disagreement(out: Path, found: Sample | BadSample | None, expected: str) -> UserError:
+def _disagreement(out: str, found: Sample | BadSample | None, expected: str) -> UserError:
     what = "nothing" if found is None else f"{found.key!r} of {found.shard}"
     if isinstance(found, BadSample):
         what += f" ({found.reason})"
@@ -167,7 +170,7 @@ def _parsed(data: bytes | None) -> Any:
 # ------------------------------------------------------------------------------------------------- the formats
 
 
-def _write_ids(out: Path, dest: Path, status: str) -> int:
+def _write_ids(out: str, dest: Path, status: str) -> int:
     ledger = read_ledger(out, ["shard", "key", "status"])
     ledger = ledger.filter(pc.equal(ledger["status"], status))
     ids = pc.binary_join_element_wise(ledger["shard"], ledger["key"], "/").to_pylist()
@@ -179,7 +182,7 @@ def _write_ids(out: Path, dest: Path, status: str) -> int:
     return len(ids)
 
 
-def _write_dataset(out: Path, folder: Path, kept: int) -> int:
+def _write_dataset(out: str, folder: Path, kept: int) -> int:
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -188,7 +191,7 @@ def _write_dataset(out: Path, folder: Path, kept: int) -> int:
         written = datasets.Dataset.from_generator(
             _generated,
             features=datasets.Features.from_dict(_FEATURES),
-            gen_kwargs={"out": str(out), "kept": kept},
+            gen_kwargs={"out": out, "kept": kept},
             cache_dir=str(folder.parent / "cache"),
         )
         written.save_to_disk(str(folder))
@@ -204,10 +207,10 @@ def _write_dataset(out: Path, folder: Path, kept: int) -> int:
 
 
 def _generated(out: str, kept: int) -> Iterator[dict[str, Any]]:
-    yield from progress(kept_samples(Path(out)), total=kept, desc="exporting", unit="samples")
+    yield from progress(kept_samples(out), total=kept, desc="exporting", unit="samples")
 
 
-def _write_parquet(out: Path, folder: Path, kept: int, file_bytes: int) -> int:
+def _write_parquet(out: str, folder: Path, kept: int, file_bytes: int) -> int:
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in COLUMNS])
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _FEATURES}})})
     samples = iter(progress(kept_samples(out), total=kept, desc="exporting", unit="samples"))

@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 
 from curate.console import UserError, write_atomic, write_json
 from curate.embed import normalise_caption
+from curate.place import Place
 
 FORMAT = 1
+FILES = ("embeddings.npy", "samples.parquet", "index.json")  # in the order in which they are written
 _BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at a time: 64 MB
 _CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
+_CALIBRATION_ELEMENTS = 1 << 21  # float32 similarities of theirs that are held at a time: 8 MB
 
 
 # ----------------------------------------------------------------------------------------------- calibration
@@ -247,8 +250,11 @@ class TrainingIndex:
                 "group": pa.array(self.group, pa.int64()),
             }
         )
+        rows = np.ascontiguousarray(self.embeddings)
         with write_atomic(folder / "embeddings.npy") as path, open(path, "wb") as file:
-            np.save(file, np.asarray(self.embeddings))
+            # As np.save does, whose own way to write does not say why it fails (a full disk).
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
+            file.write(rows.data)
         with write_atomic(folder / "samples.parquet") as path:
             pq.write_table(table, path)
         # Last: a folder with an index.json is whole.
@@ -268,19 +274,16 @@ class TrainingIndex:
         """Open an index; embeddings stay on disk until they are asked for.
 
         Args:
-            folder: of the index, or the output folder of ``curate dedup`` that has it as ``index``.
+            folder: of the index, or the output folder of ``curate dedup`` that has it as ``index``; or the URL of one,
+                which is copied to the user's cache folder (``$XDG_CACHE_HOME/afresh``), anew when it has changed.
 
         Raises:
+            UsageError: the URL cannot be opened.
             UserError: a file is missing, or they do not belong together.
         """
         import pyarrow.parquet as pq
 
-        folder = Path(folder)
-        if not (folder / "index.json").exists() and (folder / "index" / "index.json").exists():
-            folder = folder / "index"
-        for name in ("index.json", "embeddings.npy", "samples.parquet"):
-            if not (folder / name).is_file():
-                raise UserError(f"no index in {folder}: {name} is missing; `curate dedup` writes one")
+        folder = index_folder(folder)
         try:
             about = json.loads((folder / "index.json").read_text())
             stored, rows, dim = about["format"], about["rows"], about["dim"]
@@ -315,6 +318,16 @@ class TrainingIndex:
         )
 
 
+def index_folder(where: str | Path) -> Path:
+    """The local folder of an index, or of the copy of one at a URL; see :meth:`TrainingIndex.load`."""
+    place = Place(str(where))
+    inner = "" if place.has("index.json") else "index/"
+    for name in reversed(FILES):
+        if not place.has(inner + name):
+            raise UserError(f"no index in {place}: {name} is missing; `curate dedup` writes one")
+    return place.local_folder([inner + name for name in FILES])
+
+
 def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArray[np.float32]:
     """Cosine of kept rows with their nearest kept row of another group.
 
@@ -328,18 +341,19 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
     """
     rows = np.flatnonzero(kept)
     asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
-    nearest = np.full(len(asked), -np.inf, np.float32)
+    nearest, of_asked = np.full(len(asked), -np.inf, np.float32), group[asked]
 
     def unit(some: NDArray[np.int64]) -> NDArray[np.float32]:
         x = np.asarray(embeddings[some], np.float32)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
     queries = unit(asked) if len(asked) else np.empty((0, embeddings.shape[1]), np.float32)
-    step = max(1, _BLOCK_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
+    step = max(1, _CALIBRATION_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
         similarity = queries @ unit(some).T
-        similarity[group[asked][:, None] == group[some][None]] = -np.inf
+        own = np.flatnonzero(np.isin(group[some], of_asked))  # few: most groups have no row that is asked for
+        similarity[:, own] = np.where(of_asked[:, None] == group[some[own]], -np.inf, similarity[:, own])
         nearest = np.maximum(nearest, similarity.max(1))
     return nearest[np.isfinite(nearest)]
 

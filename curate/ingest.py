@@ -3,17 +3,20 @@
 Rows of a source (:mod:`curate.sources`) become samples, and shards are written as they fill: ``000000.tar`` and so
 on, each followed by the account of the rows it took in, ``work/000000.parquet``. A stopped run is continued behind the
 last shard whose account stands there. At the end the accounts become ``import.parquet``, and ``summary.json`` says
-that the folder is finished. Two samples are held in memory at a time, whatever the number of rows.
+that the folder is finished. Two samples are held in memory at a time, whatever the number of rows. At a URL
+(:mod:`curate.place`) there lies the same, and here the shard that is being written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +28,16 @@ from curate.console import (
     Progress,
     UsageError,
     UserError,
-    claim,
     get_logger,
     locked,
     progress,
+    refuse_other_settings,
     to_json,
     write_atomic,
-    write_json,
 )
 from curate.images import CONVERTED_FORMATS, ImageError, image_format, to_png
 from curate.ledger import write_table
+from curate.place import Place, open_out
 from curate.shards import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, write_shard
 from curate.sources import Content, Row, RowError, Source, open_source
 
@@ -74,87 +77,88 @@ def run_import(config: ImportConfig) -> dict[str, Any]:
         UserError: the source stops being readable, ``out`` is full, or no row can be imported.
     """
     start = time.monotonic()
-    out = _check_settings(config)
+    _check_settings(config)
+    out = open_out(config.out, config.work_dir)
+    _check_place(out, config)
     source = open_source(config)
     _prepare(out, config, source)
-    with locked(out, out / "work" / "lock"):
-        for left_over in [*out.glob(".tmp-*"), *out.glob("work/.tmp-*")]:
-            left_over.unlink()
-        if not (out / "summary.json").is_file():
+    with locked(out.where, out.made_in / "work" / "lock"):
+        out.sweep()
+        if not out.has("summary.json"):
             _import(source, out, config)
-            write_json(out / "summary.json", _publish(out))
+            out.write_json("summary.json", _publish(out))
         else:
             log.info("%s holds this import to its end", out)
-        shutil.rmtree(out / "work")
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        out.remove_folder("work")
+    if out.remote:
+        shutil.rmtree(out.made_in, ignore_errors=True)
+    summary = json.loads(out.read("summary.json"))
     if not summary["imported"]:
         reasons = ", ".join(f"{count} times {reason}" for reason, count in summary["reasons"].items())
-        raise UserError(f"none of the {summary['samples']} rows can be imported ({reasons}); see {out}/import.parquet")
+        where = out.at("import.parquet")
+        raise UserError(f"none of the {summary['samples']} rows can be imported ({reasons}); see {where}")
     return {**summary, "seconds": round(time.monotonic() - start, 3)}
 
 
 # ------------------------------------------------------------------------------------------- before the work
 
 
-def _check_settings(config: ImportConfig) -> Path:
+def _check_settings(config: ImportConfig) -> None:
     for name in ("max_pixels", "samples_per_shard", "shard_bytes"):
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
-    if not config.out:
-        raise UsageError("out: name the folder to write to")
-    if "://" in config.out:
-        raise UsageError(f"out: {config.out} must be a local folder; copy the shards from there")
-    out = Path(config.out).expanduser()
+
+
+def _check_place(out: Place, config: ImportConfig) -> None:
+    """See that ``out`` does not lie in the source, nor the source there, nor anything foreign."""
     for src in config.src:
-        local = Path(src).expanduser()
-        if "://" not in src and local.is_dir():
-            if out.resolve().is_relative_to(local.resolve()):
+        if "://" in src or Path(src).expanduser().is_dir():
+            if Place(src).holds(out.where):
                 raise UsageError(f"out: {out} lies in the source {src}; name a folder outside")
-            if local.resolve().is_relative_to(out.resolve()):
+            if out.holds(src):
                 raise UsageError(f"out: {out} holds the source {src}; name another folder")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"out: {out} is a file, not a folder")
-    if out.is_dir() and not (out / "run.json").is_file():
-        foreign = min((path.name for path in out.iterdir() if not path.name.startswith(".tmp-")), default=None)
-        if foreign is not None:
-            raise UsageError(f"out: {out} is not empty and no import ({foreign}); name a new folder")
-    return out
+    there = out.entries()
+    foreign = next((name for name in there if not name.startswith(".tmp-")), None)
+    if "run.json" not in there and foreign is not None:
+        raise UsageError(f"out: {out} is not empty and no import ({foreign}); name a new folder")
 
 
-def _prepare(out: Path, config: ImportConfig, source: Source) -> None:
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "out"}
-    claim(out, {"job": "curate import", **settings, "what the source holds": source.contents})
+def _prepare(out: Place, config: ImportConfig, source: Source) -> None:
+    """Begin or continue: ``run.json`` holds the settings that the result depends on."""
+    given = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "work_dir")}
+    settings = {"job": "curate import", **given, "what the source holds": source.contents}
     try:
-        (out / "work").mkdir(exist_ok=True)
+        refuse_other_settings(out, json.loads(out.read("run.json")), settings)
+    except FileNotFoundError:
+        out.prepare()
+        out.write_json("run.json", settings)
+    try:
+        (out.made_in / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"out: cannot write to {out}: {error.strerror or error}") from error
+        raise UsageError(f"out: cannot write to {out.made_in}: {error.strerror or error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- the work
 
 
-def _import(source: Source, out: Path, config: ImportConfig) -> None:
+def _import(source: Source, out: Place, config: ImportConfig) -> None:
     """Write the shards that are missing, each with the account of its rows behind it."""
-    number = first = 0
-    while (rows := _rows_of_shard(out, number)) is not None:
-        number, first = number + 1, first + rows
+    rows = _rows_of_shards(out)
+    number, first = len(rows), sum(rows)
     if first:
         log.info("%d rows were imported into %d shards before", first, number)
     with progress(total=source.total, desc="importing", unit="rows") as bar:
         bar.update(first)
         samples = _Samples(source.rows(first), config, bar)
         while samples.ahead is not None or samples.account or number == 0:
-            path = out / f"{number:06d}.tar"
-            try:
-                if samples.ahead is not None:
-                    write_shard(path, samples.of_shard(path.name))
-                _write_account(samples.account, path)
-            except OSError as error:  # a source's own errors come as RowError or UserError
-                reason = error.strerror or error
-                raise UserError(
-                    f"{path} cannot be written: {reason}; the same command goes on there once it can"
-                ) from error
+            shard = f"{number:06d}.tar"
+            size = 0
+            if samples.ahead is not None:
+                write_shard(out.made_in / shard, samples.of_shard(shard))
+                size = (out.made_in / shard).stat().st_size
+                out.deliver(shard)
+            _write_account(out, number, samples.account, size)
             samples.account = []
             number += 1
 
@@ -248,45 +252,52 @@ def _converted(image: bytes, extension: str, config: ImportConfig) -> bytes:
 # -------------------------------------------------------------------------------------------------- accounts
 
 
-def _write_account(account: list[Any], shard: Path) -> None:
+def _write_account(out: Place, number: int, account: list[Any], size: int) -> None:
     columns = zip(*account, strict=True) if account else [()] * len(SCHEMA)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
-    size = shard.stat().st_size if shard.is_file() else 0
     table = pa.table(arrays, schema=SCHEMA.with_metadata({"bytes": str(size)}))
-    write_table(table, _account_of(shard.parent, int(shard.stem)))
+    write_table(table, out.made_in / _account(number))
+    out.deliver(_account(number))
 
 
-def _account_of(out: Path, number: int) -> Path:
-    return out / "work" / f"{number:06d}.parquet"
+def _account(number: int) -> str:
+    return f"work/{number:06d}.parquet"
 
 
-def _rows_of_shard(out: Path, number: int) -> int | None:
-    """How many rows of the source a finished shard stands for; None when it is not finished."""
-    path, account = out / f"{number:06d}.tar", _account_of(out, number)
-    try:
-        footer = pq.read_metadata(account)
-    except (OSError, pa.ArrowException):
-        return None
-    size = int(footer.metadata[b"bytes"])
-    return footer.num_rows if size == (path.stat().st_size if path.is_file() else 0) else None
+def _rows_of_shards(out: Place) -> list[int]:
+    """How many rows of the source each shard stands for, up to the first that is not finished."""
+    sizes, accounts = out.entries(), out.entries("work")
+    present = itertools.takewhile(lambda n: Path(_account(n)).name in accounts, itertools.count())
+    rows = []
+    for number, account in enumerate(out.read_many([_account(n) for n in present])):
+        try:
+            footer = pq.read_metadata(pa.BufferReader(account or b""))
+        except pa.ArrowException:
+            break
+        if int(footer.metadata[b"bytes"]) != (sizes.get(f"{number:06d}.tar") or 0):
+            break
+        rows.append(footer.num_rows)
+    return rows
 
 
-def _publish(out: Path) -> dict[str, Any]:
+def _publish(out: Place) -> dict[str, Any]:
     """Join the accounts to ``import.parquet``, and sum them up."""
     reasons: dict[str, Counter[str]] = {IMPORTED: Counter(), SKIPPED: Counter()}
     status: Counter[str] = Counter()
+    accounts = [f"work/{name}" for name in out.entries("work") if fnmatch(name, "[0-9]*.parquet")]
     with (
-        write_atomic(out / "import.parquet") as temporary,
+        write_atomic(out.made_in / "import.parquet") as temporary,
         pq.ParquetWriter(temporary, SCHEMA, compression="zstd", version="2.6") as writer,
     ):
-        for account in sorted((out / "work").glob("[0-9]*.parquet")):
-            table = pq.read_table(account)
+        for account in out.read_many(accounts):
+            table = pq.read_table(pa.BufferReader(account or b""))
             writer.write_table(table.replace_schema_metadata(None))
             status.update(table["status"].to_pylist())
             for what, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
                 if reason is not None:
                     reasons[what][reason.partition(":")[0]] += 1
-    shards = sorted(out.glob("[0-9]*.tar"))
+    out.deliver("import.parquet")
+    shards = [size or 0 for name, size in out.entries().items() if fnmatch(name, "[0-9]*.tar")]
     return {
         "samples": status.total(),
         IMPORTED: status[IMPORTED],
@@ -294,5 +305,5 @@ def _publish(out: Path) -> dict[str, Any]:
         "reasons": dict(sorted(reasons[SKIPPED].items())),
         "remarks": dict(sorted(reasons[IMPORTED].items())),
         "shards": len(shards),
-        "bytes": sum(shard.stat().st_size for shard in shards),
+        "bytes": sum(shards),
     }

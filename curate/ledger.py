@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.console import UserError, write_atomic
+from curate.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 KEPT, DROPPED, UNREADABLE = "kept", "dropped", "unreadable"
-DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set")
+DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set", "excluded")
 
 SCHEMA = pa.schema(
     [
@@ -58,15 +59,17 @@ def write_table(table: pa.Table, path: str | Path) -> None:
 
 
 def read_ledger(out: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The ledger of a finished curation.
+    """The ledger of a finished curation, in a folder or at a URL, of which only these columns are asked for.
 
     Raises:
         UserError: there is none in ``out``, or it is not one.
     """
-    path = Path(out) / "ledger.parquet"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is {out} a folder that `curate dedup` wrote?")
+    place = Place(str(out))
+    path = place.at("ledger.parquet")
     try:
-        return pq.read_table(path, columns=list(columns) if columns else None)
+        with place.open("ledger.parquet") as file:
+            return pq.read_table(file, columns=list(columns) if columns else None)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {out} a folder that `curate dedup` wrote?") from None
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a ledger: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from curate import ledger as ledgers
 from curate.config import DedupConfig
 from curate.engine import Engine
 from curate.join import Elsewhere, Joined, sweep_thresholds
+from curate.place import Place
 from curate.read import Rows
 from curate.shards import Sample, read_samples
 
@@ -29,7 +29,7 @@ HISTOGRAM_SAMPLE = 2000
 
 
 def publish_ledger(
-    out: Path, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
+    out: Place, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
 ) -> pa.Table:
     """Write the ledger, and give it."""
     total = rows.table.num_rows
@@ -65,23 +65,26 @@ def publish_ledger(
         columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)
     columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
     table = pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
-    ledgers.write_table(table, out / "ledger.parquet")
+    ledgers.write_table(table, out.made_in / "ledger.parquet")
+    out.deliver("ledger.parquet")
     return table
 
 
-def publish_index(out: Path, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
+def publish_index(out: Place, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
     """Write ``out/index``, of all readable rows."""
-    from curate.index import TrainingIndex
+    from curate.index import FILES, TrainingIndex
 
     TrainingIndex.build(
         embeddings=rows.embeddings,
-        captions=rows.table["caption"].take(pa.array(rows.readable)).to_pylist(),
+        captions=rows.column("caption").tolist(),
         shards=rows.column("shard").tolist(),
         keys=rows.column("key").tolist(),
         kept=verdicts.kept,
         group=rows.readable[verdicts.group],
         embedder_name=embedder.name,
-    ).save(out / "index")
+    ).save(out.made_in / "index")
+    for name in FILES:
+        out.deliver(f"index/{name}")
 
 
 def summarise(
@@ -109,7 +112,7 @@ def summarise(
 
 def publish_report(
     engine: Engine,
-    out: Path,
+    out: Place,
     table: pa.Table,
     rows: Rows,
     joined: Joined,
@@ -145,7 +148,7 @@ def publish_report(
     for of_task in engine.map(_thumbnails, tasks, desc="picturing"):
         thumbnails |= of_task
     pictures = report.Pictures(counts, calls, thumbnails)
-    pictures.save(out / "work" / "report.json")
+    pictures.save(out)
     report.write_report(out, report.render(summary, table, pictures))
 
 

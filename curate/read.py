@@ -71,18 +71,18 @@ class _ReadTask:
 
 def read_stage(
     engine: Engine,
-    out: Path,
+    work: Path,
     urls: Sequence[str],
     names: Sequence[str],
     keys: Sequence[str],
     config: DedupConfig,
 ) -> list[Path]:
-    """Read the shards that were not read before; one cache file each, named by its key.
+    """Read the shards that were not read before; one cache file each in ``work/read``, named by its key.
 
     A shard has threads by its share of the bytes, so that the cores are busy with one huge shard as with many small
     ones. The files do not depend on their number.
     """
-    caches = [out / "work" / "read" / f"{key}.parquet" for key in keys]
+    caches = [work / "read" / f"{key}.parquet" for key in keys]
     missing = [number for number, cache in enumerate(caches) if not cache.is_file()]
     if len(missing) < len(caches):
         log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
@@ -233,9 +233,12 @@ class Rows:
             ordinal=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
             readable=readable,
             embeddings=embeddings,
-            captions=[caption or "" for caption in table["caption"].take(pa.array(readable)).to_pylist()],
+            captions=[caption or "" for caption in table["caption"].filter(usable).to_pylist()],
         )
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of the readable rows, [n]."""
-        return self.table[name].take(pa.array(self.readable)).to_numpy(zero_copy_only=False)
+        usable = np.zeros(self.table.num_rows, bool)
+        usable[self.readable] = True
+        # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
+        return self.table[name].filter(usable).to_numpy(zero_copy_only=False)

@@ -9,13 +9,15 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.console import UserError, digest, write_json
+from curate.console import UserError, digest
 from curate.engine import Engine
+from curate.place import Place
 from curate.read import Rows
 from curate.shards import MAX_JSON_BYTES, Sample, fingerprint, read_samples, shard_names, write_shard
 
@@ -27,19 +29,30 @@ PLAN_FORMAT = 1
 
 @dataclass(frozen=True)
 class WriteTask:
-    """One output shard: which samples of which input shards, and what their json members gain."""
+    """One output shard: which samples of which input shards, and what their json members gain.
 
-    path: Path
-    marker: Path
-    sources: tuple[
-        tuple[str, str, tuple[tuple[int, str, str | None], ...]], ...
-    ]  # url, name, (ordinal, key, gain)
+    Attributes:
+        out: where it is written.
+        shard: its name there.
+        sources: of each input shard the URL, the name, and the samples as (ordinal, key, gain).
+        plan: changes when what is to be written does.
+    """
+
+    out: Place
+    shard: str
+    sources: tuple[tuple[str, str, tuple[tuple[int, str, str | None], ...]], ...]
+    plan: str
+
+    @property
+    def marker(self) -> str:
+        """The file that says which plan the shard was written by."""
+        return f"work/{self.shard.removesuffix('.tar')}.json"
 
 
 def plan_shards(
-    folder: Path, rows: Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int, *, kept: bool
+    out: Place, folder: str, rows: Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int, *, kept: bool
 ) -> list[WriteTask]:
-    """Which kept (or dropped) samples go where in ``folder``, in input order.
+    """Which kept (or dropped) samples go where in ``folder`` of ``out``, in input order.
 
     A shard is full at ``per_shard`` samples, or when a key would stand in it twice: keys repeat across input
     shards, and a sample keeps its key.
@@ -50,16 +63,12 @@ def plan_shards(
     duplicates = np.bincount(verdicts.kept_by[verdicts.kept_by >= 0], minlength=len(rows.readable))
     sources: dict[int, list[tuple[int, str, str | None]]] = {}
     used: set[str] = set()
+    input_as_it_is = cache(fingerprint)
 
     def close() -> None:
-        number = len(tasks)
-        tasks.append(
-            WriteTask(
-                folder / f"{number:06d}.tar",
-                folder.parent / "work" / folder.name / f"{number:06d}.json",
-                tuple((urls[shard], names[shard], tuple(picked)) for shard, picked in sources.items()),
-            )
-        )
+        picked = [(urls[shard], names[shard], tuple(samples)) for shard, samples in sources.items()]
+        plan = digest([PLAN_FORMAT, [[input_as_it_is(url), samples] for url, _, samples in picked]])
+        tasks.append(WriteTask(out, f"{folder}/{len(tasks):06d}.tar", tuple(picked), plan))
         sources.clear()
         used.clear()
 
@@ -79,35 +88,41 @@ def plan_shards(
     return tasks
 
 
-def write_stage(engine: Engine, out: Path, plan: Sequence[WriteTask]) -> None:
+def write_stage(engine: Engine, out: Place, plan: Sequence[WriteTask]) -> None:
     """Write what is planned and not there yet; remove what is there and not planned."""
-    planned = {task.path for task in plan}
+    planned = {task.shard for task in plan}
+    there: dict[str, int | None] = {}
     for folder in ("shards", "dropped"):
-        (out / "work" / folder).mkdir(exist_ok=True)
-        for path in [*(out / folder).glob("[0-9]*.tar")]:
-            if path not in planned:
-                path.unlink()
-    with contextlib.suppress(OSError):  # it is not there, or not empty
-        (out / "dropped").rmdir()
-    engine.map(_write_shard, [task for task in plan if not _is_written(task)], desc="writing")
+        there |= {f"{folder}/{name}": size for name, size in out.entries(folder).items() if fnmatch(name, "[0-9]*.tar")}
+    for shard in there.keys() - planned:
+        out.remove(shard)
+    if not out.remote:
+        with contextlib.suppress(OSError):  # it is not there, or not empty
+            (out.made_in / "dropped").rmdir()
+    found = [task for task in plan if task.shard in there]
+    markers = out.read_many([task.marker for task in found])
+    written = {
+        task.shard
+        for task, marker in zip(found, markers, strict=True)
+        if marker is not None and _parsed(marker) == {"plan": task.plan, "bytes": there[task.shard]}
+    }
+    engine.map(_write_shard, [task for task in plan if task.shard not in written], desc="writing")
 
 
-def _is_written(task: WriteTask) -> bool:
+def _parsed(marker: bytes) -> Any:
     try:
-        marker = json.loads(task.marker.read_text())
-        return marker == {"plan": _plan_digest(task), "bytes": task.path.stat().st_size}
-    except (OSError, ValueError):
-        return False
-
-
-def _plan_digest(task: WriteTask) -> str:
-    return digest([PLAN_FORMAT, [[fingerprint(url), picked] for url, _, picked in task.sources]])
+        return json.loads(marker)
+    except ValueError:
+        return None
 
 
 def _write_shard(task: WriteTask) -> None:
-    task.marker.unlink(missing_ok=True)
-    write_shard(task.path, _picked(task))
-    write_json(task.marker, {"plan": _plan_digest(task), "bytes": task.path.stat().st_size})
+    path = task.out.made_in / task.shard
+    task.out.remove(task.marker)
+    write_shard(path, _picked(task))
+    size = path.stat().st_size
+    task.out.deliver(task.shard)
+    task.out.write_json(task.marker, {"plan": task.plan, "bytes": size})
 
 
 def _picked(task: WriteTask) -> Iterator[tuple[str, Mapping[str, bytes]]]:

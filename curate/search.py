@@ -31,8 +31,8 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     from curate.index import TrainingIndex
     from curate.report import read_summary
 
-    read_summary(Path(config.out).expanduser())  # says so when the curation is unfinished
-    index = TrainingIndex.load(Path(config.out).expanduser() / "index")
+    read_summary(config.out)  # says so when the curation is unfinished
+    index = TrainingIndex.load(config.out)
     if config.image is not None:
         similarity, rows = _by_image(index, config.image, config.k)
         asked = {"image": config.image}

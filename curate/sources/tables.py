@@ -17,7 +17,7 @@ import pyarrow.types as kinds
 from curate.config import ImportConfig
 from curate.console import UsageError, UserError
 from curate.images import ImageError, array_to_png
-from curate.shards import shard_names
+from curate.shards import shard_names, version
 from curate.sources.listing import fingerprint, list_files
 from curate.sources.row import (
     Content,
@@ -171,8 +171,7 @@ def _stamp(url: str) -> str:
         if "://" not in url:
             stat = os.stat(url)
             return f"{stat.st_size} {stat.st_mtime_ns}"
-        filesystem, path = filesystem_of(url)
-        return str(filesystem.ukey(path))
+        return version(*filesystem_of(url))
     except Exception:  # then there is a row which says that the file cannot be read
         return ""
 

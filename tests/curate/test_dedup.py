@@ -430,8 +430,8 @@ def test_a_folder_that_is_foreign_or_holds_the_input_or_cannot_be_written_is_ref
         run_dedup(settings(mess, tmp_path / "mine" / "thesis.txt"))
     with pytest.raises(UsageError, match="cannot write"):
         run_dedup(settings(mess, tmp_path / "mine" / "thesis.txt" / "out"))
-    with pytest.raises(UsageError, match="local folder"):
-        run_dedup(DedupConfig(shards=[str(mess)], out="s3://bucket/out"))
+    with pytest.raises(UsageError, match="work_dir goes with an out at a URL"):
+        run_dedup(settings(mess, tmp_path / "out", work_dir=str(tmp_path)))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

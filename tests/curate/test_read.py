@@ -69,7 +69,7 @@ def settings(shards: Path, out: Path, **changes) -> DedupConfig:
 def read_rows(shard: Path, out: Path, **changes) -> bytes:
     """The cache file of one shard."""
     config = settings(shard, out, **changes)
-    (out / "work" / "read").mkdir(parents=True)
+    (out / "read").mkdir(parents=True)
     engine = LocalEngine(config.workers)
     (cache,) = read_stage(engine, out, [str(shard)], [shard.name], ["cache"], config)
     return cache.read_bytes()
@@ -147,11 +147,11 @@ def test_one_shard_gives_the_same_bytes_on_any_number_of_threads(shard, tmp_path
 def test_rows_are_written_as_they_come_and_do_not_depend_on_the_pieces(shard, tmp_path, monkeypatch):
     monkeypatch.setattr(read, "ROWS_HELD", 7)
     read_rows(shard, tmp_path / "a")
-    file = pq.ParquetFile(tmp_path / "a" / "work" / "read" / "cache.parquet")
+    file = pq.ParquetFile(tmp_path / "a" / "read" / "cache.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)] == [7, 7, 7, 5]
     monkeypatch.undo()
     read_rows(shard, tmp_path / "b")
-    whole = pq.read_table(tmp_path / "b" / "work" / "read" / "cache.parquet")
+    whole = pq.read_table(tmp_path / "b" / "read" / "cache.parquet")
     pieces = file.read()
     assert pieces.drop(["embedding"]).equals(whole.drop(["embedding"]))
     a, b = (np.stack([np.frombuffer(v, np.float16) for v in t["embedding"].to_pylist()]) for t in (pieces, whole))
@@ -169,7 +169,7 @@ def test_a_cache_in_pieces_is_curated_like_one(shard, tmp_path, monkeypatch):
 def test_an_empty_shard_has_no_rows(tmp_path):
     write_shard(tmp_path / "empty.tar", [])
     read_rows(tmp_path / "empty.tar", tmp_path / "out")
-    assert pq.read_table(tmp_path / "out" / "work" / "read" / "cache.parquet").num_rows == 0
+    assert pq.read_table(tmp_path / "out" / "read" / "cache.parquet").num_rows == 0
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -202,7 +202,7 @@ def test_an_error_while_reading_leaves_no_file_and_ends_every_thread(shard, tmp_
     monkeypatch.setattr(read, "_look", failing)
     with pytest.raises(RuntimeError, match="no memory for 000"):
         read_rows(shard, tmp_path, workers=3)
-    assert list((tmp_path / "work" / "read").iterdir()) == []
+    assert list((tmp_path / "read").iterdir()) == []
     assert threading.active_count() == before
 
 
@@ -308,5 +308,5 @@ def test_a_changed_pixel_hash_is_noticed(contained_anew, tmp_path, capsys):
 
 def test_hashes_of_whole_bytes_are_those_of_the_stored_image(shard, tmp_path, large):
     read_rows(shard, tmp_path)
-    table = pq.read_table(tmp_path / "work" / "read" / "cache.parquet")
+    table = pq.read_table(tmp_path / "read" / "cache.parquet")
     assert table["sha256"][0].as_py() == hashlib.sha256(large[0]).hexdigest()

@@ -140,7 +140,7 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
     """A training-set index and the embedder that belongs to it.
 
     Args:
-        path: the output folder of ``curate dedup``, or its ``index`` folder.
+        path: the output folder of ``curate dedup``, or its ``index`` folder; or the URL of one.
         embedder: name or file; empty takes the index's own.
 
     Raises:
@@ -149,16 +149,10 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
     from curate.embed import load_embedder
     from curate.index import TrainingIndex
 
-    folder = _index_folder(path)
-    index = TrainingIndex.load(folder)
+    index = TrainingIndex.load(path)
     if embedder:
         check_embedder(index, embedder)
     return index, load_embedder(embedder or index.embedder)
-
-
-def _index_folder(path: str) -> Path:
-    inner = Path(path) / "index"
-    return inner if inner.is_dir() else Path(path)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -198,8 +192,15 @@ def _settings(config: SampleConfig) -> str:
     ]
     decisive: dict[str, Any] = {name: getattr(config, name) for name in names}
     decisive["model"] = [config.model, _fingerprint(Path(config.model))]
+    for name in ("revision", "variant", "model_config"):
+        if getattr(config, name):
+            decisive[name] = getattr(config, name)
+    if config.lora:
+        decisive["lora"] = [config.lora, _fingerprint(Path(config.lora))]
     if config.index:
-        decisive["index"] = _fingerprint(_index_folder(config.index))
+        from curate.index import index_folder
+
+        decisive["index"] = _fingerprint(index_folder(config.index))
     if config.guidance != "none":
         decisive["amg"] = asdict(config.amg)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -240,7 +241,15 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
         assert index is not None and embedder is not None
         amg = replace(config.amg, preset="strong") if config.guidance == "amg-strong" else config.amg
         guidance = [AMG(index, embedder, amg)]
-    pipe = load_pipeline(config.model, dtype=getattr(torch, config.dtype), device=device)
+    pipe = load_pipeline(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        revision=config.revision,
+        variant=config.variant,
+        model_config=config.model_config,
+        lora=config.lora,
+    )
     pipe = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(config, pipe))
     pipe.set_progress_bar_config(disable=True)
 
