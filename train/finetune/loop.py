@@ -150,12 +150,13 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     diffusion = Diffusion(model.pipe.scheduler, device)
-    optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
+    trained = model.trained
+    optimizer = make_optimizer(trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
     set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
     if config.compile:
         model.pipe.unet.compile()  # in place, so that no name in the state dict changes
-    average = Average(model.trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
+    average = Average(trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
     sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
@@ -248,7 +249,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
         grad_norm, moved, bad = 0.0, False, totals.not_finite > 0
         if totals.kept and not bad:
-            grad_norm = float(accelerator.clip_grad_norm_(model.trained, config.max_grad_norm or math.inf))
+            grad_norm = float(accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
             bad = not math.isfinite(grad_norm) and accelerator.scaler is None
         if totals.kept and not bad:
             optimizer.step()
