@@ -228,7 +228,7 @@ def compare(name: str, setting: str, model: str, shards: Path, samples: list[Sam
         accelerator = make_accelerator(config)
         with progress(total=rounds + 1, desc=f"{name}: {setting}", unit="blocks") as bar:
             turns = Turns(script_steps(model, samples, config), bar)
-            train(config, accelerator, turns)  # type: ignore[arg-type]
+            train(config, config.batch_size, accelerator, turns)  # type: ignore[arg-type]
     seconds = np.array(turns.seconds[1:])  # the first blocks hold what comes before the first step
     ours, theirs = np.median(seconds[:, 0], axis=0) * 1000
     low, ratio, high = np.quantile(seconds[..., 0] / seconds[..., 1], [0.25, 0.5, 0.75], axis=0)
