@@ -27,14 +27,16 @@ import torch
 
 from benchmarks.filter_effect import COPY, POLICIES
 from curate.console import progress
-from curate.images import decode_image, image_array
+from curate.images import decode_image
 from curate.shards import read_samples
 from train.components import SmallModel, build_pipeline, encode_captions, load_pipeline, pixel_size, set_attention
+from train.finetune.buckets import bring_to
 from train.finetune.config import FilterConfig
-from train.finetune.data import ShardOrder, encode_moments
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
 from train.finetune.filter import MemorizationFilter
+from train.finetune.latents import encode_moments
 from train.finetune.loss import squared_errors, weighted_loss
+from train.finetune.order import SampleOrder
 from train.memorization.magnitude import magnitude
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
 from train.quickstart import sample_model_dir
@@ -70,7 +72,7 @@ class Trainer:
         g = torch.Generator().manual_seed(0)
         self.captions = torch.randn(samples, *self.empty.shape[1:], generator=g)
         self.latents = torch.randn(samples, 4, pipe.unet.config.sample_size, pipe.unet.config.sample_size, generator=g)
-        self.order = ShardOrder([samples], 1, 0)
+        self.order = SampleOrder([samples], 1, 0)
 
     def unconditional(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -79,7 +81,7 @@ class Trainer:
     def step(self, number: int, memorization: MemorizationFilter) -> float:
         """Take one optimizer step; its seconds."""
         positions = range(number * self.batch, (number + 1) * self.batch)
-        rows = torch.tensor([self.order.row(position)[0] for position in positions])
+        rows = torch.tensor([self.order.at(position)[0] for position in positions])
         draws = draw_randomness(positions, tuple(self.latents.shape[1:]), self.diffusion.timesteps, seed=0)
         captioned = draws.uniform[:, 1] >= DROPOUT
         start = time.perf_counter()
@@ -139,18 +141,19 @@ def measured_epochs(run: Path, epochs: int, batch: int = 64) -> dict[str, Any]:
     pipe = load_pipeline(str(run / "runs" / "off" / "finetune" / "model"))
     samples = [sample for path in sorted((run / "raw").glob("*.tar")) for sample in read_samples(str(path))]
     size, diffusion = pixel_size(pipe), Diffusion(pipe.scheduler, CPU)
-    pixels = torch.stack([torch.from_numpy(image_array(decode_image(sample.image), size)) for sample in samples])
+    images = [decode_image(sample.image) for sample in samples]
+    pixels = torch.stack([torch.from_numpy(bring_to(image, (size, size), (0, 0, *image.size))) for image in images])
     moments = torch.cat([encode_moments(pipe.vae, part) for part in pixels.split(batch)])
     texts = [sample.caption or "" for sample in samples]
     captions, empty = encode_captions(pipe, texts), encode_captions(pipe, [""])
-    order = ShardOrder([len(samples)], 1, 0)
+    order = SampleOrder([len(samples)], 1, 0)
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     rows, t, m, captioned = [], [], [], []
     total = epochs * len(samples)
     with progress(total=total, desc="magnitudes", unit="visits") as bar:
         for start in range(0, total, batch):
             positions = range(start, min(start + batch, total))
-            some = torch.tensor([order.row(position)[0] for position in positions])
+            some = torch.tensor([order.at(position)[0] for position in positions])
             draws = draw_randomness(positions, shape, diffusion.timesteps, seed=0)
             x_0 = sample_posterior(moments[some], draws.posterior, pipe.vae.config.scaling_factor)
             x_t = diffusion.noised(x_0, draws.noise, draws.t)

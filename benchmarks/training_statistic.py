@@ -32,11 +32,13 @@ import yaml
 
 from benchmarks.filter_effect import COPY, Size, finetune_settings, prepare, read_settings
 from curate.console import progress, to_json, write_json
-from curate.images import decode_image, image_array
+from curate.images import decode_image
 from curate.shards import read_samples
 from train.components import encode_captions, load_pipeline, pixel_size
-from train.finetune.data import encode_moments, generator
+from train.finetune.buckets import bring_to
 from train.finetune.diffusion import sample_posterior
+from train.finetune.latents import encode_moments
+from train.finetune.order import generator
 from train.memorization.config import MEMORIZED
 from train.memorization.magnitude import magnitude, to_eps
 from train.memorization.roc import roc_auc, tpr_at_fpr
@@ -89,7 +91,8 @@ def read_set(out: Path, samples: int) -> tuple[list[Any], np.ndarray]:
 def measure(pipe: Any, samples: list[Any], noises: int, batch: int = 64) -> np.ndarray:
     """Magnitudes ``[BANDS, noises, samples]`` of noised training images; the same noise for every model."""
     size, scheduler = pixel_size(pipe), pipe.scheduler
-    pixels = torch.stack([torch.from_numpy(image_array(decode_image(sample.image), size)) for sample in samples])
+    images = [decode_image(sample.image) for sample in samples]
+    pixels = torch.stack([torch.from_numpy(bring_to(image, (size, size), (0, 0, *image.size))) for image in images])
     moments = torch.cat([encode_moments(pipe.vae, part) for part in pixels.split(batch)])
     g = generator("statistic")
     noise = torch.randn(moments.shape[0], moments.shape[1] // 2, *moments.shape[2:], generator=g)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -76,8 +76,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     work = out.made_in / "work"
     if out.remote:
         log.info("%s: caches, and files until they are sent, lie in %s", out, out.made_in)
-    engine = LocalEngine(config.workers)
-    with _locked(out):
+    with _locked(out), LocalEngine(config.workers) as engine:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from curate.neighbors import Pairs
 
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
-CAPTION_BLOCK = 1 << 16  # captions embedded at a time
+CAPTION_BLOCK = 1 << 13  # captions embedded at a time
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
 
 

@@ -7,6 +7,34 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class ShardGroup:
+    """Shards whose samples stand in an epoch several times.
+
+    Args:
+        path: a path, glob, brace range, folder or fsspec URL.
+        repeats: how often each of their samples is seen in an epoch.
+    """
+
+    path: str
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Images of several shapes, of which a batch holds one: each goes where the aspect ratio is nearest to its own.
+
+    Args:
+        step: sides are multiples of it, in pixels; 64 is usual. 0 brings every image to one square.
+        min_side: smallest side; 0 is half the resolution.
+        max_side: largest side; 0 is twice the resolution.
+    """
+
+    step: int = 0
+    min_side: int = 0
+    max_side: int = 0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -91,6 +119,23 @@ class FilterConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters that are trained in place of the weights.
+
+    Args:
+        rank: of each adapter; 0 trains the weights themselves.
+        alpha: the adapters' output is scaled by alpha / rank; 0 takes the rank, so that the scale is 1.
+        dropout: probability of dropping an adapter's input, in [0, 1).
+        targets: names of the UNet's layers that get one, as they end.
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass
 class ValidationConfig:
     """Images of fixed prompts, drawn at intervals from the weights that the run would save at that moment.
 
@@ -118,10 +163,14 @@ class FinetuneConfig:
     """Settings of a training run.
 
     Args:
-        model: pipeline folder, hub name or single-file checkpoint to start from.
+        model: pipeline folder, hub name or single-file checkpoint (.safetensors) to start from.
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
+            that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
             ``verdicts.parquet``, ``filter.json`` (the thresholds), ``summary.json``.
-        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs.
+        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps.
         batch_size: samples a process takes in one forward pass.
@@ -153,20 +202,29 @@ class FinetuneConfig:
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
+        lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attention: how the UNet computes attention (``train.components.set_attention``).
         compile: compile the UNet with torch.compile; the first steps take minutes.
+        resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
+        crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
+        buckets: images of several shapes.
+        weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
-        cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start.
-        workers: processes that read and decode images, when latents are not cached.
-        shuffle_shards: shards that are shuffled together; memory holds their encoded bytes.
+        cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
+            latents in memory (``memory`` or true) or in ``cache`` (``disk``).
+        cache_text: the same for the captions' embeddings, where the text encoder is not trained; in half precision.
+        cache: folder of what is kept on disk, which several runs may share; empty is ``out/cache``.
+        workers: processes that read and decode images.
+        shuffle_shards: shards that are shuffled together.
         filter: which samples of a batch are left out.
         checkpoint_every: steps between checkpoints; 0 saves one only on a signal.
         keep_checkpoints: how many are kept.
         log_every: steps between lines of the log.
+        license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
         validation: images drawn at intervals.
         push_to_hub: repository that the finished model is uploaded to, as in ``name/model``; one that does not exist is
@@ -176,7 +234,10 @@ class FinetuneConfig:
 
     model: str
     out: str
-    shards: list[str]
+    shards: list[str | ShardGroup]
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
     exclude: str = ""
     steps: int = 1000
     batch_size: int = 8
@@ -201,19 +262,27 @@ class FinetuneConfig:
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
     compile: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
-    cache_latents: bool = False
+    resolution: int = 0
+    crop: Literal["none", "center", "random"] = "none"
+    buckets: Buckets = field(default_factory=Buckets)
+    weight_field: str | None = None
+    cache_latents: bool | Literal["memory", "disk"] = False
+    cache_text: bool | Literal["memory", "disk"] = False
+    cache: str = ""
     workers: int = 2
     shuffle_shards: int = 16
     filter: FilterConfig = field(default_factory=FilterConfig)
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 20
+    license: str = "unknown"
     trackers: list[str] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     push_to_hub: str = ""

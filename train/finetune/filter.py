@@ -25,8 +25,8 @@ from train.memorization.magnitude import magnitude
 from train.memorization.thresholds import BANDS, FILE, Thresholds, read_thresholds, timestep_band
 
 if TYPE_CHECKING:
-    from train.finetune.data import ShardSet
     from train.finetune.diffusion import Diffusion
+    from train.finetune.scan import ShardSet
 
 log = get_logger(__name__)
 
@@ -342,7 +342,7 @@ def reference_samples(policy: FilterConfig, shard_set: ShardSet) -> Tensor | Non
     how = policy.calibrate
     if policy.policy == "off" or not how.steps or not how.unique:
         return None
-    return torch.from_numpy(unique_samples(how.unique, shard_set.shards, shard_set.ids))
+    return torch.from_numpy(unique_samples(how.unique, shard_set.urls, shard_set.ids))
 
 
 def chosen_thresholds(policy: FilterConfig, model: str) -> Thresholds | None:

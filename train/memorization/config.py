@@ -15,7 +15,12 @@ class DetectConfig:
     """Score prompts by how strongly a model has memorized them.
 
     Args:
-        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file.
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
+            scheduler that a single file lacks; null asks the hub.
+        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged.
         out: Parquet file to write, one row a prompt and seed; a summary (.json) and, with labels, a chart
             (.png) are written beside it.
@@ -42,6 +47,10 @@ class DetectConfig:
     model: str
     prompts: str
     out: str
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    lora: str | None = None
     steps: int = 1
     num_inference_steps: int = 50
     seeds: int = 4

@@ -187,7 +187,15 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(config.model, dtype=getattr(torch, config.dtype), device=device)
+    pipe = load_pipeline(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        revision=config.revision,
+        variant=config.variant,
+        model_config=config.model_config,
+        lora=config.lora,
+    )
 
     start = time.perf_counter()
     with progress(total=seeds.size, desc="detect", unit="trajectories") as bar:
