@@ -18,7 +18,7 @@ from curate.console import printable, to_json, write_atomic
 from train.finetune.config import FinetuneConfig
 
 ELSEWHERE = (
-    *("model", "model_config", "out", "shards", "license", "push_to_hub"),
+    *("model", "model_config", "out", "shards", "license", "push_to_hub", "exclude", "cache"),
     *("trackers", "validation", "workers", "log_every", "checkpoint_every", "keep_checkpoints"),
 )
 """Settings that are not listed: paths and names that stand elsewhere, and what does not change the result."""
@@ -237,7 +237,7 @@ def _memorization(config: FinetuneConfig, training: Training, summary: Mapping[s
         )
     else:
         lines.append(
-            f"The memorization filter (policy `{config.filter.policy}`, threshold {config.filter.threshold:g}, "
+            f"The memorization filter (policy `{config.filter.policy}`, {_thresholds(summary['thresholds'])}, "
             f"{'raw L2' if config.filter.form == 'l2' else 'RMS'}) left a sample out of a step where its "
             f"text-conditional noise magnitude reached the threshold (Wen et al., ICLR 2024): "
             f"{summary['dropped']:,} of {_count(summary['judged'], 'judged visit')} were dropped, of "
@@ -252,6 +252,14 @@ def _memorization(config: FinetuneConfig, training: Training, summary: Mapping[s
         "drawn with the training images."
     )
     return "\n\n".join(lines)
+
+
+def _thresholds(by_band: Sequence[float | None]) -> str:
+    """The filter's thresholds in words: one, or one a timestep band."""
+    if len(set(by_band)) == 1 and by_band[0] is not None:
+        return f"threshold {by_band[0]:g}"
+    bands = ", ".join("none" if threshold is None else f"{threshold:g}" for threshold in by_band)
+    return f"thresholds {bands} by timestep band"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from train.finetune.config import FilterConfig, FinetuneConfig, LoRAConfig
+from train.finetune.config import Calibration, FilterConfig, FinetuneConfig, LoRAConfig
 from train.finetune.model_card import Training, model_card, read_curations
 
 CONFIG = FinetuneConfig(
@@ -48,6 +48,7 @@ SUMMARY = {
     "samples_dropped_at_least_once": 23,
     "skipped_steps": 2,
     "processes": 2,
+    "thresholds": [2.5] * 10,
 }
 
 
@@ -85,6 +86,13 @@ def test_data_filter_and_training_are_stated_with_their_counts():
         assert fact in body, fact
 
 
+def test_thresholds_that_differ_by_timestep_are_stated_one_by_one():
+    config = replace(CONFIG, filter=FilterConfig("every_step", threshold="/home/someone/filter.json"))
+    card = model_card(config, TRAINING, SUMMARY | {"thresholds": [None] * 5 + [1.5, 2.0, 2.0, 2.0, 2.25]})
+    assert "thresholds none, none, none, none, none, 1.5, 2, 2, 2, 2.25 by timestep band, raw L2" in card
+    assert "/home" not in card
+
+
 def test_without_filter_and_curation_the_card_says_so():
     config = replace(CONFIG, filter=FilterConfig("off"))
     _, body = read(model_card(config, replace(TRAINING, curations=()), SUMMARY))
@@ -106,7 +114,8 @@ def test_settings_stand_in_a_form_that_the_trainer_takes_back():
 
     _, body = read(model_card(CONFIG, TRAINING, SUMMARY))
     settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    filter_settings = FilterConfig(**settings.pop("filter"))
+    of_filter = settings.pop("filter")
+    filter_settings = FilterConfig(**of_filter | {"calibrate": Calibration(**of_filter["calibrate"])})
     again = Config(model="", out="", shards=[], **{k: v for k, v in settings.items() if not isinstance(v, dict)})
     assert filter_settings == CONFIG.filter and again.gradient_accumulation == 2 and again.steps == 1000
 
