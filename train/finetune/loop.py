@@ -52,6 +52,7 @@ from train.finetune.memory import (
 )
 from train.finetune.model import load_model
 from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
+from train.finetune.sharding import Spread, SpreadOptimizer, check_parallel, prepare, shard_on_cpu, whole_model
 from train.finetune.stop import StopOnSignal
 from train.finetune.validation import Validation, check_validation, send_images
 
@@ -83,7 +84,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     while True:
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
-            summary = begin(out, config, accelerator.num_processes)
+            summary = begin(out, config, accelerator)
         attempt = read_batch(out, config)
         try:
             if summary is None:
@@ -130,7 +131,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     diffusion = Diffusion(model.pipe.scheduler, device)
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
-    denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
+    denoiser, optimizer = prepare(accelerator, model, optimizer)
     set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
     if config.compile:
         model.pipe.unet.compile()  # in place, so that no name in the state dict changes
@@ -150,6 +151,10 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
     shared: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
+    if accelerator.is_fsdp2:
+        keep = accelerator.is_main_process
+        shared |= {"model": Spread(model, keep), "average": Spread(average, keep)}
+        shared["optimizer"] = SpreadOptimizer(denoiser, optimizer)
     shared |= {"counts": counts, "bands": bands}
     if accelerator.scaler is not None:
         shared["scaler"] = accelerator.scaler
@@ -169,7 +174,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
         remove_partial(checkpoints)
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
-            validation = Validation(config.validation, model.pipe, accelerator.autocast)
+            validation = Validation(config.validation, device, accelerator.autocast)
     nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
     samples = world * nominal  # and on all of them
     began, meter = time.monotonic(), Meter()
@@ -197,8 +202,9 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             readable = batch.weight > 0
 
             last = micro == config.gradient_accumulation - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
-                output = denoiser(x_t, t, ids).float()
+            with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(denoiser):
+                with accelerator.autocast():
+                    output = denoiser(x_t, t, ids).float()
                 kept, magnitudes = memorization.weigh(
                     output.detach(), x_t, t, batch.rows, conditional & readable, step
                 )
@@ -254,10 +260,12 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             accelerator.log(flat_numbers(line), step=step)
         bar.update(1)
 
-        if validation is not None and step % config.validation.every == 0:
+        if config.validation.every and step % config.validation.every == 0:
             with average.in_place():
-                images = validation.draw(out / "validation" / f"step-{step:06d}")
-            send_images(accelerator.trackers, images, step)
+                pipe = whole_model(config, accelerator, model, device).pipe
+                if validation is not None:
+                    images = validation.draw(out / "validation" / f"step-{step:06d}", pipe)
+                    send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         if totals.asked or due:
             state = collect_state(accelerator, shared, own)
@@ -272,10 +280,11 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
     bar.close()
 
     verdicts = gather_states(accelerator, memorization)
+    average.copy_to_parameters()
+    model = whole_model(config, accelerator, model, torch.device("cpu"))
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
-        average.copy_to_parameters()
         model.save(out / "model")
         summary = {
             "steps": step,
@@ -357,6 +366,8 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         log_with=config.trackers or None,
         project_dir=config.out if config.trackers else None,
     )
+    shard_on_cpu(accelerator)
+    check_parallel(accelerator.distributed_type.value, accelerator.is_fsdp2, config)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # float32 without a word, otherwise
         raise UsageError("mixed_precision fp16 needs a GPU: take bf16, no, or auto")
     return accelerator
@@ -373,9 +384,9 @@ def resolve_precision(name: str) -> Any:
     return "bf16" if capabilities.get("amx_bf16") else "no"
 
 
-def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
+def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
-    run = dataclasses.asdict(config) | {"processes": world}
+    run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     for free in FREE:
         run.pop(free)
     claim(out, run)
