@@ -5,7 +5,7 @@
     python -m benchmarks.embedders --photographs FOLDER         and on the images below a folder
 
 Sets: the carried samples (about 1,900 emoji), the photographs of scikit-image and scikit-learn that come with those
-packages, where they are installed (their crops, see ``library_photographs``), and a folder's images. Of images that
+packages, where they are installed (their crops, see ``library_crops``), and a folder's images. Of images that
 look the same only one stays (two clocks a minute apart, drawn twice): a mean difference of less than 8 grey levels.
 
 The threshold is measured, not assumed: over all pairs of different images of the set, it is the least cosine that no
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.photographs import library_photographs
 from curate import edits
 from curate.embed import EMBEDDERS, Embedder, load_embedder
 from curate.images import ImageError, decode_image, stack_images
@@ -67,7 +68,7 @@ def carried_samples() -> list[Image.Image]:
     return [decode_image(sample.image) for part in parts for sample in load_part(part)]
 
 
-def library_photographs(rows: int, seed: int = 0) -> list[Image.Image]:
+def library_crops(rows: int, seed: int = 0) -> list[Image.Image]:
     """Crops of the photographs that scikit-image and scikit-learn carry; empty where neither is installed.
 
     Args:
@@ -76,27 +77,7 @@ def library_photographs(rows: int, seed: int = 0) -> list[Image.Image]:
             with an earlier crop of the same photograph.
         seed: of places and sizes.
     """
-    photographs: list[NDArray[np.uint8]] = []
-    try:
-        import skimage.data
-
-        names = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
-                 "rocket", "stereo_motorcycle")  # fmt: skip
-        for name in names:
-            try:
-                found = getattr(skimage.data, name)()
-            except Exception:  # not all of them come with the package, some are fetched
-                continue
-            photographs.append(np.asarray(found[0] if isinstance(found, tuple) else found))
-    except ImportError:
-        pass
-    try:
-        from sklearn.datasets import load_sample_images
-
-        photographs += list(load_sample_images().images)
-    except ImportError:
-        pass
-    pictures = [Image.fromarray(array[..., :3] if array.ndim == 3 else array).convert("RGB") for array in photographs]
+    pictures = library_photographs()
     rng, result = np.random.default_rng(seed), []
     for picture in pictures:
         taken: list[tuple[int, int, int]] = []
@@ -212,7 +193,7 @@ def main() -> None:
     embedders = [load_embedder(name) for name in (*EMBEDDERS, *arguments.embedders)]
     sets: dict[str, Callable[[], list[Image.Image]]] = {
         "carried samples": carried_samples,
-        "crops of library photographs": lambda: library_photographs(arguments.crops),
+        "crops of library photographs": lambda: library_crops(arguments.crops),
     }
     if arguments.photographs:
         sets[arguments.photographs.name] = lambda: folder_images(arguments.photographs)

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.photographs import grain
 from curate.config import DedupConfig
 from curate.engine import cpu_count
 
@@ -44,20 +45,14 @@ def photographs(count: int, seed: int = 0) -> Iterator[bytes]:
     images = [decode_image(sample.image) for sample in load_part("pretrain")]
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
-    grain = []  # drawn anew for every image it would take most of the time
-    for _ in range(16):
-        field = np.zeros((SIDE, SIDE), np.float32)
-        for scale, strength in ((1, 4), (2, 6), (4, 8), (8, 12)):
-            noise = rng.standard_normal((SIDE // scale, SIDE // scale)).astype(np.float32)
-            field += strength * np.asarray(Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-        grain.append(field)
+    noise = [grain(SIDE, rng, ((1, 4), (2, 6), (4, 8), (8, 12))) for _ in range(16)]  # drawn once: it takes long
     for _ in range(count):
         canvas = Image.new("RGB", (SIDE, SIDE))
         for quarter in range(4):
             part = images[rng.integers(len(images))].resize((SIDE // 2, SIDE // 2), Image.Resampling.BICUBIC)
             canvas.paste(part, (SIDE // 2 * (quarter % 2), SIDE // 2 * (quarter // 2)))
         light = 50 * np.sin(rng.uniform(2, 9) * x + rng.uniform(0, 6)) * np.cos(rng.uniform(2, 9) * y)
-        texture = np.roll(grain[rng.integers(16)], tuple(rng.integers(0, SIDE, 2)), (0, 1))
+        texture = np.roll(noise[rng.integers(16)], tuple(rng.integers(0, SIDE, 2)), (0, 1))
         pixels = np.asarray(canvas, np.float32) * 0.6 + (60 + light + texture)[..., None]
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
@@ -97,7 +92,7 @@ def _stage(folder: str, changes: dict[str, object], answer: str) -> None:
     urls = expand_shards(config.shards)
     cached_embedder(config.image_embedder).embed([Image.new("RGB", (SIDE, SIDE))])  # imports and constants
     with tempfile.TemporaryDirectory() as out:
-        (Path(out) / "work" / "read").mkdir(parents=True)
+        (Path(out) / "read").mkdir()
         keys = [f"{number}" for number in range(len(urls))]
         engine = LocalEngine(config.workers)
         with PeakMemory() as memory:

@@ -75,6 +75,8 @@ class DedupConfig:
             ``components`` keeps one sample of everything that is linked.
         against: folders or URLs of other curations: samples whose image, or a near one, stands in one of them are
             dropped (evaluation sets that must not be trained on; batches that were curated before).
+        exclude: a list of samples that are dropped whatever else they are, a line ``shard<TAB>key`` each, as ``train
+            verdicts`` writes of those that a run's filter left out; empty for none.
         keep_copies: how many near copies of an image may stay; 1 keeps one of each.
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
             ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
@@ -119,6 +121,7 @@ class DedupConfig:
     min_caption_chars: int = 12
     rule: Literal["greedy", "components"] = "greedy"
     against: list[str] = field(default_factory=list)
+    exclude: str = ""
     keep_copies: int = 1
     prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"

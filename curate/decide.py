@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from curate.neighbors import Pairs
+from curate.neighbors import Crowd, Pairs
 
 Rule = Literal["greedy", "components"]
 OnCaptionDiffers = Literal["pool", "keep"]
@@ -26,7 +26,11 @@ NEAR_IMAGE = "near_image"  # image near, caption another one (pooled, if there i
 CAPTION_QUOTA = "caption_quota"  # another image, the same caption, and enough samples have it
 NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough samples have one like it
 OTHER_SET = "other_set"  # the image, or a near one, stands in a set that was to be kept apart
-REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET)
+EXCLUDED = "excluded"  # named in a list of samples to leave out
+FEW = 16  # copies that are all looked at, whatever their captions
+AHEAD = 256  # crowded things that are looked up at a time
+PAIRS_AHEAD = 1 << 20  # and with how many kept ones
+REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED)
 
 
 class Near(Protocol):
@@ -57,7 +61,7 @@ class Verdicts:
         kept: bool ``[n]``.
         reason: object ``[n]``, one of ``REASONS`` for a dropped row, None for a kept one.
         kept_by: int64 ``[n]``, the kept row that stands for a dropped one; -1 for a kept one, and for one that stands
-            in another set.
+            in another set or was excluded.
         image_similarity: float32 ``[n]``, cosine of a row with its stand-in, 1 for equal pixels; NaN where it
             is not known, because there is no stand-in or the two are no near pair.
         caption_similarity: float32 ``[n]``, likewise of the captions.
@@ -89,6 +93,7 @@ def decide(
     max_per_caption: int | None = None,
     on_caption_differs: OnCaptionDiffers = "pool",
     elsewhere: NDArray[np.bool_] | None = None,
+    excluded: NDArray[np.bool_] | None = None,
 ) -> Verdicts:
     """Keep or drop each row.
 
@@ -98,6 +103,9 @@ def decide(
     stands for it, near or not. A copy under another caption (one that is neither equal nor near) is dropped
     and its caption pooled, or judged a sample of its own (``keep``). What shows an image of its own is then
     held against the caption quota.
+
+    Time grows with the rows and their near pairs alone, but for a crowd (:class:`~curate.neighbors.Crowd`) of which
+    many are kept beside each other (``keep`` under captions that all differ): each is compared with all of these.
 
     Args:
         near: the joins.
@@ -111,6 +119,7 @@ def decide(
         on_caption_differs: ``pool`` or ``keep``.
         elsewhere: ``[n]``, rows that are dropped before all others since they stand in another set; they stand for
             nothing, and each is a group of its own.
+        excluded: ``[n]``, rows that are dropped likewise since somebody listed them.
 
     Raises:
         ValueError: arrays of different lengths, an unknown rule, a number below 1.
@@ -127,8 +136,9 @@ def decide(
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
-    if elsewhere is not None:
-        order = order[~elsewhere[order]]
+    for apart in (elsewhere, excluded):
+        if apart is not None:
+            order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
     judge = _Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
@@ -136,6 +146,8 @@ def decide(
         judge.greedy()
     else:
         judge.components()
+    if excluded is not None:
+        judge.reason[excluded] = EXCLUDED
     if elsewhere is not None:
         judge.reason[elsewhere] = OTHER_SET
     return judge.verdicts()
@@ -193,12 +205,14 @@ class _Judge:
         if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others
             order = order[self.images.has_company(near.image_of)[order]]
         self.order = order.tolist()
+        self.images.will_be_asked(near.image_of[order])
+        self.texts.will_be_asked(near.caption_of[order])
         self.reason = np.full(n, None, object)
         self.kept_by = np.full(n, -1, np.int64)
         self.image_similarity = np.full(n, np.nan, np.float32)
         self.caption_similarity = np.full(n, np.nan, np.float32)
         self.group = np.arange(n, dtype=np.int64)
-        self.pooled: dict[int, list[str]] = {}
+        self.pooled: dict[int, dict[str, None]] = {}  # each once, in their order
 
     # --------------------------------------------------------------------------------------------- the rules
 
@@ -206,13 +220,13 @@ class _Judge:
         """Each row against the rows kept before it."""
         for row in self.order:
             image = self.image_of[row]
-            if copies := self.images.kept_near(image):
-                if self._drop_as_copy(row, copies):
+            if near := self.images.kept_things_near(image):
+                if self._drop_as_copy(row, self._copies(row, near)):
                     self.group[row] = self.group[self.kept_by[row]]
                     continue
                 # Kept for its caption: still one image with the nearest copy, of equals the preferred one.
-                nearest = min(copies, key=lambda c: (self.image_of[c[0]] != image, -c[1], self.rank[c[0]]))
-                self.group[row] = self.group[nearest[0]]
+                first = [(thing != image, -similarity, self.images.kept[thing][0]) for thing, similarity in near]
+                self.group[row] = self.group[min(first, key=lambda c: (c[0], c[1], self.rank[c[2]]))[2]]
             self._keep_within_quota(row)
 
     def components(self) -> None:
@@ -225,20 +239,37 @@ class _Judge:
             stand_in = first.setdefault(component, row)
             self.group[row] = stand_in
             if stand_in != row:
-                copies = [(other, self._image_similarity(row, other)) for other in kept.get(component, ())]
-                if copies and self._drop_as_copy(row, copies):
+                of_component = kept.get(component, [])
+                if self._only_alike(row, len(of_component)):
+                    alike = self.texts.kept_near(self.caption_of[row])
+                    of_component = [other for other, _ in alike if root[self.image_of[other]] == component]
+                copies = [(other, self._image_similarity(row, other)) for other in of_component]
+                if self._drop_as_copy(row, copies):
                     continue
             if self._keep_within_quota(row):
                 kept.setdefault(component, []).append(row)
 
     # --------------------------------------------------------------------------------------------- the steps
 
+    def _copies(self, row: int, near: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        """``(row, similarity)`` of what was kept of the images ``near``; of many, what may decide about ``row``."""
+        if self._only_alike(row, sum(len(self.images.kept[thing]) for thing, _ in near)):
+            similarity, alike = dict(near), self.texts.kept_near(self.caption_of[row])
+            return [(kept, similarity[image]) for kept, _ in alike if (image := self.image_of[kept]) in similarity]
+        return [(kept, similarity) for thing, similarity in near for kept in self.images.kept[thing]]
+
+    def _only_alike(self, row: int, copies: int) -> bool:
+        """Whether of so many copies only those with a caption near that of ``row`` are to be looked at: where captions
+        that differ keep a copy, a thousand copies of one image would each be compared with all before it.
+        """
+        return self.keep_differing and copies > FEW and self._has_caption(row)
+
     def _drop_as_copy(self, row: int, copies: list[tuple[int, float]]) -> bool:
         """Drop ``row`` for one of the kept ``copies``, unless its caption forbids; whether it did."""
         with_caption = [(kept, similarity, self._caption_similarity(row, kept)) for kept, similarity in copies]
         if self.keep_differing:
             with_caption = [c for c in with_caption if not math.isnan(c[2]) or not self._has_caption(row)]
-        if len(with_caption) < self.keep_copies:
+        if len(with_caption) < self.keep_copies:  # which is at least 1
             return False
         kept, similarity, of_captions = min(
             with_caption,
@@ -255,9 +286,7 @@ class _Judge:
             reason = NEAR_IMAGE if math.isnan(of_captions) else NEAR_PAIR
         self._drop(row, kept, reason, similarity, of_captions)
         if math.isnan(of_captions) and self._has_caption(row):
-            heirs = self.pooled.setdefault(kept, [])
-            if self.captions[row] not in heirs:
-                heirs.append(self.captions[row])
+            self.pooled.setdefault(kept, {})[self.captions[row]] = None
         return True
 
     def _keep_within_quota(self, row: int) -> bool:
@@ -298,7 +327,7 @@ class _Judge:
             caption_similarity=self.caption_similarity,
             group=self.group,
             group_size=sizes[inverse].astype(np.int64) if len(sizes) else np.empty(0, np.int64),
-            pooled=self.pooled,
+            pooled={row: list(captions) for row, captions in self.pooled.items()},
         )
 
 
@@ -312,8 +341,10 @@ class _Neighbours:
         self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
         self._start = np.searchsorted(self._a, np.arange(n + 1))
         self._crowd = pairs.crowd
-        self._kept: dict[int, list[int]] = {}
+        self.kept: dict[int, list[int]] = {}  # rows, the preferred one first, by thing
         self._kept_of_crowd: list[int] = []
+        self._asked: list[int] = []  # what is left of it
+        self._near_kept: dict[int, list[tuple[int, float]]] = {}  # of the crowd, by the things looked up last
 
     def has_company(self, things: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the rows ``things`` ``[rows]`` show a thing that another row shows or that is near another."""
@@ -323,21 +354,46 @@ class _Neighbours:
         company |= np.bincount(things, minlength=len(company)) > 1
         return company[things]
 
+    def will_be_asked(self, things: NDArray[np.int64]) -> None:
+        """In which order ``kept_near`` will be asked, if it is, so that crowded things are looked up many at a time."""
+        if self._crowd is not None:
+            self._asked = things[np.isin(things, self._crowd.rows)][::-1].tolist()
+
     def keep(self, thing: int, row: int) -> None:
         """A row that shows this thing was kept."""
-        if thing not in self._kept and self._crowd is not None and thing in self._crowd:
+        if thing not in self.kept and self._crowd is not None and thing in self._crowd:
             self._kept_of_crowd.append(thing)
-        self._kept.setdefault(thing, []).append(row)
+            self._note_kept_near(list(self._near_kept), [thing], self._crowd)
+        self.kept.setdefault(thing, []).append(row)
 
     def kept_near(self, thing: int) -> list[tuple[int, float]]:
         """``(row, similarity)`` of the rows kept of the thing itself and of the things near it."""
+        return [(row, similarity) for other, similarity in self.kept_things_near(thing) for row in self.kept[other]]
+
+    def kept_things_near(self, thing: int) -> list[tuple[int, float]]:
+        """``(thing, similarity)`` of the thing itself and the things near it, as far as a row was kept of them."""
         some = slice(self._start[thing], self._start[thing + 1])
         near = [(thing, 1.0)]
         if some.start < some.stop:
             near += zip(self._b[some].tolist(), self._similarity[some].tolist(), strict=True)
         if self._crowd is not None and thing in self._crowd:
-            near += self._crowd.near(thing, [other for other in self._kept_of_crowd if other != thing])
-        return [(row, similarity) for other, similarity in near for row in self._kept.get(other, ())]
+            if thing not in self._near_kept:
+                self._look_up(thing, self._crowd)
+            near += self._near_kept[thing]
+        return [(other, similarity) for other, similarity in near if other in self.kept]
+
+    def _look_up(self, thing: int, crowd: Crowd) -> None:
+        """Find what was kept near a crowded thing, and near those that will be asked for next."""
+        while self._asked and self._asked[-1] != thing:
+            self._asked.pop()
+        ahead = max(1, min(AHEAD, PAIRS_AHEAD // max(1, len(self._kept_of_crowd))))
+        self._near_kept = {one: [] for one in (thing, *self._asked[: -ahead - 1 : -1])}
+        self._note_kept_near(list(self._near_kept), self._kept_of_crowd, crowd)
+
+    def _note_kept_near(self, things: list[int], kept: list[int], crowd: Crowd) -> None:
+        for thing, other, similarity in crowd.near_among(things, kept):
+            if thing != other:
+                self._near_kept[thing].append((other, similarity))
 
     def similarity(self, a: int, b: int) -> float:
         """Of a near pair; 1 for one thing, NaN for what is not near."""
@@ -352,15 +408,15 @@ class _Neighbours:
     def components(self) -> NDArray[np.int64]:
         """``[n]``: the smallest thing that each is linked to."""
         parent = np.arange(len(self._start) - 1)
-
-        def root(thing: int) -> int:
-            while parent[thing] != thing:
-                parent[thing] = parent[parent[thing]]
-                thing = int(parent[thing])
-            return thing
-
-        links = zip(self._a.tolist(), self._b.tolist(), strict=True)
-        for a, b in [*links, *(self._crowd.links() if self._crowd is not None else ())]:
-            low, high = sorted((root(a), root(b)))
-            parent[high] = low
-        return np.array([root(thing) for thing in range(len(parent))], np.int64)
+        a, b = self._a, self._b
+        if self._crowd is not None:
+            links = np.array(list(self._crowd.links()), np.int64).reshape(-1, 2)
+            a, b = np.concatenate([a, links[:, 0]]), np.concatenate([b, links[:, 1]])
+        while len(a):  # of two roots that are linked the larger one gets a smaller parent, until none are
+            one, other = parent[a], parent[b]
+            apart = one != other
+            a, b, one, other = a[apart], b[apart], one[apart], other[apart]
+            np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
+            while (parent[parent] != parent).any():
+                parent = parent[parent]
+        return parent

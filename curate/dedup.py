@@ -31,7 +31,8 @@ import curate
 from curate.config import PREFERENCES, DedupConfig
 from curate.console import UsageError, UserError, digest, get_logger, locked
 from curate.engine import LocalEngine
-from curate.join import against_stage, decide_stage, join_stage, open_others
+from curate.idlist import ids_digest, listed_keys
+from curate.join import against_stage, decide_stage, exclude_stage, join_stage, open_others
 from curate.place import Place, open_out
 from curate.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.read import Rows, cached_embedder, preferred_fields, read_stage
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     out = open_out(config.out, config.work_dir)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
+    listed = listed_keys(config.exclude, urls) if config.exclude else None
     cached_embedder.cache_clear()  # a file of the same name may be another one by now
     _caption_embedder.cache_clear()
     embedder, captioner = cached_embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
@@ -74,8 +76,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     work = out.made_in / "work"
     if out.remote:
         log.info("%s: caches, and files until they are sent, lie in %s", out, out.made_in)
-    engine = LocalEngine(config.workers)
-    with _locked(out):
+    with _locked(out), LocalEngine(config.workers) as engine:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
@@ -89,10 +90,11 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
                 f"none of the {rows.table.num_rows} samples can be read ({first}); see {out.at('ledger.parquet')}"
             )
 
+        excluded = None if listed is None else exclude_stage(rows, names, listed, config)
         joined = join_stage(work, rows, keys, captioner, config)
         elsewhere = against_stage(rows, joined, others, config)
         clock.lap("join")
-        verdicts, sweep = decide_stage(rows, joined, elsewhere, config)
+        verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config)
         clock.lap("decide")
 
         plan = plan_shards(out, "shards", rows, verdicts, urls, config.samples_per_shard, kept=True)
@@ -177,7 +179,10 @@ def _locked(out: Place) -> Iterator[None]:
 def settings_of(config: DedupConfig) -> dict[str, Any]:
     """What the result depends on, beside the input."""
     apart = ("out", "work_dir", "shards", "workers", "engine", "join_memory")
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+    if config.exclude:  # what the list holds, wherever it lies
+        settings["exclude"] = ids_digest(config.exclude)
+    return settings
 
 
 def _note_changes(out: Place, config: DedupConfig, inputs: Mapping[str, str]) -> None:

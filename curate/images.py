@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What a shard does not carry and Pillow turns into pixels without a program of its own.
 CONVERTED_FORMATS = ("GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112
+_START_OF_IMAGE = b"\xff\xd8"
 _START_OF_SCAN, _APP0, _ADOBE = 0xDA, 0xE0, 0xEE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL = (0xC0, 0xC1)
+_WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
 _METADATA = frozenset((*range(0xE0, 0xF0), 0xFE))
 _BITS_PER_SAMPLE = 258
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -101,9 +104,41 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
     Raises:
         ImageError: as ``decode_image``.
     """
+    image = _opened(data, max_pixels)
+    width, height = image.size
+    try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        orientation = _orientation(image)
+        if orientation > 4:  # turned by a quarter
+            width, height = height, width
+        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+        return DecodedImage(_as_rgb(upright), width, height, orientation)
+    except Exception as error:
+        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+
+
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an encoded image, upright, from its header alone: nothing is decoded.
+
+    An orientation that a PNG states behind its pixels is not seen.
+
+    Raises:
+        ImageError: empty, unknown, too large, or with a malformed header.
+    """
+    image = _opened(data, max_pixels)
+    width, height = image.size
+    if image.format == "PNG" and "exif" not in image.info:  # getexif() would decode all pixels to look behind them
+        return width, height
+    return (height, width) if _orientation(image) > 4 else (width, height)
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """An image of which the header is read, and found to be of a size to decode."""
     if not data:
         raise ImageError("image is empty (0 bytes)")
-    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+    if (scans := _scans(data)) > MAX_SCANS:
         raise ImageError(f"JPEG has {scans} scans, more than {MAX_SCANS}: refused before decoding")
     try:
         with warnings.catch_warnings():
@@ -120,16 +155,7 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
         raise ImageError(f"image is {width}x{height}, more than {max_pixels} pixels: refused before decoding")
     if width < 1 or height < 1:
         raise ImageError(f"image is {width}x{height}: nothing to see")
-    try:
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
-        image.load()
-        orientation = _orientation(image)
-        if orientation > 4:  # turned by a quarter
-            width, height = height, width
-        return DecodedImage(_as_rgb(_upright(image)), width, height, orientation)
-    except Exception as error:
-        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+    return image
 
 
 def shrunk(image: Image.Image, at_least: int) -> Image.Image:
@@ -150,19 +176,24 @@ def image_array(
     """
     if isinstance(size, int):
         size = (size, size)
-    if image.mode != "RGB":
-        image = _as_rgb(image)
-    if image.size != size:
-        image = image.resize(size, resample)
-    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255.0)
+    return _pixels(image, size, resample).astype(np.float32).transpose(2, 0, 1) / np.float32(255.0)
 
 
 def stack_images(images: Sequence[Image.Image], size: int) -> NDArray[np.float32]:
     """Images squashed to squares: float32 [n, 3, size, size] in [0, 1]; n may be 0."""
-    stack = np.empty((len(images), 3, size, size), dtype=np.float32)
+    pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
     for row, image in enumerate(images):
-        stack[row] = image_array(image, size)
-    return stack
+        pixels[row] = _pixels(image, (size, size), Image.Resampling.BICUBIC)
+    stack = np.empty((len(images), 3, size, size), dtype=np.float32)
+    return np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255.0), out=stack)
+
+
+def _pixels(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> NDArray[np.uint8]:
+    if image.mode != "RGB":
+        image = _as_rgb(image)
+    if image.size != size:
+        image = image.resize(size, resample)
+    return np.asarray(image)
 
 
 def is_lossless(data: bytes) -> bool:
@@ -213,7 +244,7 @@ def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
             raise ImageError(f"image is {opened.width}x{opened.height}, more than {max_pixels} pixels")
         bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (1,)) if isinstance(opened, TiffImageFile) else (8,)
         opened.load()
-        image = _upright(opened)
+        image = opened if _orientation(opened) == 1 else ImageOps.exif_transpose(opened)
         if image.mode == "PA":
             image = image.convert("RGBA")
         if image.mode == "I":  # 32 bits, of which PNG has 16
@@ -272,30 +303,52 @@ def coded_hash(data: bytes, orientation: int = 1) -> str | None:
     Returns:
         None for other formats.
     """
-    if not data.startswith(b"\xff\xd8"):
-        return None
     digest = hashlib.sha256(f"orientation {orientation}".encode())
     jfif = colours_told = False
-    start = 2
-    while data[start : start + 1] == b"\xff" and start + 1 < len(data):
-        marker = data[start + 1]
-        if marker == 0xFF:  # may fill the space between two segments
-            start += 1
-            continue
+    for marker, start, end in _segments(data):
         if marker == _START_OF_SCAN:
             # Where the colours are not plain YCbCr by their numbers, decoders ask whether the file says it is JFIF.
             digest.update(b"JFIF" if jfif and colours_told else b"")
             digest.update(memoryview(data)[start:])
             return digest.hexdigest()
-        segment = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")]
-        if len(segment) < 4:
-            return None
+        segment = data[start:end]
         jfif = jfif or (marker == _APP0 and segment[4:9] == b"JFIF\0")
         colours_told = colours_told or marker == _ADOBE or (marker in _FRAMES and segment[10::3][:3] != b"\1\2\3")
         if marker == _ADOBE or marker not in _METADATA:
             digest.update(segment)
-        start += len(segment)
     return None
+
+
+def _scans(data: bytes) -> int:
+    """No fewer scans than a decoder would go through; 0 for what is no JPEG."""
+    components = 0
+    for marker, start, _ in _segments(data):
+        if marker in _FRAMES:
+            components = data[start + 9] if marker in _SEQUENTIAL else 256
+        elif marker == _START_OF_SCAN and 0 < components <= data[start + 4]:
+            return 1  # all components, whole: decoders look for no further scan
+    return data.count(b"\xff\xda") if data.startswith(_START_OF_IMAGE) else 0
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """``(marker, start, end)`` of a JPEG's segments up to its first scan's header; fewer where it is malformed.
+
+    What stands here stands so for decoders: nothing is given after a marker without a length or of bytes between two
+    segments, where they may go on otherwise.
+    """
+    start = 2 if data.startswith(_START_OF_IMAGE) else len(data)
+    while data[start : start + 1] == b"\xff" and start + 10 <= len(data):
+        marker = data[start + 1]
+        if marker == 0xFF:  # may fill the space between two segments
+            start += 1
+            continue
+        length = data[start + 2] << 8 | data[start + 3]
+        if marker in _WITHOUT_LENGTH or length < 2:
+            return
+        yield marker, start, start + 2 + length
+        if marker == _START_OF_SCAN:
+            return
+        start += 2 + length
 
 
 def _orientation(image: Image.Image) -> int:
@@ -304,10 +357,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # malformed EXIF says nothing about the pixels
         return 1
     return int(orientation) if orientation in range(2, 9) else 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

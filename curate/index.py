@@ -27,6 +27,7 @@ FORMAT = 1
 FILES = ("embeddings.npy", "samples.parquet", "index.json")  # in the order in which they are written
 _BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at a time: 64 MB
 _CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
+_CALIBRATION_ELEMENTS = 1 << 21  # float32 similarities of theirs that are held at a time: 8 MB
 
 
 # ----------------------------------------------------------------------------------------------- calibration
@@ -340,18 +341,19 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
     """
     rows = np.flatnonzero(kept)
     asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
-    nearest = np.full(len(asked), -np.inf, np.float32)
+    nearest, of_asked = np.full(len(asked), -np.inf, np.float32), group[asked]
 
     def unit(some: NDArray[np.int64]) -> NDArray[np.float32]:
         x = np.asarray(embeddings[some], np.float32)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
     queries = unit(asked) if len(asked) else np.empty((0, embeddings.shape[1]), np.float32)
-    step = max(1, _BLOCK_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
+    step = max(1, _CALIBRATION_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
         similarity = queries @ unit(some).T
-        similarity[group[asked][:, None] == group[some][None]] = -np.inf
+        own = np.flatnonzero(np.isin(group[some], of_asked))  # few: most groups have no row that is asked for
+        similarity[:, own] = np.where(of_asked[:, None] == group[some[own]], -np.inf, similarity[:, own])
         nearest = np.maximum(nearest, similarity.max(1))
     return nearest[np.isfinite(nearest)]
 

@@ -6,7 +6,7 @@ Pairs are found once and cached; verdicts, and what other thresholds would do, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from curate import ledger as ledgers
 from curate.config import DedupConfig
 from curate.console import UsageError, digest, progress
+from curate.idlist import refuse_missing
 from curate.read import Rows, preferred_fields
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from curate.neighbors import Pairs
 
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
-CAPTION_BLOCK = 1 << 16  # captions embedded at a time
+CAPTION_BLOCK = 1 << 13  # captions embedded at a time
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors): bounds the pairs that are held
 
 
@@ -215,6 +216,23 @@ def against_stage(
     return Elsewhere(shard[image_of], key[image_of], similarity[image_of])
 
 
+def exclude_stage(
+    rows: Rows, names: Sequence[str], listed: Sequence[Set[str]], config: DedupConfig
+) -> NDArray[np.bool_]:
+    """``[n]``, which readable rows the list ``exclude`` names; ``listed`` are its keys in each shard.
+
+    Raises:
+        UserError: a listed sample is not in its shard.
+    """
+    shards, keys = rows.shard_number.tolist(), rows.table["key"].to_pylist()
+    excluded = np.array([key in listed[shard] for shard, key in zip(shards, keys, strict=True)], dtype=bool)
+    there: list[set[str]] = [set() for _ in listed]
+    for row in np.flatnonzero(excluded).tolist():
+        there[shards[row]].add(keys[row])
+    refuse_missing(config.exclude, names, listed, there)
+    return excluded[rows.readable]
+
+
 def sweep_thresholds(config: DedupConfig) -> list[float]:
     """The thresholds that are tried, ascending: the one that decides, five below and five above it, at most 1."""
     steps = {round(config.threshold + config.sweep * step / 5, 6) for step in range(-5, 6)}
@@ -222,7 +240,7 @@ def sweep_thresholds(config: DedupConfig) -> list[float]:
 
 
 def decide_stage(
-    rows: Rows, joined: Joined, elsewhere: Elsewhere | None, config: DedupConfig
+    rows: Rows, joined: Joined, elsewhere: Elsewhere | None, excluded: NDArray[np.bool_] | None, config: DedupConfig
 ) -> tuple[Verdicts, list[dict[str, Any]]]:
     """The verdicts, and the table of other thresholds."""
     from curate.decide import decide, sweep
@@ -234,6 +252,7 @@ def decide_stage(
         "max_per_caption": config.max_per_caption,
         "on_caption_differs": config.on_caption_differs,
         "elsewhere": None if elsewhere is None else ~np.isnan(elsewhere.similarity),
+        "excluded": excluded,
     }
     verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
     others = sweep_thresholds(config) if config.sweep else []

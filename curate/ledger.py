@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 KEPT, DROPPED, UNREADABLE = "kept", "dropped", "unreadable"
-DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set")
+DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set", "excluded")
 
 SCHEMA = pa.schema(
     [

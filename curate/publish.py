@@ -76,7 +76,7 @@ def publish_index(out: Place, rows: Rows, verdicts: Verdicts, embedder: Embedder
 
     TrainingIndex.build(
         embeddings=rows.embeddings,
-        captions=rows.table["caption"].take(pa.array(rows.readable)).to_pylist(),
+        captions=rows.column("caption").tolist(),
         shards=rows.column("shard").tolist(),
         keys=rows.column("key").tolist(),
         kept=verdicts.kept,

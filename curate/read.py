@@ -233,9 +233,12 @@ class Rows:
             ordinal=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
             readable=readable,
             embeddings=embeddings,
-            captions=[caption or "" for caption in table["caption"].take(pa.array(readable)).to_pylist()],
+            captions=[caption or "" for caption in table["caption"].filter(usable).to_pylist()],
         )
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of the readable rows, [n]."""
-        return self.table[name].take(pa.array(self.readable)).to_numpy(zero_copy_only=False)
+        usable = np.zeros(self.table.num_rows, bool)
+        usable[self.readable] = True
+        # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
+        return self.table[name].filter(usable).to_numpy(zero_copy_only=False)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from curate.config import ReportConfig
 from curate.console import UserError, write_atomic
@@ -22,18 +24,21 @@ from curate.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE, read_ledger
 from curate.place import Place
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from numpy.typing import NDArray
 
 PICTURES = "work/report.json"
 GROUPS_SHOWN = 24
 DROPPED_SHOWN = 7  # of one group: with the kept one, a line
 CLOSE_CALLS_SHOWN = 12  # on each side of the threshold
-CLOSE_CALLS_AMONG = 200  # on each side, what those that are shown are drawn from
+CLOSE_CALLS_AMONG = 200  # on each side, at least, what those that are shown are drawn from
+CLOSE = 0.01  # in large sets everything that is no farther from the threshold
 CAPTIONS_SHOWN = 12
 UNREADABLE_SHOWN = 200
 THUMBNAIL_PIXELS = 112
 BINS = 50
+LEDGER_COLUMNS = [
+    "shard", "key", "row", "status", "reason", "image_similarity", "group", "group_size", "caption"
+]  # fmt: skip
 
 REASONS = {
     "exact_image": ("Identical image", "the same bytes or the same pixels as the sample that stays"),
@@ -45,6 +50,7 @@ REASONS = {
     "near_caption": ("Near caption", "another image, but enough with a caption near this one stay"),
     "caption_quota": ("Caption quota", "another image, but enough with this caption stay"),
     "other_set": ("In another set", "the image, or a near one, stands in a set given with --against"),
+    "excluded": ("Excluded", "named in the list given with --exclude"),
 }
 SHORT = {  # beside a similarity, in the gallery
     "exact_image": "identical",
@@ -53,6 +59,7 @@ SHORT = {  # beside a similarity, in the gallery
     "near_caption": "caption",
     "caption_quota": "quota",
     "other_set": "other set",
+    "excluded": "excluded",
 }
 
 
@@ -103,7 +110,7 @@ def run_report(config: ReportConfig) -> dict[str, Any]:
     """
     out = Place(config.out)
     summary = read_summary(config.out)
-    html = render(summary, read_ledger(config.out), Pictures.load(out))
+    html = render(summary, read_ledger(config.out, LEDGER_COLUMNS), Pictures.load(out))
     write_report(out, html)
     return {"report": out.at("report.html"), "bytes": len(html.encode())}
 
@@ -143,28 +150,25 @@ def gallery(table: pa.Table) -> list[list[int]]:
     several = (numbers >= 0) & (size[first] > 1)
     numbers, sizes = numbers[several], size[first][several]
     shown = numbers[np.lexsort((numbers, -sizes))][:GROUPS_SHOWN]
-    rows = np.flatnonzero(np.isin(group, shown))
-    members = table.take(rows).select(["row", "group", "status", "reason", "image_similarity"]).to_pylist()
-    of_group: dict[int, list[dict[str, Any]]] = {int(number): [] for number in shown}
-    for member in members:
-        of_group[member["group"]].append(member)
-    return [_order(members) for members in of_group.values()]
+    members = np.flatnonzero(np.isin(group, shown))
 
-
-def _order(members: Iterable[Mapping[str, Any]]) -> list[int]:
-    def doubt(member: Mapping[str, Any]) -> tuple[Any, ...]:
-        similarity = member["image_similarity"]
-        exact = member["reason"] == "exact_image"
-        return member["status"] == DROPPED, exact, 1.0 if similarity is None else similarity, member["row"]
-
-    ordered = sorted(members, key=doubt)
-    kept = [member["row"] for member in ordered if member["status"] == KEPT][:DROPPED_SHOWN]
-    dropped = [member["row"] for member in ordered if member["status"] == DROPPED]
-    return kept + dropped[:DROPPED_SHOWN]
+    kept, dropped, exact = (
+        pc.equal(table[column], value).fill_null(False).to_numpy()[members]
+        for column, value in (("status", KEPT), ("status", DROPPED), ("reason", "exact_image"))
+    )
+    similarity = table["image_similarity"].fill_null(1.0).to_numpy()[members]
+    order = np.lexsort((members, similarity, exact, dropped))
+    members, kept, dropped = members[order], kept[order], dropped[order]
+    result = []
+    for number in shown:
+        inside = group[members] == number
+        chosen = [members[inside & of_status][:DROPPED_SHOWN].tolist() for of_status in (kept, dropped)]
+        result.append(chosen[0] + chosen[1])
+    return result
 
 
 def nearest_similarities(
-    embeddings: NDArray[np.float16], sample: int, seed: int, block: int = 1 << 14
+    embeddings: NDArray[np.float16], sample: int, seed: int, block: int = 1 << 11
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Nearest other row of a random sample of rows, by exact search.
 
@@ -208,8 +212,8 @@ def close_calls(
 ) -> list[tuple[int, int, float]]:
     """Random pairs just below and just above the threshold, up to CLOSE_CALLS_SHOWN each, by similarity.
 
-    Of each side the CLOSE_CALLS_AMONG nearest to the threshold are drawn from, so that what is seen is what a small
-    change of the threshold would move, and not its extremes.
+    Of each side those within CLOSE of the threshold are drawn from, and at least the CLOSE_CALLS_AMONG nearest to it:
+    what is seen is what a small change of the threshold would move.
 
     Args:
         rows, others, similarities: pairs around the threshold, each ``[m]``.
@@ -221,12 +225,16 @@ def close_calls(
     low, high, similarities = low[order], high[order], similarities[order]
     fresh = np.ones(len(low), bool)  # a pair may be given from both its sides
     fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-    pairs = list(zip(low[fresh].tolist(), high[fresh].tolist(), similarities[fresh].tolist(), strict=True))
-    cut = int(np.searchsorted(similarities[fresh], np.float32(threshold)))
-    rng, shown = np.random.default_rng(seed), []
-    for side in (pairs[max(0, cut - CLOSE_CALLS_AMONG) : cut], pairs[cut : cut + CLOSE_CALLS_AMONG]):
-        chosen = rng.choice(len(side), min(CLOSE_CALLS_SHOWN, len(side)), replace=False)
-        shown += [side[place] for place in sorted(chosen.tolist())]
+    low, high, similarities = low[fresh], high[fresh], similarities[fresh]
+    around = np.array([threshold - CLOSE, threshold, threshold + CLOSE], np.float32)
+    start, cut, stop = (int(place) for place in np.searchsorted(similarities, around))
+    rng, shown = np.random.default_rng(seed), list[tuple[int, int, float]]()
+    for first, last in (
+        (max(0, min(start, cut - CLOSE_CALLS_AMONG)), cut),
+        (cut, min(len(low), max(stop, cut + CLOSE_CALLS_AMONG))),
+    ):
+        places = first + np.sort(rng.choice(last - first, min(CLOSE_CALLS_SHOWN, last - first), replace=False))
+        shown += zip(low[places].tolist(), high[places].tolist(), similarities[places].tolist(), strict=True)
     return shown
 
 
@@ -253,9 +261,9 @@ def render(summary: Mapping[str, Any], table: pa.Table, pictures: Pictures) -> s
     groups = gallery(table)
     wanted = {row for rows in groups for row in rows}
     wanted.update(row for a, b, _ in pictures.close_calls for row in (a, b))
-    rows = sorted(row for row in wanted if row < table.num_rows)
-    taken = table.take(np.array(rows, dtype=np.int64)).to_pylist()
-    shown = {fields["row"]: _card(fields, pictures) for fields in taken}
+    # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
+    taken = table.select(LEDGER_COLUMNS).filter(np.isin(np.arange(table.num_rows), list(wanted)))
+    shown = {fields["row"]: _card(fields, pictures) for fields in taken.to_pylist()}
     calls = [
         (shown[a], shown[b], similarity)
         for a, b, similarity in pictures.close_calls
@@ -376,20 +384,21 @@ def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[
 
 def _repeated_captions(table: pa.Table) -> list[tuple[str, int, int]]:
     """Captions that most samples share, with how many samples had them and how many still do."""
-    import pyarrow.compute as pc
-
     readable = table.filter(pc.not_equal(table["status"], UNREADABLE)).select(["caption", "status"])
-    captions = readable["caption"].fill_null("")
-    counts = captions.value_counts().to_pylist()
-    most = sorted((row["counts"], row["values"]) for row in counts if row["counts"] > 1)
-    most = sorted(most, key=lambda pair: (-pair[0], pair[1]))[:CAPTIONS_SHOWN]
-    kept = captions.filter(pc.equal(readable["status"], KEPT)).value_counts().to_pylist()
-    still = {row["values"]: row["counts"] for row in kept}
-    return [(caption, count, still.get(caption, 0)) for count, caption in most]
+    captions = readable["caption"].fill_null("").cast(pa.large_string())  # all of them may be more than 2 GiB
+    counts = captions.value_counts()
+    values, numbers = counts.field("values"), counts.field("counts").to_numpy()
+    largest = np.sort(numbers[numbers > 1])[-CAPTIONS_SHOWN:]
+    if not len(largest):
+        return []
+    most = counts.filter(pa.array(numbers >= largest[0])).to_pylist()
+    most = sorted(most, key=lambda row: (-row["counts"], row["values"]))[:CAPTIONS_SHOWN]
+    kept = captions.filter(pc.equal(readable["status"], KEPT))
+    shown = pa.array([row["values"] for row in most], values.type)
+    still = {row["values"]: row["counts"] for row in kept.filter(pc.is_in(kept, shown)).value_counts().to_pylist()}
+    return [(row["values"], row["counts"], still.get(row["values"], 0)) for row in most]
 
 
 def _unreadable(table: pa.Table) -> list[dict[str, Any]]:
-    import pyarrow.compute as pc
-
-    broken = table.filter(pc.equal(table["status"], UNREADABLE))
-    return broken.slice(0, UNREADABLE_SHOWN).select(["shard", "key", "reason"]).to_pylist()
+    broken = table.select(["shard", "key", "reason"]).filter(pc.equal(table["status"], UNREADABLE))
+    return broken.slice(0, UNREADABLE_SHOWN).to_pylist()

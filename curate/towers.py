@@ -15,19 +15,17 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from curate.console import UsageError, UserError, progress
-from curate.embed import CAPTION_LIBRARIES, IMAGE_LIBRARIES, TorchEmbedder, reason, weights_digest
+from curate.networks import TorchEmbedder, reason, weights_digest
 from curate.preprocess import Preprocessing, read_json, read_processor, triple
-
-if TYPE_CHECKING:
-    from curate.embed import Floats
 
 # model_type of a config → class of the tower, and which of its outputs is the image's vector. CLIP's and SigLIP's are
 # where captions are too; DINOv2's is the class token, as its authors use it.
@@ -59,32 +57,11 @@ _EXTRAS = {"timm": "timm", "open_clip": "clip", "sentence_transformers": "senten
 # --------------------------------------------------------------------------------------------- finding a model
 
 
-def recognised(folder: Path, *, captions: bool = False) -> str:
-    """The library that a model folder is of, by the files in it.
-
-    Raises:
-        UserError: none of those that this project loads.
-    """
-    if captions and (folder / "modules.json").is_file():
-        return "sentence-transformers"
-    if not captions and (folder / "open_clip_config.json").is_file():
-        return "open_clip"
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "model_type" in config:
-        return "transformers"
-    if not captions and "architecture" in config:
-        return "timm"
-    libraries = CAPTION_LIBRARIES if captions else IMAGE_LIBRARIES
-    raise UserError(
-        f"{folder} is no model folder of {', '.join(libraries)}: it has no config.json that tells its model_type"
-    )
-
-
 def load_image_tower(library: str, source: str, *, name: str, half: bool | None) -> TorchEmbedder:
     """The image tower of a model as an embedder.
 
     Args:
-        library: one of ``IMAGE_LIBRARIES``.
+        library: one of :data:`curate.embed.IMAGE_LIBRARIES`.
         source: hub name or folder; for open_clip also ``ARCH/PRETRAINED``, a tag, a folder or a safetensors file.
         name: what the index records.
         half: see :func:`curate.embed.load_embedder`.
@@ -391,7 +368,7 @@ class TextEmbedder:
         """SHA-256 (hex) of the weights and the settings, the tokenizer among them."""
         return weights_digest(self.model, self._settings)
 
-    def embed(self, captions: Sequence[str]) -> Floats:
+    def embed(self, captions: Sequence[str]) -> NDArray[np.float32]:
         """Captions → float32 ``[n, dim]``, unit rows; what is longer than the tower's context is cut."""
         # A lone surrogate, which no tokenizer takes, becomes a question mark.
         texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
@@ -409,7 +386,7 @@ def load_text_tower(library: str, source: str, *, name: str, half: bool | None) 
     """The text tower of a model as a caption embedder.
 
     Args:
-        library: one of ``CAPTION_LIBRARIES``.
+        library: one of :data:`curate.embed.CAPTION_LIBRARIES`.
         source: hub name or folder.
         name: what it is called.
         half: see :func:`curate.embed.load_embedder`.

@@ -18,6 +18,12 @@ VERBS = {
         "train.finetune.loop:run_finetune",
         "fine-tune a Stable Diffusion's UNet, with or without the memorization filter",
     ),
+    "verdicts": Verb(
+        "train.finetune.config:VerdictsConfig",
+        "train.finetune.verdicts:run_verdicts",
+        "list the samples that a run's filter left out again and again, to exclude them for good",
+        positionals=("run", "out"),
+    ),
     "sample": Verb(
         "train.sampling.config:SampleConfig",
         "train.sampling.job:run_sample",

@@ -1,15 +1,17 @@
 """Stable Diffusion's parts: load a pipeline, set up attention, encode captions and images, build a small model.
 
 Everything that opens a model goes through :func:`load_pipeline`, whether it is a hub name, a diffusers directory or a
-single-file checkpoint, so that a missing part is reported in one way.
+single-file checkpoint, so that a missing part, or a model of another kind, is reported in one way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,6 +23,21 @@ if TYPE_CHECKING:
 
 Attention = Literal["auto", "math", "sdpa", "xformers"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+WEIGHTED = ("unet", "vae", "text_encoder")
+SUPPORTED = "Stable Diffusion 1.x and 2.x (text to image, latents alone into the UNet) can be used here"
+KINDS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "GuidedStableDiffusion",
+)
+"""Pipeline classes that share Stable Diffusion's parts; what their UNet takes is checked apart."""
+ORIGINAL_PARTS = {
+    "UNet": "model.diffusion_model.",
+    "VAE": "first_stage_model.",
+    "text encoder": "cond_stage_model.",
+}
+"""Prefixes of a single-file checkpoint in the layout of CompVis and Stability AI."""
 
 
 def load_pipeline(
@@ -29,14 +46,25 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     attention: Attention = "auto",
     device: str | torch.device | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+    lora: str | None = None,
 ) -> StableDiffusionPipeline:
-    """Load a Stable Diffusion 1.x or 2.x pipeline, without its safety checker.
+    """Load a Stable Diffusion 1.x or 2.x pipeline, without its safety checker. Weights are safetensors, always.
 
     Args:
-        name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint.
+        name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint in the layout of
+            CompVis and Stability AI.
         dtype: of the weights.
         attention: see :func:`set_attention`.
         device: where to put it; None leaves it on the CPU.
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files of a directory or hub name, as in ``model.fp16.safetensors``.
+        model_config: of a single file: diffusers directory or hub name of a model of its architecture, whose configs,
+            tokenizer and scheduler are taken (its weights need not be there). None: the one that diffusers recognises
+            by the weights, from the hub or its cache.
+        lora: folder or file of adapters, which are added to the weights (``train.lora.fuse_lora``).
 
     Raises:
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
@@ -50,29 +78,166 @@ def load_pipeline(
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     from diffusers import StableDiffusionPipeline
+
     path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"{name_or_path}: not a pipeline folder (it has no model_index.json)")
-        missing = [part for part in PARTS if not (path / part).is_dir() or not any((path / part).iterdir())]
-        if missing:
-            raise UserError(f"{name_or_path}: the model folder lacks {', '.join(missing)}: restore or re-export it")
-    elif name_or_path.endswith((".safetensors", ".ckpt")) and not path.is_file():
-        raise UserError(f"{name_or_path}: no such model file")
-    options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    is_file = path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    options: dict[str, Any] = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    if is_file:
+        check_file(path)
+        options |= {"config": model_config}
+    else:
+        if path.is_dir():
+            check_folder(path, variant)
+        options |= {"revision": revision, "variant": variant, "use_safetensors": True}
     try:
-        if path.is_file():
+        if is_file:
             pipe = StableDiffusionPipeline.from_single_file(name_or_path, **options)
         else:
-            pipe = StableDiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+            with contextlib.suppress(OSError):  # not there: what follows says so better
+                check_kind(name_or_path, StableDiffusionPipeline.load_config(name_or_path, revision=revision))
+            pipe = StableDiffusionPipeline.from_pretrained(name_or_path, **options)
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: parsers', torch's, the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_file:
+            reason += (
+                f"; is {model_config} of its architecture?"
+                if model_config
+                else "; a single file holds no configs: give --model_config, a diffusers folder of its architecture"
+            )
         raise UserError(f"{name_or_path}: cannot load the model: {reason}") from error
+    if (problem := unsupported(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config.hidden_size)) is not None:
+        raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
     pipe.set_progress_bar_config(disable=True)
+    if lora:
+        from train.lora import fuse_lora
+
+        fuse_lora(pipe, lora)
     if device is not None:
         pipe.to(device)
     set_attention(pipe.unet, attention)
     return pipe
+
+
+def check_folder(path: Path, variant: str | None) -> None:
+    """See that a diffusers directory has every part, and weights of the variant as safetensors.
+
+    Raises:
+        UserError: names what is missing, and what is there in its place.
+    """
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: not a pipeline folder (it has no model_index.json)")
+    check_kind(str(path), read_json(path / "model_index.json"))
+    missing = [part for part in PARTS if not (path / part).is_dir() or not any((path / part).iterdir())]
+    if missing:
+        raise UserError(f"{path}: the model folder lacks {', '.join(missing)}: restore or re-export it")
+    for part in WEIGHTED:
+        files = [file.name for file in (path / part).glob("*.safetensors")]
+        variants = {name.split(".")[1].split("-")[0] for name in files if name.count(".") > 1}
+        there = ", ".join(sorted(variants)) or "none"
+        plain = any(name.count(".") == 1 for name in files)
+        if not files:
+            pickles = [*(path / part).glob("*.bin")]
+            found = f" but {pickles[0].name}: pickles are never loaded" if pickles else ""
+            raise UserError(f"{path}: {part} has no safetensors weights{found}; re-export it as safetensors")
+        if variant is None and not plain:
+            raise UserError(f"{path}: {part} has weights of variant {there} alone: give --variant")
+        if variant is not None and variant not in variants:
+            raise UserError(f"{path}: {part} has no weights of variant {variant} (variants there: {there})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def check_kind(name: str, index: Mapping[str, Any]) -> None:
+    """Refuse a ``model_index.json`` of another kind of pipeline (Stable Diffusion XL, Flux, …) by its name."""
+    kind = index.get("_class_name", "none")
+    if kind not in KINDS:
+        raise UserError(f"{name}: a model of the kind {kind}; {SUPPORTED}")
+
+
+def check_file(path: Path) -> None:
+    """See that a file is a whole Stable Diffusion checkpoint, by the names and shapes in its header alone.
+
+    Raises:
+        UserError: it is a pickle, cut short, of another kind, or lacks a part.
+    """
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: pickles are never loaded, since they can run code; convert it to safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            header = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+    kind = infer_diffusers_model_type(header)
+    if kind not in ("v1", "v2"):  # v1 is also what it makes of the unknown
+        raise UserError(f"{path}: a checkpoint of the kind {kind}; {SUPPORTED}")
+    lacking = [
+        part for part, prefix in ORIGINAL_PARTS.items() if not any(name.startswith(prefix) for name in header)
+    ]
+    if lacking:
+        raise UserError(
+            f"{path}: not a whole Stable Diffusion checkpoint in the original layout: it lacks the {', '.join(lacking)}"
+        )
+
+
+def unsupported(unet: Mapping[str, Any], vae: Mapping[str, Any], text_width: int) -> str | None:
+    """Why a model's UNet is not that of Stable Diffusion 1.x or 2.x; None if it is.
+
+    Args:
+        unet: config of the UNet.
+        vae: config of the VAE.
+        text_width: of the text encoder's output.
+    """
+    latent = vae["latent_channels"]
+    for channels, what in ((unet["in_channels"], "takes"), (unet["out_channels"], "gives")):
+        if channels != latent:
+            return (
+                f"its UNet {what} {channels} channels where latents have {latent}: a model for inpainting, depth, "
+                "editing or upscaling"
+            )
+    for option in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
+        if unet.get(option) is not None:
+            return f"its UNet is conditioned on more than the caption ({option}: {unet[option]})"
+    if unet["cross_attention_dim"] != text_width:
+        return f"its UNet expects captions of width {unet['cross_attention_dim']}, its text encoder gives {text_width}"
+    return None
+
+
+def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
+    """Refuse what can be drawn from, but not trained here.
+
+    Args:
+        pipe: a pipeline from :func:`load_pipeline`.
+        name: of the model, for messages.
+
+    Raises:
+        UserError: the model predicts neither ε nor v, or is distilled for a few guided steps.
+    """
+    kind = pipe.scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(f"{name}: a model that predicts {kind!r} cannot be trained here: epsilon and v_prediction can")
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise UserError(f"{name}: a model distilled to take the guidance scale as an input cannot be trained here")
 
 
 def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto") -> None:
@@ -223,8 +388,6 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int, length: int) -> CL
 
     The vocabulary starts with CLIP's 512 byte symbols, so any text can be tokenized.
     """
-    import json
-
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

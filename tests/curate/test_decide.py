@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import curate.decide
 from curate.decide import REASONS, decide, sweep
 from curate.neighbors import Pairs, find_pairs
 
@@ -149,8 +150,73 @@ def test_the_order_of_pairs_and_numbers_changes_nothing():
         assert (one.kept_by == two.kept_by).all() and (one.group == two.group).all()
 
 
+def as_the_rules_have_it(case: Near, captions: list[str], prefer, rule, quota, differs, keep_copies) -> list[tuple]:
+    """``(kept_by, reason, group)`` of each row: each against all that were kept before it, without any table."""
+    n = len(captions)
+    order = sorted(range(n), key=lambda row: (prefer[row], row))
+    rank = {row: place for place, row in enumerate(order)}
+    image = [[similarity(case.image_pairs, a, b) for b in case.image_of] for a in case.image_of]
+    caption = [[similarity(case.caption_pairs, a, b) for b in case.caption_of] for a in case.caption_of]
+    component = np.arange(int(case.image_of.max()) + 1)
+    for a, b in zip(case.image_pairs.i, case.image_pairs.j, strict=True):
+        component[component == component[b]] = component[a]
+    linked = component[case.image_of][:, None] == component[case.image_of]
+    kept: list[int] = []
+    verdicts: dict[int, tuple] = {}
+
+    def best(row, others, *keys):
+        return min(others, key=lambda other: (*(key(other) for key in keys), rank[other]))
+
+    for row in order:
+        def other_image(kept_row, row=row):
+            return case.image_of[kept_row] != case.image_of[row]
+
+        def far(kept_row, row=row):
+            return 1.0 if math.isnan(image[row][kept_row]) else -image[row][kept_row]
+
+        if rule == "greedy":
+            copies = [other for other in kept if not math.isnan(image[row][other])]
+            group = verdicts[best(row, copies, other_image, far)][2] if copies else row
+        else:
+            copies = [other for other in kept if linked[row][other]]
+            group = next((verdicts[other][2] for other in order[: rank[row]] if linked[row][other]), row)
+        alike = [other for other in copies if not math.isnan(caption[row][other])]
+        if differs == "keep" and captions[row]:
+            copies = alike
+        if len(copies) >= keep_copies:
+            by = best(row, copies, other_image, lambda other, row=row: math.isnan(caption[row][other]), far)
+            reason = "exact_image" if not other_image(by) else "near_pair" if by in alike else "near_image"
+            verdicts[row] = (by, reason, verdicts[by][2] if rule == "greedy" else group)
+            continue
+        same = [other for other in kept if not math.isnan(caption[row][other])]
+        if quota is not None and captions[row] and len(same) >= quota:
+            by = best(row, same, lambda other, row=row: -caption[row][other])
+            equal = case.caption_of[by] == case.caption_of[row]
+            verdicts[row] = (by, "caption_quota" if equal else "near_caption", group)
+            continue
+        verdicts[row] = (-1, None, group)
+        kept.append(row)
+    return [verdicts[row] for row in range(n)]
+
+
+@pytest.mark.parametrize("few", [0, 16])
 @pytest.mark.parametrize(("rule", "quota", "differs"), CHOICES)
-def test_a_crowd_changes_no_verdict(rule, quota, differs):
+def test_verdicts_are_those_of_the_rules_read_out(rule, quota, differs, few, monkeypatch):
+    monkeypatch.setattr(curate.decide, "FEW", few)
+    for seed in range(8):
+        case, captions, prefer = random_case(seed)
+        copies = 1 + seed % 2
+        verdicts = decide(
+            case, captions, prefer, rule=rule, max_per_caption=quota, on_caption_differs=differs, keep_copies=copies
+        )
+        got = list(zip(verdicts.kept_by.tolist(), verdicts.reason, verdicts.group.tolist(), strict=True))
+        assert got == as_the_rules_have_it(case, captions, prefer, rule, quota, differs, copies)
+
+
+@pytest.mark.parametrize("ahead", [1, 7, 256])
+@pytest.mark.parametrize(("rule", "quota", "differs"), CHOICES)
+def test_a_crowd_changes_no_verdict(rule, quota, differs, ahead, monkeypatch):
+    monkeypatch.setattr(curate.decide, "AHEAD", ahead)
     rng = np.random.default_rng(3)
     images, captions = (rng.standard_normal((60, 16)) for _ in range(2))
     for things in (images, captions):
@@ -168,6 +234,38 @@ def test_a_crowd_changes_no_verdict(rule, quota, differs):
     for name in ("kept", "reason", "kept_by", "group", "group_size", "image_similarity", "caption_similarity"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
     assert one.pooled == two.pooled
+
+
+class Counted(str):
+    """Text that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "components"])
+def test_a_copy_is_not_compared_with_all_copies_before_it(rule, monkeypatch):
+    n = 2000
+    captions = [Counted(f"number {k}") for k in range(n)]
+    copies = near(np.zeros(n), range(n))
+    pooled = decide(copies, captions, rule=rule)
+    assert pooled.kept.sum() == 1 and pooled.pooled[0] == captions[1:]
+    assert Counted.compared <= 10 * n
+
+    asked = 0
+
+    def counting(judge, row, kept, similarity=curate.decide._Judge._caption_similarity):
+        nonlocal asked
+        asked += 1
+        return similarity(judge, row, kept)
+
+    monkeypatch.setattr(curate.decide._Judge, "_caption_similarity", counting)
+    kept = decide(copies, captions, rule=rule, on_caption_differs="keep")
+    assert kept.kept.all() and (kept.group == 0).all() and asked <= 10 * n
 
 
 def test_a_sweep_counts_what_each_threshold_would_decide():

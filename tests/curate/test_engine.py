@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -40,6 +41,18 @@ def test_results_come_in_the_order_of_the_tasks(workers):
 def test_one_worker_is_this_process_and_several_are_others():
     assert set(LocalEngine(1).map(process_id, [0, 1], desc="asking")) == {os.getpid()}
     assert os.getpid() not in LocalEngine(2).map(process_id, [0, 1], desc="asking")
+
+
+def test_processes_stay_for_the_block_and_no_longer():
+    with LocalEngine(2) as engine:
+        first = set(engine.map(process_id, range(8), desc="asking"))
+        with pytest.raises(UserError, match="shard two"):
+            engine.map(fail_at_two, range(5), desc="failing")
+        after = [set(engine.map(process_id, range(8), desc="asking")) for _ in range(2)]
+        assert len(after[0] | after[1]) <= 2 and not after[0] & first  # an error ends them
+        running = {child.pid for child in multiprocessing.active_children()}
+        assert after[0] | after[1] <= running
+    assert not running & {child.pid for child in multiprocessing.active_children()}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -171,6 +171,27 @@ def test_a_jpeg_of_endless_scans_is_refused_before_decoding(monkeypatch):
     assert decode_image(progressive).size == (400, 400)
 
 
+def test_scans_are_counted_where_a_decoder_may_look_for_more_than_one(monkeypatch):
+    monkeypatch.setattr(images_module, "MAX_SCANS", 5)
+    plain = encode(gradient(400, 400), "JPEG")
+    assert decode_image(plain + b"\xff\xda" * 10).size == (400, 400)  # what follows the image is no scan of it
+    scan = plain.index(b"\xff\xda")
+    alone = plain[: scan + 2] + b"\0\x08\1\1\0\0\x3f\0"  # the first component of three
+    with pytest.raises(ImageError, match="10 scans"):
+        decode_image(alone + b"\xff\xda" * 9)
+
+
+def test_a_plain_jpeg_inside_comments_does_not_hide_the_scans_of_another(monkeypatch):
+    monkeypatch.setattr(images_module, "MAX_SCANS", 5)
+    plain, progressive = (encode(gradient(400, 400), "JPEG", progressive=progressive) for progressive in (False, True))
+    # A restart marker has no length. Read as one that has, it leads into the first comment, and that into the second.
+    marker, second = b"\xff\xd0", bytes(250) + plain[2:]
+    first = b"\xff\xfe\xff\xff" + bytes(65530) + b"\xff\xfe\0"
+    second = b"\xff\xfe" + (len(second) + 2).to_bytes(2, "big") + second
+    with pytest.raises(ImageError, match="scans"):
+        decode_image(progressive[:2] + marker + first + second + progressive[2:])
+
+
 def test_the_pixel_limit_is_an_argument():
     with pytest.raises(ImageError, match="40x30, more than 1199 pixels"):
         decode_image(encode(gradient(), "PNG"), max_pixels=1199)

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from curate.neighbors import Pairs, _as_float32, _Screen, find_nearest, find_pairs, recall
+from curate.neighbors import Crowd, Pairs, _as_float32, _Screen, find_nearest, find_pairs, recall
 
 
 def clustered(n: int, d: int, seed: int, dtype=np.float32) -> np.ndarray:
@@ -161,6 +161,27 @@ def test_pairs_inside_a_crowd_are_left_out_and_all_others_found(threads):
     links = list(pairs.crowd.links())
     assert all((min(link), max(link)) in known for link in links)
     assert len(links) == len(pairs.crowd.rows) - 1 == len({b for _, b in links})
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.35, 0.6])  # balls that touch nothing, loose ones, chains
+def test_links_of_a_crowd_connect_what_its_near_pairs_connect(spread):
+    rng = np.random.default_rng(5)
+    centres = rng.standard_normal((5, 8))
+    embeddings = (centres[rng.integers(0, 5, 500)] + spread * rng.standard_normal((500, 8))).astype(np.float32)
+    every = find_pairs(embeddings, 0.95)
+    near = set(zip(every.i.tolist(), every.j.tolist(), strict=True))
+    links = list(Crowd(embeddings, np.arange(500), np.arange(500), 0.95).links())
+    assert all((min(link), max(link)) in near for link in links)
+
+    def components(pairs) -> np.ndarray:
+        component = np.arange(500)
+        for a, b in pairs:
+            component[component == component[b]] = component[a]
+        return np.unique(component, return_inverse=True)[1]
+
+    ours, theirs = components(links), components(near)
+    assert len(np.unique(np.stack([ours, theirs]), axis=1).T) == ours.max() + 1 == theirs.max() + 1
+    assert len(links) == 500 - (ours.max() + 1)
 
 
 @pytest.mark.parametrize("n", [100, 3000])

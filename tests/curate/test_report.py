@@ -146,20 +146,63 @@ def test_the_gallery_shows_the_largest_groups_with_the_least_sure_copies_first()
     assert gallery(table_of(rows)) == [[5, 6, 4, 3], [0, 1]]
 
 
-def test_the_page_stays_small_whatever_the_size_of_the_set():
-    rows = []
-    for group in range(100):
-        for member in range(100):
-            number, dropped = len(rows), member > 0
-            fields = {"reason": "near_pair", "image_similarity": 0.95} if dropped else {}
-            rows.append(
-                row(number, group, 100, "dropped" if dropped else "kept", caption="w" * 5000, **fields)
-            )
-    rows += [row(len(rows) + i, None, None, "unreadable", reason="r" * 5000) for i in range(1000)]
+def large_table(rows: int) -> pa.Table:
+    """A fifth one group of copies, a fifth groups of ten, a fifth unreadable; text as long as it comes."""
+    number = np.arange(rows)
+    fifth = number * 5 // rows
+    group = np.where(fifth == 0, 0, np.where(fifth == 1, number // 10 * 10, number))
+    size = np.unique(group, return_inverse=True, return_counts=True)
+    readable, dropped = fifth != 4, (fifth < 2) & (group != number)
+    reasons = np.array(["exact_image", "near_pair", "near_pair", "r" * 1000], object)[np.where(dropped, number % 3, 3)]
+    captions = [f"{'w' * 700}{k // 3}" if k % 50 else None for k in range(rows)]
+    names = [f"{'s' * 200}{k}" for k in range(rows)]
+    columns = {
+        "shard": names,
+        "key": names,
+        "row": number,
+        "status": np.where(readable, np.where(dropped, "dropped", "kept"), "unreadable").tolist(),
+        "reason": pa.array(reasons, mask=readable & ~dropped),
+        "kept_key": names,
+        "image_similarity": pa.array(np.linspace(0.9, 1, rows), pa.float32(), mask=~dropped),
+        "group": pa.array(group, mask=~readable),
+        "group_size": pa.array(size[2][size[1]], mask=~readable),
+        "caption": captions,
+    }
+    nothing = {name: pa.nulls(rows, kind) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)}
+    return pa.table({**nothing, **columns}, schema=SCHEMA)
+
+
+def test_the_page_is_as_small_for_many_samples_as_for_few():
+    sizes = []
+    for rows in (5000, 50_000):
+        table = large_table(rows)
+        groups = gallery(table)
+        assert len(groups) == GROUPS_SHOWN and all(len(members) == 1 + DROPPED_SHOWN for members in groups)
+        calls = [(k, k + 1, 0.8 + k / 500) for k in range(2 * CLOSE_CALLS_SHOWN)]
+        shown = {row for members in groups for row in members} | {row for a, b, _ in calls for row in (a, b)}
+        pictures = Pictures(histogram(np.linspace(0, 1, 2000)), calls, dict.fromkeys(shown, bytes(4000)))
+        sweep = [{"threshold": 0.85 + k / 100, "kept": rows, "dropped": rows, "groups": rows} for k in range(11)]
+        sizes.append(len(render(summary_of(table, groups=rows, sweep=sweep), table, pictures).encode()))
+    assert sizes[1] < 2_000_000 and abs(sizes[1] - sizes[0]) < 5000
+
+
+def test_captions_that_most_samples_share_come_first_with_how_many_stay():
+    captions = [*["flag"] * 4, *["a cat"] * 3, *["a dog"] * 3, *["", None] * 3, "once", *["x" * 300] * 2]
+    rows = [
+        row(number, number, 1, "dropped" if number in (0, 5) else "kept", caption=caption)
+        for number, caption in enumerate(captions)
+    ]
+    rows += [row(len(rows) + k, None, None, "unreadable", reason="r", caption="once") for k in range(9)]
     table = table_of(rows)
-    groups = gallery(table)
-    assert len(groups) == GROUPS_SHOWN and all(len(members) == 1 + DROPPED_SHOWN for members in groups)
-    assert len(render(summary_of(table, groups=100), table, nothing_to_show())) < 1_000_000
+    page = render(summary_of(table), table, nothing_to_show())
+    listed = re.findall(r'<tr><td>(.*?)</td><td class="num">(\d+)</td><td class="num">(\d+)</td></tr>', page)
+    assert listed == [
+        ('<span class="soft">(empty)</span>', "6", "6"),
+        ("flag", "4", "3"),
+        ("a cat", "3", "2"),
+        ("a dog", "3", "3"),
+        ("x" * 199 + "…", "2", "2"),
+    ]
 
 
 def test_nearest_similarities_are_those_of_exact_search():
@@ -185,6 +228,9 @@ def test_close_calls_are_random_pairs_next_to_the_threshold_on_both_sides():
     assert [c[2] for c in calls] == sorted(c[2] for c in calls)
     assert all(b == a + 5000 and s == pytest.approx(float(similarity[a])) for a, b, s in calls)
     assert calls == close_calls(other, one, similarity, 0.9, seed=1) != close_calls(one, other, similarity, 0.9, seed=2)
+    many = np.linspace(0.89, 0.91, 20_001, dtype=np.float32)  # where the nearest ones would all be at the threshold
+    spread = [s for _, _, s in close_calls(np.arange(20_001), np.arange(20_001) + 30_000, many, 0.9)]
+    assert spread[0] < 0.895 and spread[-1] > 0.905
     both = close_calls(np.array([1, 2]), np.array([2, 1]), np.array([0.95, 0.95], np.float32), 0.9)
     assert both == [(1, 2, pytest.approx(0.95))]
     assert close_calls(one[:0], other[:0], similarity[:0], 0.9) == []

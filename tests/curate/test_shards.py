@@ -79,6 +79,20 @@ def test_written_samples_come_back_and_equal_samples_give_equal_bytes(tmp_path, 
     assert [(s.key, s.members) for s in again] == [(s.key, s.members) for s in samples]
 
 
+def test_a_shard_has_the_bytes_that_tarfile_writes(tmp_path):
+    keys = ["a", "folder/b", "k" * 96, "l" * 97, "folder/" + "m" * 150, "é"]
+    sizes = [0, 1, 511, 512, 513, 70_000]
+    samples = [(key, {"jpg": IMAGE, "txt": bytes(size)}) for key, size in zip(keys, sizes, strict=True)]
+    write_shard(tmp_path / "ours.tar", samples)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, members in samples:
+            for ext, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{ext}")
+                info.size, info.mode, info.mtime = len(data), 0o644, 0
+                tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def test_webdataset_reads_what_is_written(tmp_path):
     import webdataset
 

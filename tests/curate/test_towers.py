@@ -21,7 +21,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from curate.config import DedupConfig, SearchConfig
 from curate.console import UsageError, UserError
 from curate.dedup import run_dedup
-from curate.embed import TorchEmbedder, load_caption_embedder, load_embedder
+from curate.embed import load_caption_embedder, load_embedder
+from curate.networks import TorchEmbedder
 from curate.preprocess import Preprocessing
 from curate.search import run_search
 from curate.shards import write_shard

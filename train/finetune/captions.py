@@ -1,14 +1,18 @@
-"""Which caption a sample is trained on at a visit, and its token ids."""
+"""Which caption a sample is trained on at a visit, and its token ids or embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from train.components import tokenize
 from train.finetune.model import Model
+from train.finetune.texts import CachedTexts
+
+REMEMBERED = 1 << 16  # captions whose token ids are kept
 
 
 def choose_caption(captions: tuple[str, ...], uniform: Tensor, dropout: float) -> tuple[str, bool]:
@@ -26,31 +30,43 @@ def choose_caption(captions: tuple[str, ...], uniform: Tensor, dropout: float) -
 
 
 class Captions:
-    """The captions of all samples, tokenized once.
+    """The captions of all samples, as what the denoiser takes.
 
     Args:
         model: whose tokenizer is used.
-        captions: of each row, at least one.
+        captions: those of a row, at least one.
         dropout: probability of training on the empty caption.
+        cached: embeddings of all captions; without them token ids are given.
     """
 
-    def __init__(self, model: Model, captions: Sequence[tuple[str, ...]], dropout: float) -> None:
-        self.captions, self.dropout = captions, dropout
-        self._empty = model.empty_ids
-        self._ids = tokenize(model.pipe, [text for texts in captions for text in texts])
-        self._first = torch.tensor([0, *[len(texts) for texts in captions]]).cumsum(0)
+    def __init__(
+        self,
+        model: Model,
+        captions: Callable[[int], tuple[str, ...]],
+        dropout: float,
+        cached: CachedTexts | None = None,
+    ) -> None:
+        self.captions, self.dropout, self.cached = captions, dropout, cached
+        self._device = model.empty_ids.device
+        self._ids = lru_cache(REMEMBERED)(lambda text: tokenize(model.pipe, [text])[0])
 
-    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids ``[n, tokens]`` of each row's chosen caption, and whether it is conditional ``[n]`` bool.
+    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, list[str], Tensor]:
+        """Each row's chosen caption.
 
         Args:
             rows: ``[n]`` int64, on the CPU.
             uniform: ``[n, 2]``, see :func:`choose_caption`.
+
+        Returns:
+            Of the captions the token ids ``[n, tokens]`` int64, or the embeddings ``[n, tokens, width]`` float32; the
+            ``n`` texts; and whether they are conditional, ``[n]`` bool on the CPU.
         """
-        ids, conditional = [], []
-        for row, numbers in zip(rows.tolist(), uniform, strict=True):
-            texts = self.captions[row]
-            text, is_conditional = choose_caption(texts, numbers, self.dropout)
-            conditional.append(is_conditional)
-            ids.append(self._ids[self._first[row] + texts.index(text)] if is_conditional else self._empty[0].cpu())
-        return torch.stack(ids).to(self._empty.device), torch.tensor(conditional, device=self._empty.device)
+        chosen = [
+            choose_caption(self.captions(row), numbers, self.dropout)
+            for row, numbers in zip(rows.tolist(), uniform, strict=True)
+        ]
+        texts = [text for text, _ in chosen]
+        conditional = torch.tensor([is_conditional for _, is_conditional in chosen])
+        if self.cached is not None:
+            return self.cached.embed(texts), texts, conditional
+        return torch.stack([self._ids(text) for text in texts]).to(self._device), texts, conditional

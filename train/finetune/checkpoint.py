@@ -9,14 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from curate.console import UserError, get_logger, write_atomic
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = get_logger(__name__)
 _NAME = re.compile(r"step-(\d+)\.pt$")
@@ -34,35 +31,15 @@ class Stateful(Protocol):
         ...
 
 
-def gather_states(accelerator: Accelerator, part: Stateful) -> list[dict[str, Any]]:
-    """A part's state on every process, in the order of ranks, on each of them."""
-    from accelerate.utils import gather_object
-
-    return gather_object([part.state_dict()]) if accelerator.num_processes > 1 else [part.state_dict()]
+def collect_state(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """What a checkpoint holds: the state of every part, which is the same on every process."""
+    return {name: part.state_dict() for name, part in parts.items()}
 
 
-def collect_state(
-    accelerator: Accelerator, shared: Mapping[str, Stateful], own: Mapping[str, Stateful]
-) -> dict[str, Any]:
-    """What a checkpoint holds; every process calls this.
-
-    Args:
-        accelerator: of the run.
-        shared: parts whose state is the same on every process.
-        own: parts of which each process has its own state.
-    """
-    state: dict[str, Any] = {name: part.state_dict() for name, part in shared.items()}
-    return state | {name: gather_states(accelerator, part) for name, part in own.items()}
-
-
-def restore_state(
-    state: Mapping[str, Any], rank: int, shared: Mapping[str, Stateful], own: Mapping[str, Stateful]
-) -> None:
+def restore_state(state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
     """Give the parts of :func:`collect_state` their state back."""
-    for name, part in shared.items():
+    for name, part in parts.items():
         part.load_state_dict(state[name])
-    for name, part in own.items():
-        part.load_state_dict(state[name][rank])
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

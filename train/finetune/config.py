@@ -7,6 +7,34 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class ShardGroup:
+    """Shards whose samples stand in an epoch several times.
+
+    Args:
+        path: a path, glob, brace range, folder or fsspec URL.
+        repeats: how often each of their samples is seen in an epoch.
+    """
+
+    path: str
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Images of several shapes, of which a batch holds one: each goes where the aspect ratio is nearest to its own.
+
+    Args:
+        step: sides are multiples of it, in pixels; 64 is usual. 0 brings every image to one square.
+        min_side: smallest side; 0 is half the resolution.
+        max_side: largest side; 0 is twice the resolution.
+    """
+
+    step: int = 0
+    min_side: int = 0
+    max_side: int = 0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -35,24 +63,76 @@ class Augmentation:
         return any((self.shift, self.scale, self.flip, self.colour, self.hue, self.rotate))
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How the filter finds its thresholds by itself, from samples that are known to be unique.
+
+    Args:
+        steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes ``filter.threshold``.
+        quantile: of their magnitudes that becomes the threshold: one minus the share of unique samples left out.
+        per_band: one threshold for each timestep band of 100; else one for all.
+        window: steps after which an older magnitude counts by a factor e less; the threshold then follows the model to
+            the end of the run. 0 fixes it after ``steps``.
+        unique: folder of a curation of the shards that are trained on; its ledger tells which samples have no near
+            copy. Empty takes all samples, which is right for shards that curation wrote.
+    """
+
+    steps: int = 0
+    quantile: float = 0.99
+    per_band: bool = True
+    window: int = 0
+    unique: str = ""
+
+
 @dataclass
 class FilterConfig:
     """Which samples of a batch are left out because the model retrieves them from their caption.
 
     Args:
         policy: ``off``; ``every_step`` judges each sample at each visit (Wen et al.); ``noisy_steps`` only where the
-            timestep is at least ``min_timestep``.
-        threshold: largest text-conditional noise magnitude a sample may have; a sample at or above it is left out.
+            timestep is at least ``min_timestep``; ``one_in_k`` at one of its visits in ``k``; ``noisy_one_in_k`` where
+            both hold. Visits without a caption are never judged, nor left out.
+        threshold: smallest text-conditional noise magnitude that is left out: one number; or ten, one for each timestep
+            band of 100, null where nothing is judged; or ``auto``, those that ``train detect --calibrate`` left in
+            the model's folder; or a file of its or of a run's (``filter.json``).
         form: ``l2`` is the papers' scale (grows with the latent's size), ``rms`` is independent of it.
-        min_timestep: of the policy ``noisy_steps``, in [0, 1000).
+        min_timestep: of the noisy policies, in [0, 1000).
+        k: of the policies one_in_k.
+        expires: how many further visits a sample's last verdict stands for, where they are not judged themselves; 0
+            leaves a sample out at the very visit only.
+        verdict_of: whose last verdict stands in: the ``sample``'s own, or the latest one of any sample under the same
+            ``caption``, whose visits it then holds for: copies that stand under one caption are judged by each other,
+            as the magnitude is the caption's more than the image's.
+        calibrate: thresholds from the run itself.
         warmup_steps: steps before the filter starts.
     """
 
-    policy: Literal["off", "every_step", "noisy_steps"] = "off"
-    threshold: float = 2.0
+    policy: Literal["off", "every_step", "noisy_steps", "one_in_k", "noisy_one_in_k"] = "off"
+    threshold: float | list[float | None] | str = 2.0
     form: Literal["l2", "rms"] = "l2"
-    min_timestep: int = 500
+    min_timestep: int = 800
+    k: int = 5
+    expires: int = 8
+    verdict_of: Literal["sample", "caption"] = "sample"
+    calibrate: Calibration = field(default_factory=Calibration)
     warmup_steps: int = 0
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters that are trained in place of the weights.
+
+    Args:
+        rank: of each adapter; 0 trains the weights themselves.
+        alpha: the adapters' output is scaled by alpha / rank; 0 takes the rank, so that the scale is 1.
+        dropout: probability of dropping an adapter's input, in [0, 1).
+        targets: names of the UNet's layers that get one, as they end.
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
 @dataclass
@@ -83,10 +163,15 @@ class FinetuneConfig:
     """Settings of a training run.
 
     Args:
-        model: pipeline folder, hub name or single-file checkpoint to start from.
+        model: pipeline folder, hub name or single-file checkpoint (.safetensors) to start from.
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
+            that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
-            ``verdicts.parquet``, ``summary.json``.
-        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs.
+            ``verdicts.parquet``, ``filter.json`` (the thresholds), ``summary.json``.
+        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``.
+        exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps.
         batch_size: samples a process takes in one forward pass.
         gradient_accumulation: forward passes per optimizer step.
@@ -117,20 +202,29 @@ class FinetuneConfig:
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
+        lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attention: how the UNet computes attention (``train.components.set_attention``).
         compile: compile the UNet with torch.compile; the first steps take minutes.
+        resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
+        crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
+        buckets: images of several shapes.
+        weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
-        cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start.
-        workers: processes that read and decode images, when latents are not cached.
-        shuffle_shards: shards that are shuffled together; memory holds their encoded bytes.
+        cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
+            latents in memory (``memory`` or true) or in ``cache`` (``disk``).
+        cache_text: the same for the captions' embeddings, where the text encoder is not trained; in half precision.
+        cache: folder of what is kept on disk, which several runs may share; empty is ``out/cache``.
+        workers: processes that read and decode images.
+        shuffle_shards: shards that are shuffled together.
         filter: which samples of a batch are left out.
         checkpoint_every: steps between checkpoints; 0 saves one only on a signal.
         keep_checkpoints: how many are kept.
         log_every: steps between lines of the log.
+        license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
         validation: images drawn at intervals.
         push_to_hub: repository that the finished model is uploaded to, as in ``name/model``; one that does not exist is
@@ -140,7 +234,11 @@ class FinetuneConfig:
 
     model: str
     out: str
-    shards: list[str]
+    shards: list[str | ShardGroup]
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    exclude: str = ""
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -164,20 +262,46 @@ class FinetuneConfig:
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
     compile: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
-    cache_latents: bool = False
+    resolution: int = 0
+    crop: Literal["none", "center", "random"] = "none"
+    buckets: Buckets = field(default_factory=Buckets)
+    weight_field: str | None = None
+    cache_latents: bool | Literal["memory", "disk"] = False
+    cache_text: bool | Literal["memory", "disk"] = False
+    cache: str = ""
     workers: int = 2
     shuffle_shards: int = 16
     filter: FilterConfig = field(default_factory=FilterConfig)
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 20
+    license: str = "unknown"
     trackers: list[str] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     push_to_hub: str = ""
     seed: int = 0
+
+
+@dataclass
+class VerdictsConfig:
+    """Which samples of a run are listed as always left out.
+
+    Args:
+        run: folder of a finished ``train finetune`` with a filter.
+        out: list to write, a line ``shard<TAB>key`` each; ``curate dedup --exclude`` and ``train finetune --exclude``
+            read it.
+        min_judged: a sample must have been judged at least so often.
+        min_share: share of these verdicts that must have been against it.
+    """
+
+    run: str = ""
+    out: str = ""
+    min_judged: int = 3
+    min_share: float = 1.0

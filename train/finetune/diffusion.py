@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curate.console import UsageError
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import generator
+from train.finetune.order import generator
 from train.memorization.magnitude import to_eps
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curate.console import UsageError, to_json
-from train.finetune.filter import BANDS
+from train.memorization.thresholds import BANDS, timestep_band
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,32 +83,38 @@ class Tally:
             magnitudes: ``[n]``, NaN where not judged.
         """
         loss, losses = loss.detach(), losses.detach()
-        judged = ~magnitudes.isnan()
         finite = loss.isfinite()
         numbers = (
             (weights > 0).sum(),
-            judged.sum(),
-            (judged & (kept == 0)).sum(),
+            (~magnitudes.isnan()).sum(),
+            (kept == 0).sum(),
             torch.where(finite, loss, 0.0),
             ~finite,
         )
         self._scalars += torch.stack([number.float() for number in numbers])
         counted = readable & losses.isfinite()
-        band = (t * BANDS // self.timesteps).clamp(0, BANDS - 1)
+        band = timestep_band(t, self.timesteps)
         self._bands[0].index_add_(0, band, torch.where(counted, losses, 0.0))
         self._bands[1].index_add_(0, band, counted.float())
 
-    def reduce(self, accelerator: Accelerator, asked: bool) -> Totals:
-        """The sums over all processes: the one exchange of a step beside the gradients'.
+    def exchange(self, accelerator: Accelerator, records: Tensor, asked: bool) -> tuple[Totals, Tensor]:
+        """The sums over all processes, and all that they recorded: the one exchange of a step beside the gradients'.
 
         Args:
             accelerator: of the run.
+            records: ``[micro-steps, n, columns]`` int32, on the device.
             asked: whether this process has been asked to stop.
+
+        Returns:
+            The sums; and all records ``[micro-steps · processes · n, columns]`` on the CPU, in the order of positions.
         """
         mine = torch.cat([self._scalars, self._scalars.new_tensor([asked]), self._bands.flatten()])
-        sums = accelerator.reduce(mine, reduction="sum").tolist()
+        everyone = accelerator.gather(torch.cat([mine.view(torch.int32), records.flatten()])[None]).cpu()
+        sums = everyone[:, : len(mine)].contiguous().view(torch.float32).sum(dim=0).tolist()
+        of_all = everyone[:, len(mine) :].view(len(everyone), *records.shape)
         kept, judged, dropped, loss, not_finite, stops = sums[: -2 * BANDS]
-        return Totals(kept, judged, dropped, loss, not_finite, stops, sums[-2 * BANDS : -BANDS], sums[-BANDS:])
+        totals = Totals(kept, judged, dropped, loss, not_finite, stops, sums[-2 * BANDS : -BANDS], sums[-BANDS:])
+        return totals, of_all.transpose(0, 1).reshape(-1, records.shape[-1])
 
 
 class Suspects:

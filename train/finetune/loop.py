@@ -22,13 +22,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
+from curate.idlist import ids_digest
 from train.components import set_attention
 from train.finetune.average import Average
+from train.finetune.batches import (
+    FaultLog,
+    batch_positions,
+    cache_folder,
+    dead_workers_named,
+    image_sizes,
+    lay_out,
+    make_batches,
+    upcoming_positions,
+)
 from train.finetune.captions import Captions
 from train.finetune.checkpoint import (
     Stateful,
     collect_state,
-    gather_states,
     list_checkpoints,
     load_latest,
     remove_partial,
@@ -36,9 +46,8 @@ from train.finetune.checkpoint import (
     save_checkpoint,
 )
 from train.finetune.config import FinetuneConfig
-from train.finetune.data import Positions, ShardOrder, make_batches, scan, upcoming_positions
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.filter import MemorizationFilter
+from train.finetune.filter import MemorizationFilter, check_filter, chosen_thresholds, reference_samples
 from train.finetune.hub import check_hub, push_model
 from train.finetune.log import LossBands, Meter, RunLog, Suspects, Tally, check_trackers, flat_numbers
 from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
@@ -51,9 +60,13 @@ from train.finetune.memory import (
     write_batch,
 )
 from train.finetune.model import load_model
+from train.finetune.model_card import write_cards
 from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
+from train.finetune.order import derive_seed
+from train.finetune.scan import scan_once
 from train.finetune.sharding import Spread, SpreadOptimizer, check_parallel, prepare, shard_on_cpu, whole_model
 from train.finetune.stop import StopOnSignal
+from train.finetune.texts import cache_texts
 from train.finetune.validation import Validation, check_validation, send_images
 
 if TYPE_CHECKING:
@@ -63,7 +76,7 @@ log = get_logger(__name__)
 
 FREE = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
-    *("workers", "trackers", "validation", "push_to_hub"),
+    *("workers", "trackers", "validation", "push_to_hub", "license", "cache"),
 )
 """Settings that may change between a run and its resumption: the result does not depend on them."""
 
@@ -89,8 +102,12 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         try:
             if summary is None:
                 with StopOnSignal() as stop:
-                    summary = train(attempt, accelerator, stop)
+                    summary = train(attempt, config.batch_size, accelerator, stop)
             return publish(out, config, summary) if accelerator.is_main_process else summary
+        except UsageError:  # found once the model or the shards were read
+            if not (out / "log.jsonl").exists():  # nothing was trained: the folder is free for other settings
+                (out / "run.json").unlink(missing_ok=True)
+            raise
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -119,8 +136,12 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         accelerator.free_memory()
 
 
-def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) -> dict[str, Any]:
-    """The run from where it stands to its end, or to the step at which it is asked to stop."""
+@dead_workers_named()
+def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: StopOnSignal) -> dict[str, Any]:
+    """The run from where it stands to its end, or to the step at which it is asked to stop.
+
+    ``planned`` is the batch size that was asked for, of which the one that fits may be a part.
+    """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     out = Path(config.out)
     checkpoints = out / "checkpoints"
@@ -138,35 +159,46 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
     average = Average(model.trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
-    shard_set = scan(config.shards)
-    order = ShardOrder(shard_set.counts, config.shuffle_shards, config.seed)
-    captions = Captions(model, shard_set.captions, config.caption_dropout)
+    sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
+    shard_set = scan_once(config, accelerator)
+    loader, order = lay_out(shard_set, sizes, config, planned)
+    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
+    captions = Captions(model, shard_set.captions, config.caption_dropout, texts)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(config.filter, diffusion, predict_unconditional, order.size)
+    memorization = MemorizationFilter(
+        config.filter,
+        diffusion,
+        predict_unconditional,
+        len(shard_set),
+        config.seed,
+        chosen_thresholds(config.filter, config.model),
+        reference_samples(config.filter, shard_set),
+        together=accelerator.is_fsdp2,
+    )
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
-    shared: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
     if accelerator.is_fsdp2:
-        keep = accelerator.is_main_process
-        shared |= {"model": Spread(model, keep), "average": Spread(average, keep)}
-        shared["optimizer"] = SpreadOptimizer(denoiser, optimizer)
-    shared |= {"counts": counts, "bands": bands}
+        main = accelerator.is_main_process
+        parts = {"model": Spread(model, main), "average": Spread(average, main)}
+        parts["optimizer"] = SpreadOptimizer(denoiser, optimizer)
+    parts |= {"counts": counts, "bands": bands, "filter": memorization}
     if accelerator.scaler is not None:
-        shared["scaler"] = accelerator.scaler
-    own: dict[str, Stateful] = {"filter": memorization}
+        parts["scaler"] = accelerator.scaler
     start = 0
     if (found := load_latest(checkpoints)) is not None:
         start, state = found
-        restore_state(state, rank, shared, own)
+        restore_state(state, parts)
         log.info("resuming %s after step %d", config.out, start)
 
-    dataset = Positions(shard_set, order, model.size, config.seed, config.augmentation)
-    batches = make_batches(dataset, upcoming_positions(start, rank, world, config), config, vae, accelerator)
+    upcoming = upcoming_positions(start, rank, world, config)
+    batches = make_batches(loader, order, upcoming, config, vae, accelerator)
+    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start)
     if config.trackers:
         accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
     writer = validation = None
@@ -187,6 +219,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
         for micro in range(config.gradient_accumulation):
             with meter.waiting():
                 batch = batches.next()
+            faults.add(batch.faults)
             draws = draw_randomness(
                 batch.positions,
                 batch.latent_shape,
@@ -198,15 +231,16 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_t = diffusion.noised(x_0, input_noise, t)
-            ids, conditional = captions.choose(batch.rows, draws.uniform)
+            prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform)
             readable = batch.weight > 0
 
+            torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
             with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(denoiser):
                 with accelerator.autocast():
-                    output = denoiser(x_t, t, ids).float()
+                    output = denoiser(x_t, t, prompt).float()
                 kept, magnitudes = memorization.weigh(
-                    output.detach(), x_t, t, batch.rows, conditional & readable, step
+                    output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
                 )
                 weights = batch.weight * kept
                 errors = squared_errors(output, diffusion.target(x_0, noise, t))
@@ -215,7 +249,8 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
                 accelerator.backward(loss)
             tally.add(loss, errors, t, readable, weights, kept, magnitudes)
             suspects.add(batch.rows, losses)
-        totals = tally.reduce(accelerator, stop.asked)
+        totals, records = tally.exchange(accelerator, memorization.records(), stop.asked)
+        memorization.absorb(records, step)
 
         grad_norm, moved, bad = 0.0, False, totals.not_finite > 0
         if totals.kept and not bad:
@@ -255,6 +290,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
                 **({"not_finite": names} if bad else {}),
                 **meter.read(),
             }
+            line |= memorization.log_line()
             writer.add(line)
             bar.set_postfix_str(f"loss {line['loss']:.4f}, dropped {line['dropped']} of {samples}")
             accelerator.log(flat_numbers(line), step=step)
@@ -268,7 +304,7 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
                     send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         if totals.asked or due:
-            state = collect_state(accelerator, shared, own)
+            state = collect_state(parts)  # by every process: the weights may be spread over them
             if accelerator.is_main_process:
                 save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
             accelerator.wait_for_everyone()
@@ -279,21 +315,25 @@ def train(config: FinetuneConfig, accelerator: Accelerator, stop: StopOnSignal) 
             return {"steps": step, "stopped": True, "model": None}
     bar.close()
 
-    verdicts = gather_states(accelerator, memorization)
+    replaced = accelerator.reduce(torch.tensor(faults.count, device=device), reduction="sum")
     average.copy_to_parameters()
     model = whole_model(config, accelerator, model, torch.device("cpu"))
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        judged = memorization.finish(out / "verdicts.parquet", shard_set.ids, verdicts)
+        judged = memorization.finish(out, shard_set.ids)
         model.save(out / "model")
         summary = {
             "steps": step,
             **judged,
             "skipped_steps": counts.skipped,
+            "replaced": int(replaced),
+            "left_out": shard_set.left_out,
             "processes": world,
             "seconds": round(time.monotonic() - began, 1),
             "model": str(out / "model"),
         }
+        size = config.resolution or model.size
+        write_cards(config, summary, shard_set.urls, len(shard_set), size, diffusion.prediction_type)
         write_json(out / "summary.json", summary)
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -346,8 +386,19 @@ def check_config(config: FinetuneConfig) -> None:
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    if config.filter.policy != "off" and config.filter.threshold <= 0:
-        raise UsageError(f"filter.threshold must be positive, not {config.filter.threshold}")
+    if config.cache_text and config.train_text_encoder:
+        raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
+    lora = config.lora
+    for name in ("rank", "alpha"):
+        if getattr(lora, name) < 0:
+            raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
+    if not 0 <= lora.dropout < 1:
+        raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
+    if lora.rank and not lora.targets:
+        raise UsageError("lora.targets is empty: name the layers that get adapters")
+    if lora.rank and lora.dropout and config.filter.policy != "off":
+        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
+    check_filter(config.filter, config.model)
     find_optimizer(config.optimizer)
     check_trackers(config.trackers)
     check_validation(config.validation)
@@ -389,6 +440,8 @@ def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[s
     run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     for free in FREE:
         run.pop(free)
+    if config.exclude:
+        run["exclude"] = ids_digest(config.exclude)
     claim(out, run)
     if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
         log.info("%s is finished already", out)

@@ -17,6 +17,7 @@ from curate.console import UsageError
 from train.finetune.checkpoint import Stateful
 from train.finetune.config import FinetuneConfig
 from train.finetune.model import Model, load_model
+from train.finetune.optimizer import find_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,11 +57,14 @@ def check_parallel(kind: str, fsdp2: bool, config: FinetuneConfig) -> None:
         )
     if kind != "FSDP":
         return
+    torchs = find_optimizer(config.optimizer).__module__.startswith("torch.")
     refused = (
+        (not torchs, f"optimizer {config.optimizer}", "take one of torch.optim, as adamw: others do not know spread ones"),
         (not fsdp2, "fsdp_version 1", "set fsdp_version: 2 in Accelerate's file"),
         (config.mixed_precision == "fp16", "mixed_precision fp16", "take bf16 or no"),
         (config.ema_decay > 0 and config.ema_device == "cpu", "ema_device cpu", "take auto: the average is spread too"),
         (config.compile, "compile", "set it to false"),
+        (config.lora.rank > 0, "lora.rank", "adapters are small, take configs/accelerate/many_gpus.yaml"),
     )
     for wrong, name, instead in refused:
         if wrong:

@@ -15,7 +15,12 @@ class DetectConfig:
     """Score prompts by how strongly a model has memorized them.
 
     Args:
-        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file.
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
+            scheduler that a single file lacks; null asks the hub.
+        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged.
         out: Parquet file to write, one row a prompt and seed; a summary (.json) and, with labels, a chart
             (.png) are written beside it.
@@ -30,6 +35,10 @@ class DetectConfig:
         signals: scores to compute: magnitude (the text-conditional noise magnitude, averaged over the steps).
         form: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         batch_size: prompt and seed pairs per UNet call.
+        calibrate: share of prompts known not to be memorized that a threshold may call so, as 0.01; the threshold is
+            then found from the prompts of label 0 (from all, where none has a label) and written to the model's
+            folder, as ``memorization.json``, where the training filter reads it (``filter.threshold: auto``). A model
+            that is no local folder has it beside ``out``. 0 leaves it out.
         bootstrap: resamples behind the confidence intervals.
         dtype: of the model's weights.
         device: auto, cpu, cuda, …
@@ -38,6 +47,10 @@ class DetectConfig:
     model: str
     prompts: str
     out: str
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    lora: str | None = None
     steps: int = 1
     num_inference_steps: int = 50
     seeds: int = 4
@@ -47,6 +60,7 @@ class DetectConfig:
     signals: list[str] = field(default_factory=lambda: ["magnitude"])
     form: Literal["l2", "rms"] = "l2"
     batch_size: int = 32
+    calibrate: float = 0.0
     bootstrap: int = 1000
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"

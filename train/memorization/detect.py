@@ -26,6 +26,7 @@ from train.components import encode_captions, load_pipeline
 from train.memorization.config import MEMORIZED, DetectConfig
 from train.memorization.magnitude import Form, magnitude, to_eps
 from train.memorization.roc import bootstrap_interval, roc_auc, roc_curve, tpr_at_fpr
+from train.memorization.thresholds import FILE, calibrate
 from train.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -174,15 +175,27 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         raise UsageError(f"out is {config.out!r}: expected a file that ends in .parquet")
     if config.seeds < 1:
         raise UsageError(f"seeds is {config.seeds}: expected at least 1")
+    if not 0 <= config.calibrate < 1:
+        raise UsageError(f"calibrate is {config.calibrate}: expected a share in [0, 1)")
     _check(config.steps, config.num_inference_steps, config.signals, config.batch_size)
     prompts = read_prompts(config.prompts)
+    if config.calibrate:
+        clean_prompts(prompts)  # so that a file without any is refused at once
     first = [config.first_seed if prompt.seed is None else prompt.seed for prompt in prompts]
     seeds = np.array(first)[:, None] + np.arange(config.seeds)
     outcomes = read_outcomes(config.outcomes, prompts) if config.outcomes else None
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(config.model, dtype=getattr(torch, config.dtype), device=device)
+    pipe = load_pipeline(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        revision=config.revision,
+        variant=config.variant,
+        model_config=config.model_config,
+        lora=config.lora,
+    )
 
     start = time.perf_counter()
     with progress(total=seeds.size, desc="detect", unit="trajectories") as bar:
@@ -208,6 +221,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         "num_inference_steps": config.num_inference_steps,
         "seconds_per_prompt": seconds / len(prompts),
     }
+    if config.calibrate:
+        summary["calibrated"] = write_thresholds(config, prompts, scores, pipe.scheduler.config.num_train_timesteps)
     out = Path(config.out)
     if "auc" in summary:
         chart = out.with_suffix(".png")
@@ -216,6 +231,33 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     write_json(out.with_suffix(".json"), summary)
     get_logger(__name__).info(f"wrote {out}")
     return summary
+
+
+def clean_prompts(prompts: Sequence[Prompt]) -> list[int]:
+    """The prompts that are known not to be memorized: those of label 0, or all where none has a label.
+
+    Raises:
+        UserError: there are none.
+    """
+    labels = [prompt.label for prompt in prompts]
+    clean = [row for row, label in enumerate(labels) if label == 0 or set(labels) == {None}]
+    if not clean:
+        raise UserError("calibrate needs prompts known not to be memorized: none has label 0")
+    return clean
+
+
+def write_thresholds(
+    config: DetectConfig, prompts: Sequence[Prompt], scores: Scores, train_timesteps: int
+) -> dict[str, Any]:
+    """Find the thresholds of ``config.calibrate``, write them with the model, and return them and their file."""
+    clean = clean_prompts(prompts)
+    found = {"form": config.form, "false_positive_rate": config.calibrate, "prompts": len(clean)}
+    found |= calibrate(scores.magnitudes[clean], scores.timesteps, config.calibrate, train_timesteps)
+    found |= {name: getattr(config, name) for name in ("steps", "num_inference_steps", "seeds", "scale")}
+    folder = Path(config.model)
+    path = folder / FILE if folder.is_dir() else Path(config.out).with_suffix(f".{FILE}")
+    write_json(path, found)
+    return {"threshold": found["threshold"], "file": str(path)}
 
 
 def read_outcomes(path: str | Path, prompts: Sequence[Prompt]) -> NDArray[np.float32]:

@@ -126,7 +126,12 @@ class SampleConfig:
     """Draw images for prompts, with or without guidance.
 
     Args:
-        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file.
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
+            scheduler that a single file lacks; null asks the hub.
+        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet).
         out: folder to write; images that it already holds are kept.
         guidance: none, amg, or amg-strong (AMG's stronger preset).
@@ -149,6 +154,10 @@ class SampleConfig:
     model: str
     prompts: str
     out: str
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    lora: str | None = None
     guidance: Literal["none", "amg", "amg-strong"] = "none"
     amg: AMGConfig = field(default_factory=AMGConfig)
     index: str = ""

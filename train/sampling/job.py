@@ -192,6 +192,11 @@ def _settings(config: SampleConfig) -> str:
     ]
     decisive: dict[str, Any] = {name: getattr(config, name) for name in names}
     decisive["model"] = [config.model, _fingerprint(Path(config.model))]
+    for name in ("revision", "variant", "model_config"):
+        if getattr(config, name):
+            decisive[name] = getattr(config, name)
+    if config.lora:
+        decisive["lora"] = [config.lora, _fingerprint(Path(config.lora))]
     if config.index:
         from curate.index import index_folder
 
@@ -236,7 +241,15 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
         assert index is not None and embedder is not None
         amg = replace(config.amg, preset="strong") if config.guidance == "amg-strong" else config.amg
         guidance = [AMG(index, embedder, amg)]
-    pipe = load_pipeline(config.model, dtype=getattr(torch, config.dtype), device=device)
+    pipe = load_pipeline(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        revision=config.revision,
+        variant=config.variant,
+        model_config=config.model_config,
+        lora=config.lora,
+    )
     pipe = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(config, pipe))
     pipe.set_progress_bar_config(disable=True)
 

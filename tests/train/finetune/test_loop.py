@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from curate.console import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, weights
 from train.components import load_pipeline
 from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
-from train.finetune.data import ShardOrder, scan
 from train.finetune.loop import resolve_precision, run_finetune
+from train.finetune.order import SampleOrder
+from train.finetune.scan import ShardSet
 
 
 @pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "no")])
@@ -113,9 +116,9 @@ def test_a_step_whose_loss_is_not_finite_names_its_sample_and_changes_nothing(mo
 
 
 def sample_at(config: FinetuneConfig, position: int) -> tuple[str, str]:
-    found = scan(config.shards)
-    row, _ = ShardOrder(found.counts, config.shuffle_shards, config.seed).row(position)
-    return found.ids[row]
+    found = ShardSet(Path(config.out) / "samples.arrow")
+    row, _ = SampleOrder(found.counts, config.shuffle_shards, config.seed).at(position)
+    return found.identity(row)
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_single_ones_do_not(model, shards, tmp_path, monkeypatch):

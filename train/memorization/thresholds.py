@@ -1,0 +1,128 @@
+"""Thresholds of the magnitude: by timestep band, at a wanted false-positive rate, and as a file beside a model.
+
+``train detect --calibrate`` writes them from prompts known not to be memorized, a training run whose filter calibrates
+itself from samples known to be unique; the filter reads either.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from curate.console import UsageError
+from train.memorization.magnitude import Form
+
+BANDS = 10
+"""Timestep bands of equal width that magnitudes are told apart by: of 1,000 timesteps [0, 100), [100, 200), …"""
+
+FILE = "memorization.json"
+"""Where a model's folder keeps its thresholds."""
+
+
+def timestep_band(t: torch.Tensor, timesteps: int = 1000) -> torch.Tensor:
+    """The band ``[n]`` int64 in [0, BANDS) of each timestep ``[n]`` in [0, ``timesteps``)."""
+    return (t * BANDS).div(timesteps, rounding_mode="floor").long().clamp(0, BANDS - 1)
+
+
+def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.01) -> float:
+    """The smallest threshold that at most a share ``fpr`` of the scores reaches, without interpolation.
+
+    Args:
+        negatives: ``[n]`` scores of what is known not to be memorized.
+        fpr: in [0, 1).
+
+    Raises:
+        ValueError: there are no scores, or one is NaN.
+    """
+    scores = np.sort(np.asarray(negatives, np.float64))[::-1]
+    if not len(scores) or np.isnan(scores).any():
+        raise ValueError("a threshold needs scores, none of them NaN")
+    # As in tpr_at_fpr: one more false positive than allowed would pass at this score.
+    barrier = scores[int(np.floor(fpr * len(scores) + 1e-9))]
+    return float(np.nextafter(np.float32(barrier), np.float32(np.inf)))
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as memorized.
+
+    Attributes:
+        form: of the magnitude.
+        by_band: ``[BANDS]`` smallest magnitude that does; None where nothing is judged.
+    """
+
+    form: Form
+    by_band: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, value: float | Sequence[float | None], form: Form) -> Thresholds:
+        """From one number, or from one a band.
+
+        Raises:
+            UsageError: there are not as many as bands, or one is not above 0.
+        """
+        values = [float(value)] * BANDS if isinstance(value, (int, float)) else list(value)
+        if len(values) != BANDS:
+            raise UsageError(f"threshold: expected one number, or {BANDS} (one a timestep band), got {len(values)}")
+        for one in values:
+            if one is not None and not one > 0:
+                raise UsageError(f"threshold must be positive, not {one}")
+        if all(one is None for one in values):
+            raise UsageError("threshold: nothing would be judged, every band has null")
+        return cls(form, tuple(None if one is None else float(one) for one in values))
+
+    def tensor(self) -> torch.Tensor:
+        """``[BANDS]`` float32, infinite where nothing is judged."""
+        return torch.tensor([math.inf if one is None else one for one in self.by_band], dtype=torch.float32)
+
+
+def read_thresholds(path: str | Path) -> Thresholds:
+    """The thresholds of a file that ``train detect --calibrate`` or a training run wrote.
+
+    Raises:
+        UsageError: there is none, or it is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: there are no thresholds; `train detect --calibrate` makes them")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        form, by_band = content["form"], content["by_band"]
+        if form not in ("l2", "rms") or not isinstance(by_band, list):
+            raise ValueError(f"form {form!r}")
+        return Thresholds.of(by_band, form)
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise UsageError(f"{path}: not a file of thresholds ({error})") from error
+
+
+def calibrate(
+    magnitudes: NDArray[np.float32], timesteps: NDArray[np.int64], fpr: float, train_timesteps: int = 1000
+) -> dict[str, Any]:
+    """Thresholds from the trajectories of prompts known not to be memorized.
+
+    Args:
+        magnitudes: ``[prompts, seeds, steps]``, see :class:`train.memorization.detect.Scores`.
+        timesteps: ``[steps]``.
+        fpr: share of false positives that is accepted.
+        train_timesteps: how many timesteps the model's schedule has.
+
+    Returns:
+        ``threshold`` of a prompt's detection score (the mean over its steps and seeds), and ``by_band``, those of
+        single magnitudes; None in bands that no step falls in.
+    """
+    bands = timestep_band(torch.from_numpy(timesteps), train_timesteps).numpy()
+    return {
+        "threshold": threshold_at_fpr(magnitudes.mean(axis=2).mean(axis=1), fpr),
+        "by_band": [
+            threshold_at_fpr(magnitudes[:, :, bands == band].ravel(), fpr) if (bands == band).any() else None
+            for band in range(BANDS)
+        ],
+    }
