@@ -63,6 +63,14 @@ for verb in cli.VERBS:
 
 
 @pytest.mark.parametrize(("package", "verb"), VERBS)
+def test_help_says_of_every_option_what_it_is(package, verb, capsys):
+    assert MAIN[package]([verb, "--help"]) == 0
+    options = re.findall(r"^  (--\w\S*)[^\n]*?(?:\n {10,}|  +)(.)", capsys.readouterr().out, re.MULTILINE)
+    assert len(options) > 2
+    assert [name for name, first in options if first == "("] == []  # "(type: int, …" alone
+
+
+@pytest.mark.parametrize(("package", "verb"), VERBS)
 def test_every_verb_prints_a_config_that_it_takes_back(package, verb, tmp_path, capsys):
     main, verbs = MAIN[package], {"curate": curate_cli, "train": train_cli}[package].VERBS
     required = [f"--{name}=some" for name in fields_without_default(verbs[verb].config)]

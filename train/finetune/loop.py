@@ -153,10 +153,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     diffusion = Diffusion(model.pipe.scheduler, device)
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
+    trained = model.trained  # only now: where weights are spread, they are others than before
     set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
     if config.compile:
         model.pipe.unet.compile()  # in place, so that no name in the state dict changes
-    average = Average(model.trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
+    average = Average(trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
     sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
@@ -254,7 +255,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
         grad_norm, moved, bad = 0.0, False, totals.not_finite > 0
         if totals.kept and not bad:
-            grad_norm = float(accelerator.clip_grad_norm_(model.trained, config.max_grad_norm or math.inf))
+            grad_norm = float(accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
             bad = not math.isfinite(grad_norm) and accelerator.scaler is None
         if totals.kept and not bad:
             optimizer.step()

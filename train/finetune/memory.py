@@ -40,6 +40,8 @@ def memory_advice(config: FinetuneConfig) -> str:
         advice.append("ema_device: cpu")
     if config.optimizer == "adamw":
         advice.append("optimizer: adamw8bit")
+    if not config.lora.rank:
+        advice.append("lora.rank: 16 (adapters in place of all weights)")
     return ", ".join(advice) or "a smaller model or resolution"
 
 

@@ -239,9 +239,9 @@ def _memorization(config: FinetuneConfig, training: Training, summary: Mapping[s
         lines.append(
             f"The memorization filter (policy `{config.filter.policy}`, {_thresholds(summary['thresholds'])}, "
             f"{'raw L2' if config.filter.form == 'l2' else 'RMS'}) left a sample out of a step where its "
-            f"text-conditional noise magnitude reached the threshold (Wen et al., ICLR 2024): "
-            f"{summary['dropped']:,} of {_count(summary['judged'], 'judged visit')} were dropped, of "
-            f"{_count(summary['samples_dropped_at_least_once'], 'sample')}. "
+            f"text-conditional noise magnitude reached the threshold (Wen et al., ICLR 2024). "
+            f"It judged {summary['judged']:,} of {_count(summary['samples_seen'], 'visit')} and left out "
+            f"{summary['dropped']:,}, of {_count(summary['samples_dropped_at_least_once'], 'sample')}. "
             f"Steps without any update: {summary['skipped_steps']:,}."
         )
     lines.append(

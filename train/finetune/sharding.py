@@ -57,9 +57,9 @@ def check_parallel(kind: str, fsdp2: bool, config: FinetuneConfig) -> None:
         )
     if kind != "FSDP":
         return
-    torchs = find_optimizer(config.optimizer).__module__.startswith("torch.")
+    foreign = not find_optimizer(config.optimizer).__module__.startswith("torch.optim.")
     refused = (
-        (not torchs, f"optimizer {config.optimizer}", "take one of torch.optim, as adamw: others do not know spread ones"),
+        (foreign, f"optimizer {config.optimizer}", "take adamw or another of torch.optim, which know spread weights"),
         (not fsdp2, "fsdp_version 1", "set fsdp_version: 2 in Accelerate's file"),
         (config.mixed_precision == "fp16", "mixed_precision fp16", "take bf16 or no"),
         (config.ema_decay > 0 and config.ema_device == "cpu", "ema_device cpu", "take auto: the average is spread too"),

@@ -10,7 +10,7 @@ import torch
 
 from curate.console import UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, stop_after, weights
-from train.finetune.config import FilterConfig, FinetuneConfig
+from train.finetune.config import FilterConfig, FinetuneConfig, LoRAConfig
 from train.finetune.loop import run_finetune
 from train.finetune.memory import is_out_of_memory, memory_advice, smaller_batch
 from train.finetune.model import Denoiser
@@ -59,9 +59,9 @@ def test_the_advice_names_what_is_not_in_use_yet():
         assert setting in advice
     spare = config(
         batch_size=1, gradient_checkpointing=True, mixed_precision="bf16", ema_decay=0.9, ema_device="cpu",
-        optimizer="adamw8bit",
+        optimizer="adamw8bit", lora=LoRAConfig(rank=4),
     )  # fmt: skip
-    for setting in ("gradient_checkpointing", "mixed_precision", "batch_size", "ema_device", "adamw8bit"):
+    for setting in ("gradient_checkpointing", "mixed_precision", "batch_size", "ema_device", "adamw8bit", "lora"):
         assert setting not in memory_advice(spare)
 
 

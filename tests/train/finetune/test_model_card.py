@@ -77,7 +77,7 @@ def test_data_filter_and_training_are_stated_with_their_counts():
         "1 could not be read",
         "measured on a sample: 99.8%",
         "policy `every_step`, threshold 2.5, raw L2",
-        "417 of 28,800 judged visits were dropped, of 23 samples",
+        "It judged 28,800 of 32,000 visits and left out 417, of 23 samples",
         "Steps without any update: 2",
         "| samples per step | 32 (batch 8 × accumulation 2 × processes 2) |",
         "| precision | bf16 |",

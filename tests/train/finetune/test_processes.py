@@ -27,7 +27,7 @@ from tests.train.finetune.runs import (
     workers_of,
 )
 from train.finetune.checkpoint import load_latest
-from train.finetune.config import FilterConfig, ValidationConfig
+from train.finetune.config import FilterConfig, LoRAConfig, ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.sharding import check_parallel
 
@@ -195,7 +195,7 @@ def pixels(path: Path) -> torch.Tensor:
         ("FSDP", True, {"mixed_precision": "fp16"}, "mixed_precision fp16"),
         ("FSDP", True, {"ema_decay": 0.9, "ema_device": "cpu"}, "ema_device"),
         ("FSDP", True, {"compile": True}, "compile"),
-        ("FSDP", True, {"lora": LoraConfig(rank=4)}, "lora.rank"),
+        ("FSDP", True, {"lora": LoRAConfig(rank=4)}, "lora.rank"),
         ("FSDP", True, {"optimizer": "transformers.optimization.Adafactor"}, "optimizer transformers"),
     ],
 )
