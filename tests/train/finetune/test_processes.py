@@ -196,7 +196,7 @@ def pixels(path: Path) -> torch.Tensor:
         ("FSDP", True, {"ema_decay": 0.9, "ema_device": "cpu"}, "ema_device"),
         ("FSDP", True, {"compile": True}, "compile"),
         ("FSDP", True, {"lora": LoRAConfig(rank=4)}, "lora.rank"),
-        ("FSDP", True, {"optimizer": "transformers.optimization.Adafactor"}, "optimizer transformers"),
+        ("FSDP", True, {"optimizer": "accelerate.optimizer.AcceleratedOptimizer"}, "optimizer accelerate"),
     ],
 )
 def test_ways_of_sharing_the_work_that_would_train_wrongly_are_refused(kind, fsdp2, changes, needle):
