@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Sets the project up where that is needed and runs a config's job.
 #
-#   ./launch.sh CONFIG [--processes N] [--dry-run] [--key value]...
+#   ./launch.sh CONFIG [--processes N] [--accelerate FILE] [--dry-run] [--key value]...
 #   ./launch.sh test [pytest arguments]
+#
+# SIGTERM and SIGUSR1 sent to this script stop a training job after its step, with a checkpoint, and exit 0.
 #
 # The environment is the active one ($VIRTUAL_ENV, or $CONDA_PREFIX unless that is conda's base), and .venv beside
 # this file where none is active. Installation is skipped while a stamp in the environment says that
@@ -23,13 +25,16 @@ fail() { say "error: $*"; exit 1; }
 
 usage() {
   cat <<'TEXT'
-usage: ./launch.sh CONFIG [--processes N] [--dry-run] [--key value]...
+usage: ./launch.sh CONFIG [--processes N] [--accelerate FILE] [--dry-run] [--key value]...
        ./launch.sh test [pytest arguments]
 
-CONFIG            a YAML file whose `job:` line names the command, as `job: train finetune`
---processes N     processes of a training job; by default one per accelerator
---dry-run         print the command and stop; nothing is installed
---key value       overrides a key of the config
+CONFIG                a YAML file whose `job:` line names the command, as `job: train finetune`
+--processes N         processes of a training job on this machine; by default one per accelerator
+--accelerate FILE     how they share the work: a config of Accelerate, as those in configs/accelerate
+--machine_rank R      which of several machines this is, from 0; by default $MACHINE_RANK or $SLURM_NODEID
+--main_process_ip IP  address of machine 0; by default $MASTER_ADDR
+--dry-run             print the command and stop; nothing is installed
+--key value           overrides a key of the config
 TEXT
 }
 
@@ -158,34 +163,102 @@ read_job() {
   sed -n "s/^job:[[:space:]]*[\"']\{0,1\}\([a-z ]*[a-z]\)[\"']\{0,1\}[[:space:]]*\(#.*\)\{0,1\}$/\1/p" "$1" | head -n 1
 }
 
-# Sets `command` to the words that run job $1 ("package verb") with the arguments that follow.
+# The value of a key at the top level of a YAML file, without quotes and comment; empty where it has none.
+read_key() {
+  sed -n "s/^$2:[[:space:]]*[\"']\{0,1\}\([A-Za-z0-9_.:-]*\)[\"']\{0,1\}[[:space:]]*\(#.*\)\{0,1\}$/\1/p" "$1" | head -n 1
+}
+
+# Sets `command` to the words that run job $1 ("package verb") with the arguments that follow, and `launcher` to
+# whether it is a launcher of processes that does so.
 build_command() {
   local package="${1%% *}" verb="${1#* }" accelerators n
   shift
+  launcher=""
   if [[ "$package $verb" != "train finetune" ]]; then # the one job that shares its work among processes
-    [[ -z "$processes" ]] || usage_error "--processes is for train finetune; this config's job is $package $verb"
+    local option
+    for option in processes accelerate machine_rank main_process_ip; do
+      [[ -z "${!option}" ]] || usage_error "--$option is for train finetune; this config's job is $package $verb"
+    done
     command=("$python" -m "$package" "$verb" "$@")
     return
   fi
   accelerators="$(count_accelerators)"
+  n="${processes:-$accelerators}"
+  ((n > 0)) || n=1
+  ((accelerators == 0 || n <= accelerators)) ||
+    usage_error "--processes $n, but this machine has $accelerators accelerator(s)"
+  command=()
   if ((accelerators == 0)); then
-    n="${processes:-1}"
-    if ((n == 1)); then
-      command=("$prefix/bin/accelerate" launch --quiet --cpu --num_processes 1 --num_machines 1
-        --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(cpu_count)}" --mixed_precision no --dynamo_backend no)
-    else # accelerate starts a single process on a machine without accelerators
-      local threads=$(($(cpu_count) / n))
-      command=(env ACCELERATE_USE_CPU=true "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-        "$prefix/bin/torchrun" --standalone --nproc_per_node "$n")
-    fi
+    local threads=$(($(cpu_count) / n))
+    command=(env ACCELERATE_USE_CPU=true "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
+  fi
+  launcher=yes
+  if [[ -n "$accelerate" ]]; then
+    use_accelerate_config
+  elif ((n == 1)); then # nothing in between: signals reach the job itself
+    command+=("$python")
+    launcher=""
+  elif ((accelerators == 0)); then # accelerate starts a single process on a machine without accelerators
+    command+=("$prefix/bin/torchrun" --standalone --nproc_per_node "$n")
   else
-    n="${processes:-$accelerators}"
-    ((n <= accelerators)) || usage_error "--processes $n, but this machine has $accelerators accelerator(s)"
-    command=("$prefix/bin/accelerate" launch --quiet --num_processes "$n" --num_machines 1
-      --mixed_precision no --dynamo_backend no)
-    ((n == 1)) || command+=(--multi_gpu)
+    command+=("$prefix/bin/accelerate" launch --quiet --multi_gpu --num_processes "$n" --num_machines 1
+      --mixed_precision no --dynamo_backend no --main_process_port 0)
   fi
   command+=(-m "$package" "$verb" "$@")
+}
+
+# Adds accelerate's launcher with the file of --accelerate to `command`.
+use_accelerate_config() {
+  local kind machines total
+  kind="$(read_key "$accelerate" distributed_type)"
+  machines="$(read_key "$accelerate" num_machines)"
+  machines="${machines:-1}"
+  total="$(read_key "$accelerate" num_processes)"
+  [[ -n "$kind" ]] || usage_error "$accelerate: no line 'distributed_type: …': not a config of Accelerate"
+  if [[ "$kind" == DEEPSPEED ]]; then
+    usage_error "$accelerate: DeepSpeed is not supported; configs/accelerate/zero2.yaml shares out as ZeRO-2 does"
+  fi
+  if [[ "$kind" == NO ]]; then
+    [[ "${processes:-1}" == 1 ]] || usage_error "--processes $processes, but $accelerate is for one process"
+  elif [[ -n "$processes" || -z "$total" ]]; then
+    total=$((n * machines))
+  fi
+  command+=("$prefix/bin/accelerate" launch --quiet --config_file "$accelerate" --num_processes "${total:-1}"
+    --dynamo_backend no)
+  if ((machines > 1)); then
+    local rank="${machine_rank:-${MACHINE_RANK:-${SLURM_NODEID:-}}}" ip="${main_process_ip:-${MASTER_ADDR:-}}"
+    if [[ ! "$rank" =~ ^[0-9]+$ ]] || ((rank >= machines)); then
+      usage_error "$accelerate is for $machines machines: --machine_rank says which one this is, from 0: got '$rank'"
+    fi
+    [[ -n "$ip" ]] || usage_error "$accelerate is for $machines machines: --main_process_ip is the address of the first"
+    command+=(--machine_rank "$rank" --main_process_ip "$ip")
+  fi
+}
+
+# Runs `command`, a launcher of processes, as `exec` would, but for SIGTERM and SIGUSR1. A launcher passes the one on
+# with a time limit and an exit code of failure, and dies of the other. So they are a wish here, kept in a file that the
+# processes look for after each step: they save and end by themselves, and the launcher with them. A signal that
+# reaches the whole group, as a batch system's may, does no harm: the launcher ignores both.
+supervise() {
+  local child code=127 now folder woken=yes
+  folder="$(mktemp -d)"
+  # shellcheck disable=SC2064  # the name of this moment is meant
+  trap "rm -rf '$folder'" EXIT
+  export AFRESH_STOP_FILE="$folder/stop" PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+  trap '' TERM USR1 # inherited by the launcher
+  set -m            # a group of its own: the terminal's Ctrl-C is passed on below, once
+  "${command[@]}" &
+  child=$!
+  set +m
+  trap 'woken=yes; : >"$AFRESH_STOP_FILE"' TERM USR1
+  trap 'woken=yes; kill -INT -- "-$child"' INT
+  trap 'woken=yes; kill -HUP -- "-$child"' HUP
+  while [[ -n "$woken" ]]; do # a trap ends `wait` before the child does
+    woken="" now=0
+    wait "$child" 2>/dev/null || now=$?
+    ((now == 127)) || code=$now # 127: it was waited for before
+  done
+  exit "$code"
 }
 
 run_tests() {
@@ -195,17 +268,19 @@ run_tests() {
 }
 
 run_config() {
-  local config="" dry_run="" job
+  local config="" dry_run="" job word
   local -a rest=()
-  processes=""
+  processes="" accelerate="" machine_rank="" main_process_ip=""
   while (($#)); do
     case "$1" in
       -h | --help) usage; exit 0 ;;
       --dry-run) dry_run=yes; shift ;;
-      --processes)
-        (($# > 1)) || usage_error "--processes needs a number"
-        processes="$2"; shift 2 ;;
-      --processes=*) processes="${1#*=}"; shift ;;
+      --processes | --accelerate | --machine_rank | --main_process_ip)
+        (($# > 1)) || usage_error "$1 needs a value"
+        printf -v "${1#--}" %s "$2"; shift 2 ;;
+      --processes=* | --accelerate=* | --machine_rank=* | --main_process_ip=*)
+        word="${1%%=*}"
+        printf -v "${word#--}" %s "${1#*=}"; shift ;;
       *)
         if [[ -n "$config" ]]; then
           rest+=("$1")
@@ -222,6 +297,7 @@ run_config() {
     usage_error "--processes is a number of processes, 1 or more: got '$processes'"
   [[ -f "$config" ]] || usage_error "$config: there is no such config file"
   [[ -r "$config" ]] || usage_error "$config: not readable"
+  [[ -z "$accelerate" || -r "$accelerate" ]] || usage_error "$accelerate: there is no such file, or it is not readable"
   job="$(read_job "$config")"
   [[ "$job" =~ ^(curate|train)\ [a-z]+$ ]] ||
     usage_error "$config: no line 'job: train VERB' or 'job: curate VERB' that says what to run"
@@ -233,10 +309,10 @@ run_config() {
     printf '\n'
     exit 0
   fi
-  if [[ "${command[0]}" != "$python" ]]; then # a mistake costs a line here, and a traceback of each launcher there
-    "$python" -m "${job% *}" "${job#* }" --config "$config" ${rest[@]+"${rest[@]}"} --check_config >/dev/null
-  fi
-  exec "${command[@]}"
+  [[ -n "$launcher" ]] || exec "${command[@]}"
+  # A mistake costs a line here, and a traceback of each launcher there.
+  "$python" -m "${job% *}" "${job#* }" --config "$config" ${rest[@]+"${rest[@]}"} --check_config >/dev/null
+  supervise
 }
 
 find_environment

@@ -385,15 +385,15 @@ def stand_in_environment(folder: Path, accelerators: int) -> dict[str, str]:
     return {"VIRTUAL_ENV": str(folder)}
 
 
-def test_dry_run_starts_finetuning_through_accelerate(launch, config, tmp_path):
-    env = stand_in_environment(tmp_path / "env", accelerators=0)
+@pytest.mark.parametrize("accelerators", [0, 1])
+def test_one_process_is_started_without_a_launcher_in_between(launch, config, tmp_path, accelerators):
+    env = stand_in_environment(tmp_path / "env", accelerators)
     done = launch(config("train finetune"), "--dry-run", "--optimizer.lr", "1e-4", **env)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
-    assert words[:2] == [str(tmp_path / "env/bin/accelerate"), "launch"] and "--cpu" in words
-    assert words[words.index("--num_processes") + 1] == "1"
+    assert (words[:2] == ["env", "ACCELERATE_USE_CPU=true"]) == (accelerators == 0)
     tail = ["-m", "train", "finetune", "--config", str(config("train finetune")), "--optimizer.lr", "1e-4"]
-    assert words[-len(tail) :] == tail
+    assert words[-len(tail) - 1 :] == [str(tmp_path / "env/bin/python"), *tail]
 
 
 def test_dry_run_takes_one_process_per_accelerator(launch, config, tmp_path):
@@ -403,7 +403,7 @@ def test_dry_run_takes_one_process_per_accelerator(launch, config, tmp_path):
         words[words.index("--num_processes") + 1] == "4" and "--multi_gpu" in words and "--cpu" not in words
     )
     words = shlex.split(launch(config("train finetune"), "--dry-run", "--processes", 1, **env).stdout)
-    assert words[words.index("--num_processes") + 1] == "1" and "--multi_gpu" not in words
+    assert words[0] == str(tmp_path / "env/bin/python")
     done = launch(config("train finetune"), "--dry-run", "--processes", 5, **env)
     assert done.returncode == 2 and "4 accelerator(s)" in done.stderr
 
@@ -421,6 +421,54 @@ def test_several_processes_without_accelerators_go_through_torchrun(launch, conf
         "train",
         "finetune",
     ]
+
+
+def accelerate_words(words: list[str]) -> dict[str, str]:
+    """The options that ``accelerate launch`` gets."""
+    words = words[words.index("launch") + 1 : words.index("-m")]
+    return dict(pair for pair in zip(words, words[1:], strict=False) if pair[0].startswith("--"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/accelerate").glob("*.yaml")))
+def test_accelerate_takes_every_config_of_ours_with_as_many_processes_as_there_are_accelerators(
+    launch, config, tmp_path, name
+):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = ROOT / "configs/accelerate" / f"{name}.yaml"
+    env = stand_in_environment(tmp_path / "env", accelerators=4)
+    done = launch(config("train finetune"), "--accelerate", file, "--dry-run", MACHINE_RANK="1", MASTER_ADDR="a", **env)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[0] == str(tmp_path / "env/bin/accelerate")
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
+    assert args.num_processes == {"one_gpu": 1, "many_nodes": 8}.get(name, 4)
+    assert args.use_fsdp == (name in ("fsdp", "zero2")) and args.multi_gpu == name.startswith("many")
+    if name == "many_nodes":
+        assert (args.num_machines, int(args.machine_rank), args.main_process_ip) == (2, 1, "a")
+
+
+def test_machines_are_told_apart_by_options_or_by_what_a_batch_system_sets(launch, config, tmp_path):
+    nodes = ["--accelerate", str(ROOT / "configs/accelerate/many_nodes.yaml"), "--dry-run"]
+    env = stand_in_environment(tmp_path / "env", accelerators=4) | {"SLURM_NODEID": "1", "MASTER_ADDR": "node0"}
+    found = accelerate_words(shlex.split(launch(config("train finetune"), *nodes, **env).stdout))
+    assert (found["--machine_rank"], found["--main_process_ip"]) == ("1", "node0")
+    options = ["--machine_rank", "0", "--main_process_ip=10.0.0.1"]
+    found = accelerate_words(shlex.split(launch(config("train finetune"), *nodes, *options, **env).stdout))
+    assert (found["--machine_rank"], found["--main_process_ip"]) == ("0", "10.0.0.1")
+    done = launch(config("train finetune"), *nodes, "--machine_rank", "2", **env)
+    assert done.returncode == 2 and "for 2 machines" in done.stderr and "got '2'" in done.stderr
+    del env["MASTER_ADDR"]
+    done = launch(config("train finetune"), *nodes, **env)
+    assert done.returncode == 2 and "--main_process_ip is the address of the first" in done.stderr
+
+
+def test_deepspeed_is_refused_before_it_is_asked_for(launch, config, tmp_path):
+    file = tmp_path / "deepspeed.yaml"
+    file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\nnum_processes: 4\n")
+    env = stand_in_environment(tmp_path / "env", accelerators=4)
+    done = launch(config("train finetune"), "--accelerate", file, "--dry-run", **env)
+    assert done.returncode == 2 and "zero2.yaml" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -447,8 +495,10 @@ def test_condas_base_is_not_taken_for_an_active_environment(launch, config, tmp_
         (["--seed", "3", "x.yaml"], "the config comes first"),
         ([], "usage: ./launch.sh CONFIG"),
         (["quick.yaml", "--processes", "two"], "got 'two'"),
-        (["quick.yaml", "--processes"], "--processes needs a number"),
+        (["quick.yaml", "--processes"], "--processes needs a value"),
         (["quick.yaml", "--processes", "2"], "--processes is for train finetune"),
+        (["quick.yaml", "--accelerate", "quick.yaml"], "--accelerate is for train finetune"),
+        (["quick.yaml", "--accelerate", "none.yaml"], "none.yaml: there is no such file"),
         (["jobless.yaml"], "jobless.yaml: no line 'job:"),
     ],
 )

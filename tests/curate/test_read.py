@@ -135,6 +135,7 @@ def test_one_shard_gives_the_same_bytes_on_any_number_of_threads(shard, tmp_path
 
     def noted(*args):
         used.add(threading.get_ident())
+        time.sleep(0.005)  # long enough for the other threads to be given something
         return look(*args)
 
     monkeypatch.setattr(read, "_look", noted)

@@ -64,6 +64,7 @@ from train.finetune.model_card import write_cards
 from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
 from train.finetune.order import derive_seed
 from train.finetune.scan import scan_once
+from train.finetune.sharding import Spread, SpreadOptimizer, check_parallel, prepare, shard_on_cpu, whole_model
 from train.finetune.stop import StopOnSignal
 from train.finetune.texts import cache_texts
 from train.finetune.validation import Validation, check_validation, send_images
@@ -96,7 +97,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     while True:
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
-            summary = begin(out, config, accelerator.num_processes)
+            summary = begin(out, config, accelerator)
         attempt = read_batch(out, config)
         try:
             if summary is None:
@@ -150,9 +151,9 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     diffusion = Diffusion(model.pipe.scheduler, device)
-    trained = model.trained
-    optimizer = make_optimizer(trained, config, fused=accelerator.scaler is None)
-    denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
+    optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
+    denoiser, optimizer = prepare(accelerator, model, optimizer)
+    trained = model.trained  # only now: where weights are spread, they are others than before
     set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
     if config.compile:
         model.pipe.unet.compile()  # in place, so that no name in the state dict changes
@@ -177,12 +178,16 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         config.seed,
         chosen_thresholds(config.filter, config.model),
         reference_samples(config.filter, shard_set),
-        together=accelerator.distributed_type == "FSDP",
+        together=accelerator.is_fsdp2,
     )
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "average": average}
+    if accelerator.is_fsdp2:
+        main = accelerator.is_main_process
+        parts = {"model": Spread(model, main), "average": Spread(average, main)}
+        parts["optimizer"] = SpreadOptimizer(denoiser, optimizer)
     parts |= {"counts": counts, "bands": bands, "filter": memorization}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
@@ -202,7 +207,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         remove_partial(checkpoints)
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
-            validation = Validation(config.validation, model.pipe, accelerator.autocast)
+            validation = Validation(config.validation, device, accelerator.autocast)
     nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
     samples = world * nominal  # and on all of them
     began, meter = time.monotonic(), Meter()
@@ -232,8 +237,9 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(denoiser):
-                output = denoiser(x_t, t, prompt).float()
+            with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(denoiser):
+                with accelerator.autocast():
+                    output = denoiser(x_t, t, prompt).float()
                 kept, magnitudes = memorization.weigh(
                     output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
                 )
@@ -291,14 +297,17 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             accelerator.log(flat_numbers(line), step=step)
         bar.update(1)
 
-        if validation is not None and step % config.validation.every == 0:
+        if config.validation.every and step % config.validation.every == 0:
             with average.in_place():
-                images = validation.draw(out / "validation" / f"step-{step:06d}")
-            send_images(accelerator.trackers, images, step)
+                pipe = whole_model(config, accelerator, model, device).pipe
+                if validation is not None:
+                    images = validation.draw(out / "validation" / f"step-{step:06d}", pipe)
+                    send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         if totals.asked or due:
+            state = collect_state(parts)  # by every process: the weights may be spread over them
             if accelerator.is_main_process:
-                save_checkpoint(checkpoints, step, collect_state(parts), config.keep_checkpoints)
+                save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
             accelerator.wait_for_everyone()
         if totals.asked:
             bar.close()
@@ -308,10 +317,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     bar.close()
 
     replaced = accelerator.reduce(torch.tensor(faults.count, device=device), reduction="sum")
+    average.copy_to_parameters()
+    model = whole_model(config, accelerator, model, torch.device("cpu"))
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         judged = memorization.finish(out, shard_set.ids)
-        average.copy_to_parameters()
         model.save(out / "model")
         summary = {
             "steps": step,
@@ -408,6 +418,8 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         log_with=config.trackers or None,
         project_dir=config.out if config.trackers else None,
     )
+    shard_on_cpu(accelerator)
+    check_parallel(accelerator.distributed_type.value, accelerator.is_fsdp2, config)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # float32 without a word, otherwise
         raise UsageError("mixed_precision fp16 needs a GPU: take bf16, no, or auto")
     return accelerator
@@ -424,9 +436,9 @@ def resolve_precision(name: str) -> Any:
     return "bf16" if capabilities.get("amx_bf16") else "no"
 
 
-def begin(out: Path, config: FinetuneConfig, world: int) -> dict[str, Any] | None:
+def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any] | None:
     """Claim the folder for this configuration; the summary of the run if it is finished already."""
-    run = dataclasses.asdict(config) | {"processes": world}
+    run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     for free in FREE:
         run.pop(free)
     if config.exclude:

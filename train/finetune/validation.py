@@ -44,7 +44,7 @@ class Validation:
 
     Args:
         config: prompts and guidance.
-        pipe: the pipeline that is trained; its parts are used as they are at the moment of drawing.
+        device: where it draws.
         autocast: the run's precision, as a context.
 
     Raises:
@@ -52,9 +52,9 @@ class Validation:
     """
 
     def __init__(
-        self, config: ValidationConfig, pipe: StableDiffusionPipeline, autocast: Callable[[], AbstractContextManager]
+        self, config: ValidationConfig, device: torch.device, autocast: Callable[[], AbstractContextManager]
     ) -> None:
-        self.config, self.pipe, self.autocast = config, pipe, autocast
+        self.config, self.autocast = config, autocast
         self.guidance: list[Guidance] = []
         if config.guidance != "none":
             from train.sampling.amg import AMG
@@ -62,14 +62,19 @@ class Validation:
 
             index, embedder = open_index(config.index)
             if hasattr(embedder, "to"):
-                embedder.to(pipe.vae.device)
+                embedder.to(device)
             self.guidance = [AMG(index, embedder, "strong" if config.guidance == "amg-strong" else "main")]
 
-    def draw(self, folder: Path) -> list[Image.Image]:
-        """Draw every prompt once, into ``folder/00000.png`` and on; the files carry prompt and seed as PNG text."""
+    def draw(self, folder: Path, source: StableDiffusionPipeline) -> list[Image.Image]:
+        """Draw every prompt once, into ``folder/00000.png`` and on; the files carry prompt and seed as PNG text.
+
+        Args:
+            folder: of the images.
+            source: the pipeline whose parts are used as they are, in their training modes afterwards again.
+        """
         from train.sampling.pipeline import GuidedStableDiffusion
 
-        config, source = self.config, self.pipe
+        config = self.config
         # A scheduler of its own: drawing sets its timesteps.
         scheduler = type(source.scheduler).from_config(source.scheduler.config)
         pipe: Any = GuidedStableDiffusion.from_pipe(source, scheduler=scheduler)

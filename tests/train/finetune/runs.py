@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -70,6 +71,42 @@ def launch(config: FinetuneConfig, *, processes: int = 1, program: Path | None =
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(start + arguments, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def make_environment(folder: Path) -> None:
+    """An environment in which ``launch.sh`` finds the interpreter of the tests, and this checkout installed."""
+    modules = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
+    programs = {"python": ""} | {name: f"-m {module}" for name, module in modules.items()}
+    (folder / "bin").mkdir(parents=True)
+    for name, words in programs.items():
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+        program.chmod(0o755)
+    digest = hashlib.sha256(str(REPOSITORY).encode())
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((REPOSITORY / name).read_bytes())
+    (folder / ".afresh-installed").write_text(f"{digest.hexdigest()}\nextra:\n")
+
+
+def launch_sh(config: FinetuneConfig, *options: str) -> subprocess.Popen:
+    """``./launch.sh CONFIG`` as users start it, in a process group of its own."""
+    file = Path(config.out).with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    keys = "".join(f"{key}: {json.dumps(value)}\n" for key, value in dataclasses.asdict(config).items())
+    file.write_text("job: train finetune\n" + keys)
+    folder = file.parent / "environment"
+    if not folder.exists():
+        make_environment(folder)
+    env = os.environ | {"VIRTUAL_ENV": str(folder), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [str(REPOSITORY / "launch.sh"), str(file), *options]
+    return subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Process ids of what a launcher has started, as the kernel lists them."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
 from curate.console import UserError
-from tests.train.finetune.runs import launch, log_lines, same, settings, stop_after, wait_for_step, weights
+from tests.train.finetune.runs import launch, log_lines, same, settings, stop_after, wait_for_step, weights, workers_of
 from train.finetune.checkpoint import list_checkpoints, load_latest, remove_partial, save_checkpoint
 from train.finetune.loop import run_finetune
 
@@ -47,11 +46,6 @@ def test_a_signal_saves_within_a_step_and_exits_cleanly_and_the_run_goes_on(mode
     run_finetune(config)
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-
-
-def workers_of(launcher: int) -> list[int]:
-    """Process ids of what a launcher has started, as the kernel lists them."""
-    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
 @pytest.mark.slow

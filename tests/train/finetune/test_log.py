@@ -36,7 +36,9 @@ def test_a_step_is_summed_by_sample_and_by_timestep_band():
     tally.add(
         torch.tensor(NAN), everything, torch.tensor([150]), everything > 0, everything, everything, everything * NAN
     )
-    totals = tally.reduce(Accelerator(cpu=True), asked=True)
+    records = torch.arange(4, dtype=torch.int32).view(1, 2, 2)
+    totals, seen = tally.exchange(Accelerator(cpu=True), records, asked=True)
+    assert seen.tolist() == [[0, 1], [2, 3]]
     assert (totals.kept, totals.judged, totals.dropped) == (4, 2, 1)
     assert (totals.loss, totals.not_finite, totals.asked) == (0.5, 1, 1)
     assert totals.band_losses == [3.0, 5.0] + [0.0] * 8  # neither the unreadable sample nor the NaN

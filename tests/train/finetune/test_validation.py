@@ -51,7 +51,8 @@ def test_drawing_leaves_the_pipeline_and_the_random_state_as_they_were(tiny_pipe
     tiny_pipe.vae.eval()
     scheduler, state = tiny_pipe.scheduler, torch.get_rng_state()
     timesteps = scheduler.timesteps.clone()
-    Validation(ValidationConfig(1, ["a"], steps=2), tiny_pipe, contextlib.nullcontext).draw(tmp_path)
+    config = ValidationConfig(1, ["a"], steps=2)
+    Validation(config, torch.device("cpu"), contextlib.nullcontext).draw(tmp_path, tiny_pipe)
     assert tiny_pipe.unet.training and not tiny_pipe.vae.training
     assert tiny_pipe.scheduler is scheduler and torch.equal(scheduler.timesteps, timesteps)
     assert torch.equal(torch.get_rng_state(), state)
@@ -61,7 +62,7 @@ def test_drawing_leaves_the_pipeline_and_the_random_state_as_they_were(tiny_pipe
 def test_images_are_guided_away_from_what_the_index_holds(tiny_pipe, tmp_path):
     def draw(name: str, **guidance) -> np.ndarray:
         config = ValidationConfig(1, PROMPTS, steps=4, **guidance)
-        images = Validation(config, tiny_pipe, contextlib.nullcontext).draw(tmp_path / name)
+        images = Validation(config, torch.device("cpu"), contextlib.nullcontext).draw(tmp_path / name, tiny_pipe)
         return np.stack([np.asarray(image) for image in images])
 
     drawn = draw("none")
