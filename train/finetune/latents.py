@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -109,9 +110,13 @@ class CachedLatents:
         if loader.varies:
             looks += [_ranges(loader.how), loader.seed]
         parts = []
-        for shard, (name, fingerprint) in enumerate(zip(shard_set.names, shard_set.fingerprints, strict=True)):
+        for shard, name in enumerate(shard_set.names):
             sizes = self.variants * self.channels * area[loader.buckets(shard)]
-            key = digest([FORMAT, vae, fingerprint, shard_set.counts[shard].item(), looks, loader.varies and name])
+            images = hashlib.sha256()  # what they are and not where: a copied shard has the same latents
+            for column in ("crc32", "bytes"):
+                images.update(shard_set.column(shard, column).tobytes())
+            identities = [name, shard_set.shard(shard).column("key").to_pylist()] if loader.varies else None
+            key = digest([FORMAT, vae, images.hexdigest(), looks, identities])
             parts.append(Part(key, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)))
         return parts
 

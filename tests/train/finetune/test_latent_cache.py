@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from curate.console import UsageError, UserError
+from curate.idlist import write_ids
 from tests.train.finetune.runs import log_lines, settings
 from tests.train.finetune.test_batches import SIZES, photos
 from train.components import encode_captions
@@ -75,6 +76,21 @@ def test_another_run_finds_the_files_and_what_looks_different_has_others(tiny_pi
         next(other.parameters()).mul_(2)
     cached(shard_set, other, "disk", tmp_path)
     assert len(part_files(tmp_path)) == 5 * len(files)
+
+
+def test_a_copied_shard_has_the_same_files_and_other_samples_of_a_shard_have_others(tiny_pipe, shard_set, tmp_path):
+    cached(shard_set, tiny_pipe.vae, "disk", tmp_path / "cache")
+    files = part_files(tmp_path / "cache")
+    copy_ = photos(tmp_path / "copy", shards=3)
+    cached(scan([copy_], tmp_path / "copy.arrow"), tiny_pipe.vae, "disk", tmp_path / "cache")
+    assert part_files(tmp_path / "cache") == files
+    latents = []
+    for key in ("001", "002"):  # the same shards, and as many samples of them
+        write_ids(tmp_path / "ids.txt", [("000001.tar", key)])
+        some = scan([copy_], tmp_path / f"{key}.arrow", exclude=str(tmp_path / "ids.txt"))
+        latents.append(cached(some, tiny_pipe.vae, "disk", tmp_path / "cache").load(7, 0))
+    assert len(part_files(tmp_path / "cache")) == len(files) + 4
+    assert latents[0].shape != latents[1].shape or not np.array_equal(*latents)
 
 
 def test_a_file_cut_short_is_computed_again_and_a_damaged_row_is_a_fault(tiny_pipe, shard_set, tmp_path, capsys):
