@@ -12,12 +12,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.memorization.detect import Scores, score
+    from train.memorization.bright_ending import bright_ending, draw_mask
     from train.memorization.magnitude import magnitude, to_eps
+    from train.memorization.score import Scores, score
 
-__all__ = ["Scores", "magnitude", "score", "to_eps"]
+__all__ = ["Scores", "bright_ending", "draw_mask", "magnitude", "score", "to_eps"]
 
-_HOME = {"magnitude": "magnitude", "to_eps": "magnitude", "score": "detect", "Scores": "detect"}
+_HOME = {
+    "bright_ending": "bright_ending",
+    "draw_mask": "bright_ending",
+    "magnitude": "magnitude",
+    "score": "score",
+    "Scores": "score",
+    "to_eps": "magnitude",
+}
 
 
 class _Package(ModuleType):
