@@ -98,7 +98,7 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
                 journal.add(group)
                 bar.update(len(group))
         seconds = time.perf_counter() - start
-        scores = Scores.of(journal.done, scoring.timesteps, scoring.shared)
+        scores = Scores.of(journal.done, scoring.timesteps, scoring.shared_evaluations)
         write_table(out, prompts, scores, outcomes)
 
     summary = summarise(prompts, scores, outcomes, bootstrap=config.bootstrap)

@@ -150,7 +150,7 @@ def score(
         found += group
         if bar is not None:
             bar.update(sum(len(one.seeds) for one in group))
-    return Scores.of(found, scoring.timesteps, scoring.shared)
+    return Scores.of(found, scoring.timesteps, scoring.shared_evaluations)
 
 
 class Scoring:
@@ -159,7 +159,7 @@ class Scoring:
     Attributes:
         timesteps: the steps that are looked at.
         group: prompts that are scored together.
-        shared: evaluations that prompts share, counted in single images.
+        shared_evaluations: those that prompts share, counted in single images.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Scoring:
         self._shared: dict[int, Tensor] = {}
         moments = [any(signal.unconditional for signal in self.signals) or len(self.timesteps) > 1]
         moments += [any(signal.low_noise for signal in self.signals)]
-        self.shared = len(self.shared_seeds) * sum(moments)
+        self.shared_evaluations = len(self.shared_seeds) * sum(moments)
 
     def groups(self, start: int = 0) -> Iterator[list[PromptScore]]:
         """The prompts' scores in order, in lists of ``group`` (the last may be shorter).
