@@ -3,9 +3,9 @@
     python -m benchmarks.detection RUN             RUN: the folder of a finished `python -m train quickstart`
 
 On the quickstart's raw model, whose repeated captions are known: these against captions that were never trained on,
-with and without those that the model draws copies for all the same. Each signal is computed by itself, so that its cost
-is its own, then all of them together. Costs are counted per prompt: evaluations of the denoiser in single images, and
-CPU seconds on one thread, text encoder included.
+with and without those that the model draws copies for all the same. Costs are per prompt, of each signal alone and of
+all together, on a few of the prompts: evaluations of the denoiser in single images (without ``ε(x_T, e_∅)``, which is
+computed once a seed for all prompts), and CPU seconds on one thread, text encoder included.
 
 The last line is what the magnitude in the sampler's trace costs: the share of a guided sampling run's CPU time that is
 spent on it.
@@ -28,37 +28,34 @@ from train.components import load_pipeline
 from train.memorization.config import MEMORIZED
 from train.memorization.detect import labels_of, read_outcomes, separation
 from train.memorization.magnitude import magnitude
-from train.memorization.score import Scores, initial_noise, score
+from train.memorization.score import initial_noise, score
 from train.memorization.signals import SIGNALS
 from train.prompts import read_prompts
 from train.sampling import GuidedStableDiffusion
 
 SETTINGS = ((1, 1), (1, 4), (5, 4))
 """Steps and seeds."""
+TIMED = 16
+"""Prompts that costs are measured on."""
 
 
-def timed(*args: Any, **options: Any) -> tuple[Scores, float]:
-    """Scores, and the CPU seconds that they took."""
+def cost(pipe: Any, captions: Sequence[str], **options: Any) -> str:
+    """Two cells: evaluations and CPU seconds per prompt, without those evaluations that all prompts share."""
     start = time.process_time()
-    scores = score(*args, **options)
-    return scores, time.process_time() - start
+    scores = score(pipe, captions[:TIMED], **options)
+    seconds = time.process_time() - start
+    # What the prompts share is less than one evaluation each.
+    return f"{scores.evaluations // TIMED} | {seconds / TIMED:.3f}"
 
 
-def row(
-    name: str, steps: int, seeds: int, scores: Scores, seconds: float, labels: np.ndarray, clean: np.ndarray
-) -> str:
-    """One line of the table."""
-    cells = [name, str(steps), str(seeds)]
-    if name in scores.of_prompt:
-        values = {name: scores.per_prompt(name)}
-        for known in (labels, np.where(clean, labels, -1)):
-            found = separation(values, known)
-            low, high = found["auc_interval"][name]
-            cells += [f"{found['auc'][name]:.3f} ({low:.3f}–{high:.3f})", f"{found['tpr_at_1pct_fpr'][name]:.3f}"]
-    else:
-        cells += [""] * 4
-    cells += [f"{scores.evaluations / len(labels):.1f}", f"{seconds / len(labels):.3f}"]
-    return "| " + " | ".join(cells) + " |"
+def quality(values: np.ndarray, labels: np.ndarray, clean: np.ndarray) -> str:
+    """Four cells: AUC with its interval and TPR at 1 % FPR, against all captions and without those that draw copies."""
+    cells = []
+    for known in (labels, np.where(clean, labels, -1)):
+        found = separation({"": values}, known)
+        low, high = found["auc_interval"][""]
+        cells += [f"{found['auc']['']:.3f} ({low:.3f}–{high:.3f})", f"{found['tpr_at_1pct_fpr']['']:.3f}"]
+    return " | ".join(cells)
 
 
 def trace_share(pipe: Any, captions: Sequence[str], steps: int, scale: float) -> float:
@@ -115,25 +112,29 @@ def main() -> None:
     print(
         f"{(labels == 1).sum()} repeated captions against {(labels == 0).sum()} that were never trained on, and "
         f"against the {((labels == 0) & clean).sum()} of them that draw no copy; a trajectory of {steps} steps at "
-        f"guidance scale {scale:g}.\n"
+        f"guidance scale {scale:g}.\n",
+        flush=True,
     )
     print("| signal | steps | seeds | AUC, all | TPR at 1 % | AUC, no copies | TPR at 1 % | evaluations | CPU s |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for first, seeds in SETTINGS:
+    for steps_scored, seeds in SETTINGS:
+        made = {name: SIGNALS[name]("l2") for name in args.signals}
+        names = [name for name, signal in made.items() if seeds > 1 or not signal.compares_seeds]
         options: dict[str, Any] = {
-            "steps": first,
+            "steps": steps_scored,
             "seeds": range(args.first_seed, args.first_seed + seeds),
             "num_inference_steps": steps,
             "guidance_scale": scale,
         }
-        names = [name for name in args.signals if seeds > 1 or not SIGNALS[name]("l2").compares_seeds]
+        if steps_scored > 1:  # the others are those of the first step
+            names = [name for name in names if made[name].every_step]
+        scores = score(pipe, captions, signals=names, **options)
         for name in names:
-            if first == 1 or SIGNALS[name]("l2").every_step:
-                scores, seconds = timed(pipe, captions, signals=[name], **options)
-                print(row(name, first, seeds, scores, seconds, labels, clean), flush=True)
-        if len(names) > 1 and first == 1 and seeds > 1:
-            scores, seconds = timed(pipe, captions, signals=names, **options)
-            print(row("all together", first, seeds, scores, seconds, labels, clean), flush=True)
+            spent = cost(pipe, captions, signals=[name], **options)
+            found = quality(scores.per_prompt(name), labels, clean)
+            print(f"| {name} | {steps_scored} | {seeds} | {found} | {spent} |", flush=True)
+        spent = cost(pipe, captions, signals=names, **options)
+        print(f"| all of these | {steps_scored} | {seeds} | | | | | {spent} |", flush=True)
     share = trace_share(pipe, captions[:16], steps, scale)
     print(f"\nThe trace's magnitudes take {100 * share:.2f} % of a guided sampling run of 16 images.")
 

@@ -234,13 +234,13 @@ class Scoring:
             at = torch.tensor([row - rows.start for row, _ in batch], device=embeds.device)
             found, spent = self._follow([seed for _, seed in batch], embeds[at])
             evaluations += spent
-            for name, values in found.items():
-                observed[name].append(values)
+            for name, part in found.items():
+                observed[name].append(part)
         columns = self.seeds.shape[1]
         whole = {name: torch.cat(parts).unflatten(0, (len(rows), columns)) for name, parts in observed.items()}
         result = []
         for number, row in enumerate(rows):
-            seen = {name: values[number] for name, values in whole.items()}
+            seen = {name: one[number] for name, one in whole.items()}
             values = {signal.name: signal.combine(seen[signal.name]) for signal in self.signals}
             if not all(value.isfinite().all() for value in values.values()):
                 raise UserError(
