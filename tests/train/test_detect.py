@@ -250,5 +250,8 @@ def test_the_job_names_what_is_wrong(model, tmp_path):
         run_detect(DetectConfig(model, "p", str(tmp_path / "s.parquet"), seeds=1, signals=["consistency"]))
     with pytest.raises(UsageError, match="steps is 51"):  # before anything is read
         run_detect(DetectConfig("no-model", "no-prompts", str(tmp_path / "s.parquet"), steps=51))
+    with pytest.raises(UserError, match="no-model"):
+        run_detect(DetectConfig("no-model", str(tmp_path / "p.txt"), str(tmp_path / "s.parquet")))
+    assert [file.name for file in tmp_path.iterdir()] == ["p.txt"]  # the next run is not bound to the wrong settings
     with pytest.raises(UserError, match="nowhere.txt"):
         run_detect(DetectConfig(model, str(tmp_path / "nowhere.txt"), str(tmp_path / "s.parquet")))

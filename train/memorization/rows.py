@@ -68,7 +68,7 @@ def open_journal(path: Path, settings: dict[str, Any], prompts: int) -> Iterator
     with locked(path, path), open(path, "r+b") as file:
         lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
         done: list[PromptScore] = []
-        if lines:
+        if len(lines) > 1:
             try:
                 before = json.loads(lines[0])
                 done = [PromptScore(**json.loads(line)) for line in lines[1:]]
@@ -82,9 +82,13 @@ def open_journal(path: Path, settings: dict[str, Any], prompts: int) -> Iterator
         file.seek(sum(map(len, lines)))
         file.truncate()  # a line that was cut
         journal = Journal(path, file, done)
-        yield journal
-        if len(journal.done) == prompts:
-            path.unlink()
+        ended = False
+        try:
+            yield journal
+            ended = len(journal.done) == prompts
+        finally:
+            if ended or not journal.done:  # a run that failed before its first score leaves nothing to go on from
+                path.unlink()
 
 
 def write_table(
