@@ -34,6 +34,11 @@ VERBS = {
         "train.memorization.detect:run_detect",
         "score prompts by how strongly the model has memorized them",
     ),
+    "explain": Verb(
+        "train.memorization.config:ExplainConfig",
+        "train.memorization.explain:run_explain",
+        "say which words of a prompt its memorization hangs on, and what to change first",
+    ),
     "evaluate": Verb(
         "train.evaluation.config:EvaluateConfig",
         "train.evaluation.protocol:run_evaluate",

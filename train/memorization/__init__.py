@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.memorization.detect import Scores, score
+    from train.memorization.explain import Explanation, explain, suggest
     from train.memorization.magnitude import magnitude, to_eps
 
-__all__ = ["Scores", "magnitude", "score", "to_eps"]
+__all__ = ["Explanation", "Scores", "explain", "magnitude", "score", "suggest", "to_eps"]
 
-_HOME = {"magnitude": "magnitude", "to_eps": "magnitude", "score": "detect", "Scores": "detect"}
+_HOME = {
+    "magnitude": "magnitude",
+    "to_eps": "magnitude",
+    "score": "detect",
+    "Scores": "detect",
+    "explain": "explain",
+    "suggest": "explain",
+    "Explanation": "explain",
+}
 
 
 class _Package(ModuleType):
