@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.memorization.audit import Audit, audit
     from train.memorization.detect import Scores, score
     from train.memorization.explain import Explanation, explain, suggest
     from train.memorization.magnitude import magnitude, to_eps
 
-__all__ = ["Explanation", "Scores", "explain", "magnitude", "score", "suggest", "to_eps"]
+__all__ = ["Audit", "Explanation", "Scores", "audit", "explain", "magnitude", "score", "suggest", "to_eps"]
 
 _HOME = {
     "magnitude": "magnitude",
@@ -26,6 +27,8 @@ _HOME = {
     "explain": "explain",
     "suggest": "explain",
     "Explanation": "explain",
+    "audit": "audit",
+    "Audit": "audit",
 }
 
 
