@@ -32,6 +32,8 @@ KINDS = (
     "GuidedStableDiffusion",
 )
 """Pipeline classes that share Stable Diffusion's parts; what their UNet takes is checked apart."""
+FLOAT16_GAIN = 1024.0
+"""Factor on what is differentiated through a float16 model, whose gradients would vanish among its small numbers."""
 ORIGINAL_PARTS = {
     "UNet": "model.diffusion_model.",
     "VAE": "first_stage_model.",

@@ -14,7 +14,7 @@ from PIL import Image
 
 from curate.console import UsageError, UserError
 from train.cli import main
-from train.components import encode_captions, initial_noise
+from train.components import encode_captions, initial_noise, load_pipeline
 from train.evaluation.audit import compared, conclude, row_correlation, rows_of, run_audit
 from train.evaluation.config import AuditConfig
 from train.evaluation.metrics import pixel_correlation
@@ -101,10 +101,9 @@ def test_models_that_predict_noise_and_velocity_are_searched_the_same():
 def test_a_batch_searches_as_single_images_do():
     pipe = with_denoiser()
     x_0, _, start = targets(pipe)
-    together = list(search_embeds(pipe, x_0, start, [0, 1, 0], **SEARCH))[-1]
+    together = list(search_embeds(pipe, x_0, start, [0, 1, 0], **SEARCH | {"batch_size": 5}))[-1]  # slices of 5, 5, 2
     for i, restart in enumerate([0, 1, 0]):
-        options = SEARCH | {"batch_size": 5}
-        alone = list(search_embeds(pipe, x_0[i : i + 1], start[i : i + 1], [restart], **options))[-1]
+        alone = list(search_embeds(pipe, x_0[i : i + 1], start[i : i + 1], [restart], **SEARCH))[-1]
         assert torch.allclose(together[0][i], alone[0][0], atol=1e-5)
         assert torch.allclose(together[1][i], alone[1][0], rtol=1e-4)
 
@@ -115,6 +114,17 @@ def test_a_denoiser_that_is_blind_to_the_prompt_gives_nothing_back():
     embeds, losses = zip(*search_embeds(pipe, x_0, start, [0] * 3, **SEARCH), strict=True)
     assert torch.equal(embeds[-1], start)  # there is no gradient to follow
     assert all((loss > 0).all() for loss in losses)
+
+
+def test_a_search_through_half_precision_goes_the_same_way(sample_model):
+    pipe = load_pipeline(str(sample_model))
+    x_0, start = encode_images(pipe, images_of(1)), encode_captions(pipe, ["red apple"])
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        pipe.to(dtype=dtype)
+        embeds, _ = next(iter(search_embeds(pipe, x_0, start, [0], **SEARCH)))
+        steps.append((embeds - start).sign())
+    assert (steps[0] == steps[1]).float().mean() > 0.97  # where the gradient vanished there would be no step
 
 
 def test_restarts_begin_elsewhere_at_the_same_scale():
@@ -210,7 +220,6 @@ def test_success_is_counted_and_set_against_the_control():
     ]  # fmt: skip
     assert [row["share"] for row in rows] == [0.25, 0.75, 0.0, 0.25]
     assert [row["reached"] for row in rows] == [0.5, 1.0, 0.0, 0.5]
-    assert [row["loss"] for row in rows] == [3, 1, 3, 1]
     result = compared({"training": training, "control": control}, bootstrap=50)
     assert result["excess"] == pytest.approx(0.5) and result["auc"] == 1.0
     text = conclude({"rows": rows, **result})

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from curate.embed import Embedder
 
 KINDS = {"training": "training images", "control": "images never trained on"}
+LOSS_MEAN = 10  # steps that a point of the loss curve is the mean of
 SIDE = 64  # of the squares whose pixels are compared, before they are averaged down
 
 log = get_logger(__name__)
@@ -46,9 +47,9 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     Returns:
         ``rows``, for each kind of image (``training``, ``control``) before and after the search: ``images``, ``step``,
         ``share`` of drawn images above 0.5, share of images that any restart and seed brought back (``reached``), mean
-        ``similarity`` and ``pixel_correlation``, ``pixel_share`` above 0.9, and the search's ``loss``; ``excess``, how
-        much higher the training images' share is than the control's, after the search; ``auc`` of the similarity,
-        training images against control, with a bootstrap interval; ``report``.
+        ``similarity`` and ``pixel_correlation``, and ``pixel_share`` above 0.9; ``excess``, how much higher the training
+        images' share is than the control's, after the search; ``auc`` of the similarity, training images against
+        control, with a bootstrap interval; ``report``.
 
     Raises:
         UsageError: options that do not go together.
@@ -116,7 +117,6 @@ def rows_of(kind: str, found: Audit) -> list[dict[str, Any]]:
     rows = []
     for point in (0, -1):
         similarity, pixel = found.measures["similarity"][point], found.measures["pixel_correlation"][point]
-        loss = found.loss[..., 0 if point == 0 else -1]
         rows.append(
             {
                 "kind": kind,
@@ -127,7 +127,6 @@ def rows_of(kind: str, found: Audit) -> list[dict[str, Any]]:
                 "similarity": float(similarity.mean()),
                 "pixel_share": float((pixel > PIXEL_COPY).mean()),
                 "pixel_correlation": float(pixel.mean()),
-                "loss": float(loss.mean()),
             }
         )
     return rows
@@ -291,10 +290,12 @@ def draw_curves(path: Path, found: Mapping[str, Audit]) -> None:
             axis.plot(one.points, values.mean(axis=1), color=colour, linewidth=2.2, label=KINDS[kind])
             axis.set(xlabel="steps of the search", ylabel=name.replace("_", " "))
         loss = one.loss.reshape(-1, one.loss.shape[-1]).mean(axis=0)
-        axes[2].plot(np.arange(len(loss)), loss, color=colour, linewidth=1.2)
+        width = min(LOSS_MEAN, len(loss))  # each step has noises and timesteps of its own
+        smooth = np.convolve(loss, np.full(width, 1 / width), mode="valid")
+        axes[2].plot(np.arange(len(smooth)) + width, smooth, color=colour, linewidth=2.2)
     axes[0].axhline(MEMORIZED, color="#999", linewidth=0.8, linestyle=":")
     axes[0].legend(frameon=False, fontsize=8)
-    axes[2].set(xlabel="steps of the search", ylabel="diffusion loss")
+    axes[2].set(xlabel="steps of the search", ylabel=f"diffusion loss, mean of {LOSS_MEAN} steps")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     chart.savefig(path, format="png", metadata={"Software": None})

@@ -1,7 +1,7 @@
 """The adversarial check: does a model that no longer draws a training image still hold it?
 
-Kowalczuk, Hintersdorf, Struppek et al., "Finding Dori: Memorization in Text-to-Image Diffusion Models Is Less Local
-Than Assumed" (arXiv 2507.16880): where neurons are blocked, a text embedding that is optimised to denoise the training
+Kowalczuk, Hintersdorf, Struppek et al., "Finding Dori: Memorization in Text-to-Image Diffusion Models Is Not Local"
+(arXiv 2507.16880): where neurons are blocked, a text embedding that is optimised to denoise the training
 image brings it back. The same search is run for images that the model was never trained on: what succeeds there says
 how much the search can draw by itself.
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from curate.console import Progress, UserError
 from curate.embed import load_embedder
 from curate.images import stack_images
-from train.components import encode_captions, frozen, initial_noise, latent_shape, pixel_size
+from train.components import FLOAT16_GAIN, encode_captions, frozen, initial_noise, latent_shape, pixel_size
 from train.memorization.magnitude import to_eps
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ def search_embeds(
     embeds = start.clone().requires_grad_()
     adam = torch.optim.Adam([embeds], lr=learning_rate)
     n = len(x_0)
+    gain = FLOAT16_GAIN if unet.dtype == torch.float16 else 1.0  # Adam does not mind
     for step in range(steps):
         draws = {restart: _draws(seed, restart, step, noises, x_0.shape[1:], len(alpha_bar)) for restart in restarts}
         loss = torch.zeros(n, device=x_0.device)
@@ -213,7 +214,7 @@ def search_embeds(
                 predicted = to_eps(output.float(), x_t.float(), alpha_bar[t], kind)
                 squared = (predicted - eps).square().flatten(1).mean(1)
                 # Summed over images, so that each has the gradient it would have by itself.
-                (squared.sum() / noises).backward()
+                (gain * squared.sum() / noises).backward()
                 loss.index_add_(0, torch.from_numpy(rows).to(loss.device), squared.detach() / noises)
         adam.step()
         yield embeds.detach().clone(), loss

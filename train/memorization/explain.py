@@ -24,7 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from curate.console import Progress, UsageError, UserError, get_logger, progress, write_atomic, write_json
-from train.components import encode_captions, frozen, initial_noise, latent_shape, load_pipeline
+from train.components import (
+    FLOAT16_GAIN,
+    encode_captions,
+    frozen,
+    initial_noise,
+    latent_shape,
+    load_pipeline,
+)
 from train.memorization.config import ExplainConfig
 from train.memorization.detect import score
 from train.memorization.magnitude import Form, magnitude, to_eps
@@ -38,8 +45,6 @@ Floats = NDArray[np.float32]
 
 # A word keeps its apostrophes and hyphens; everything else that is not space is punctuation, in runs.
 _WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
-_FLOAT16_GAIN = 1024.0
-"""Factor on the magnitude while its gradient passes through float16, where small numbers are lost."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,7 @@ def explain(
 
     unet = pipe.unet
     device, dtype, shape = unet.device, unet.dtype, latent_shape(unet)
-    gain = _FLOAT16_GAIN if dtype == torch.float16 else 1.0
+    gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps[:steps].tolist()
