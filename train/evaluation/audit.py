@@ -47,9 +47,9 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     Returns:
         ``rows``, for each kind of image (``training``, ``control``) before and after the search: ``images``, ``step``,
         ``share`` of drawn images above 0.5, share of images that any restart and seed brought back (``reached``), mean
-        ``similarity`` and ``pixel_correlation``, and ``pixel_share`` above 0.9; ``excess``, how much higher the training
-        images' share is than the control's, after the search; ``auc`` of the similarity, training images against
-        control, with a bootstrap interval; ``report``.
+        ``similarity`` and ``pixel_correlation``, and ``pixel_share`` above 0.9; ``excess``, how much higher the
+        training images' share is than the control's, after the search; ``auc`` of the similarity, training images
+        against control, with a bootstrap interval; ``report``.
 
     Raises:
         UsageError: options that do not go together.
