@@ -144,7 +144,7 @@ class MemorizationFilter:
             self.watched = self.thresholds.isfinite()
         elif policy.policy != "off":
             self.quantiles = MagnitudeQuantiles(how.quantile, how.per_band, how.window)
-        self.evidence = Evidence(how.window, how.quantile) if policy.evidence == "window" else None
+        self.evidence = Evidence(how.window, how.quantile, how.release) if policy.evidence == "window" else None
         self._records: list[Tensor] = []
 
     # -------------------------------------------------------------------------------------------- in each micro-step
@@ -217,7 +217,7 @@ class MemorizationFilter:
         limits = self.thresholds[bands]
         if self.evidence is None or self.quantiles is None:
             return limits
-        shares = torch.special.ndtr(self.evidence.needed(keys.tolist(), step))
+        shares = torch.special.ndtr(self.evidence.needed(keys.tolist(), self.against, step))
         needed = self.quantiles.at(bands, shares)
         needed = torch.where(shares == 0, 0.0, torch.where(shares == 1, torch.inf, needed))
         return torch.where(limits.isfinite(), needed, limits)
@@ -246,7 +246,7 @@ class MemorizationFilter:
         rows, t, keys, bits, left_out = records.unbind(dim=1)
         rows, magnitudes = rows.long(), bits.contiguous().view(torch.float32)
         bands, judged = timestep_band(t.long(), self.diffusion.timesteps), ~magnitudes.isnan()
-        reached = torch.zeros_like(judged)
+        reached = torch.zeros_like(judged)  # by what was known before the step, as it was weighed
         at = judged.nonzero()[:, 0]
         reached[at] = magnitudes[at] >= self._limits(keys[at], bands[at], step)
         if self.policy.expires:
@@ -364,6 +364,8 @@ def check_filter(policy: FilterConfig, model: str) -> None:
             raise UsageError(f"filter.{name} must be {least} or more, not {value}")
     if policy.evidence == "window" and policy.policy != "off" and not (how.steps and how.window):
         raise UsageError("filter.evidence window needs filter.calibrate.steps and filter.calibrate.window")
+    if policy.evidence == "window" and not 0 < how.release <= how.quantile:
+        raise UsageError(f"filter.calibrate.release must lie in (0, quantile], not {how.release}")
     if not 0 < how.quantile < 1:
         raise UsageError(f"filter.calibrate.quantile must lie in (0, 1), not {how.quantile}")
     chosen_thresholds(policy, model)
