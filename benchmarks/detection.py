@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 import train.sampling.guidance
-from train.components import load_pipeline
+from train.components import initial_noise, latent_shape, load_pipeline
 from train.memorization.config import MEMORIZED
 from train.memorization.detect import labels_of, read_outcomes, separation
 from train.memorization.magnitude import magnitude
-from train.memorization.score import initial_noise, score
+from train.memorization.score import score
 from train.memorization.signals import SIGNALS
 from train.prompts import read_prompts
 from train.sampling import GuidedStableDiffusion
@@ -70,8 +70,7 @@ def trace_share(pipe: Any, captions: Sequence[str], steps: int, scale: float) ->
         spent += time.process_time() - start
         return result
 
-    side = pipe.unet.config.sample_size
-    shape = (pipe.unet.config.in_channels, side, side)
+    shape = latent_shape(pipe)
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "guidance_scale": scale,

@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 from curate.console import UserError
-from train.components import tokenize
+from train.components import initial_noise, tokenize
 from train.memorization import bright_ending, draw_mask
 from train.memorization.attention import cross_attention_layers, recorded_attention
 from train.memorization.bright_ending import end_positions, finest_down_layers
-from train.memorization.score import initial_noise
 
 PROMPTS = ["red apple, food fruit", "flag"]
 

@@ -12,19 +12,38 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.memorization.audit import Audit, audit
     from train.memorization.bright_ending import bright_ending, draw_mask
+    from train.memorization.explain import Explanation, explain, suggest
     from train.memorization.magnitude import magnitude, to_eps
     from train.memorization.score import Scores, score
 
-__all__ = ["Scores", "bright_ending", "draw_mask", "magnitude", "score", "to_eps"]
+__all__ = [
+    "Audit",
+    "Explanation",
+    "Scores",
+    "audit",
+    "bright_ending",
+    "draw_mask",
+    "explain",
+    "magnitude",
+    "score",
+    "suggest",
+    "to_eps",
+]
 
 _HOME = {
+    "audit": "audit",
+    "Audit": "audit",
     "bright_ending": "bright_ending",
     "draw_mask": "bright_ending",
+    "explain": "explain",
+    "suggest": "explain",
+    "Explanation": "explain",
     "magnitude": "magnitude",
+    "to_eps": "magnitude",
     "score": "score",
     "Scores": "score",
-    "to_eps": "magnitude",
 }
 
 

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curate.console import UserError
-from train.components import tokenize
+from train.components import initial_noise, latent_shape, tokenize
 from train.memorization.attention import recorded_attention
-from train.memorization.score import initial_noise
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -63,9 +62,7 @@ def bright_ending(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-    unet = pipe.unet
-    side = unet.config.sample_size
-    shape = (unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
+    unet, shape = pipe.unet, latent_shape(pipe)
     noise = torch.stack([initial_noise(shape, seed) for seed in seeds]).to(unet.device, unet.dtype)
 
     with recorded_attention(unet, len(prompts), lambda maps: maps.mean(dim=1), on=num_inference_steps == 1) as recorded:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curate.console import Progress, UsageError, UserError
-from train.components import encode_captions
+from train.components import encode_captions, initial_noise, latent_shape
 from train.memorization.anisotropy import LOW_NOISE
 from train.memorization.attention import recorded_attention
 from train.memorization.magnitude import Form, to_eps
@@ -196,8 +196,7 @@ class Scoring:
         self.alphas_cumprod: list[float] = scheduler.alphas_cumprod.tolist()
         self.noise_sigma = float(scheduler.init_noise_sigma)
         self.prediction_type: str = scheduler.config.prediction_type
-        side = pipe.unet.config.sample_size
-        self.shape = (pipe.unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
+        self.shape = latent_shape(pipe)
         self.empty = encode_captions(pipe, [""])
 
         shared = list(dict.fromkeys(self.seeds.ravel().tolist()))
@@ -343,11 +342,6 @@ def check(steps: int, num_inference_steps: int, batch_size: int) -> None:
         raise UsageError(f"steps is {steps}: expected 1 to num_inference_steps, which is {num_inference_steps}")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}: expected at least 1")
-
-
-def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Drawn on the CPU in float32, so that a seed means one noise on every device and in every dtype."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def mean_attention(maps: Tensor) -> Tensor:
