@@ -34,6 +34,11 @@ VERBS = {
         "train.memorization.detect:run_detect",
         "score prompts by how strongly the model has memorized them",
     ),
+    "localize": Verb(
+        "train.evaluation.config:LocalizeConfig",
+        "train.evaluation.blocking:run_localize",
+        "find the neurons behind memorized prompts, and show what blocking them does",
+    ),
     "evaluate": Verb(
         "train.evaluation.config:EvaluateConfig",
         "train.evaluation.protocol:run_evaluate",

@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.memorization.detect import Scores, score
+    from train.memorization.localize import Localized, localize
     from train.memorization.magnitude import magnitude, to_eps
+    from train.memorization.neurons import blocked
 
-__all__ = ["Scores", "magnitude", "score", "to_eps"]
+__all__ = ["Localized", "Scores", "blocked", "localize", "magnitude", "score", "to_eps"]
 
-_HOME = {"magnitude": "magnitude", "to_eps": "magnitude", "score": "detect", "Scores": "detect"}
+_HOME = {
+    "Localized": "localize",
+    "Scores": "detect",
+    "blocked": "neurons",
+    "localize": "localize",
+    "magnitude": "magnitude",
+    "score": "detect",
+    "to_eps": "magnitude",
+}
 
 
 class _Package(ModuleType):
