@@ -135,8 +135,12 @@ def compare(pipe: Any, measure: Measure, captions: Sequence[str], localizer: Loc
     for caption in captions:
         if len(taken) == args.prompts:
             break
-        rows = {name: search(name, localizer, caption, seeds, threshold) for name in ("ours", "published")}
-        if any(row is None for row in rows.values()):
+        rows: dict[str, Any] = {}
+        for name in ("ours", "published"):
+            rows[name] = search(name, localizer, caption, seeds, threshold)
+            if rows[name] is None:
+                break
+        if None in rows.values():
             continue
         taken.append(caption)
         for name, (initial, mask, score, evaluations, seconds) in rows.items():

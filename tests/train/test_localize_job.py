@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -43,7 +42,7 @@ def prompts(tmp_path_factory):
 def settings(prompts, sample_model):
     return {
         "model": str(sample_model), "prompts": str(prompts), "seeds": 2, "criterion": "magnitude", "threshold": 0.4,
-        "up_blocks": True, "image_seeds": 2, "others": 1, "steps": 2, "columns": 2,
+        "number": 30, "up_blocks": True, "image_seeds": 2, "others": 1, "steps": 2, "columns": 2,
     }  # fmt: skip
 
 
@@ -58,9 +57,9 @@ def done(settings, tmp_path_factory):
 def test_the_summary_tells_of_neurons_cost_and_every_setting(done):
     folder, config, summary = done
     together, own = read_neurons(config.out)
-    assert summary["prompts"] == summary["memorized"] == summary["found"] == len(own) == 2
-    assert summary["neurons"] == count(together) > 0
-    assert summary["neurons_per_prompt"] == np.mean([count(neurons) for neurons in own.values()])
+    assert summary["prompts"] == summary["memorized"] == len(own) == 2
+    assert [count(neurons) for neurons in own.values()] == [30, 30] and summary["neurons_per_prompt"] == 30
+    assert summary["neurons"] == count(together) >= 30
     assert summary["evaluations_per_prompt"] > 0
     rows = {(row["prompts"], row["blocked"]): row for row in summary["rows"]}
     assert len(rows) == 8
@@ -133,9 +132,13 @@ def test_bad_options_and_files_are_named(settings, tmp_path):
         ({"out": "n.txt"}, "ends in .json"),
         ({"seeds": 1}, "--seeds is 1"),
         ({"criterion": "similarity", "threshold": 1.5}, "--threshold is 1.5"),
+        ({"criterion": "similarity"}, "set criterion to magnitude"),
+        ({"number": 10_000}, "number is 10000: expected 0 to 672"),
     ):
         with pytest.raises(UsageError, match=message):
             run_localize(LocalizeConfig(**config | options))
+    with pytest.raises(UserError, match="holds something else"):
+        run_localize(LocalizeConfig(**config | {"edited_model": str(settings["model"])}))
     (tmp_path / "p.txt").write_text("red apple")
     with pytest.raises(UsageError, match="--clean is needed"):
         run_localize(LocalizeConfig(**config | {"prompts": str(tmp_path / "p.txt")}))

@@ -310,3 +310,29 @@ def test_statistics_need_captions():
     with pytest.raises(UserError, match="at least two"):
         Statistics.of(np.zeros((1, 4), np.float32))
     assert Statistics.of(np.array([[0.0], [2.0]], np.float32)).z(np.array([1 - 2**0.5])) == pytest.approx([1])
+
+
+def test_slopes_are_the_derivative_of_the_magnitude(pipe):
+    localizer = Localizer(pipe, CLEAN, criterion="magnitude", up_blocks=True)
+    step = localizer.first_step(CLEAN[0], [0, 1])
+    units = sum(localizer.sizes.values())
+    slopes = Blocking(step, [0, 1], 0.0, "magnitude").slopes(np.zeros(units, bool))
+    unit, h = int(np.abs(slopes).argmax()), 0.05
+    values = []
+    with torch.no_grad():
+        for factor in (1 - h, 1 + h):
+            factors = torch.ones(2, units)
+            factors[:, unit] = factor
+            values.append(float(step.magnitude([0, 1], factors).sum()))
+    assert (values[1] - values[0]) / (2 * h) == pytest.approx(slopes[unit], rel=0.05)
+
+
+def test_by_magnitude_either_a_threshold_or_a_number_decides(pipe):
+    options = {"clean": CLEAN[2:], "seeds": 2, "criterion": "magnitude", "up_blocks": True}
+    before = localize(pipe, CLEAN[:1], threshold=1e-6, number=1, **options).prompts[0].score
+    (prompt,) = localize(pipe, CLEAN[:1], threshold=0.8 * before, **options).prompts
+    assert prompt.found and prompt.blocked_score < 0.8 * before and 0 < count(prompt.neurons) <= prompt.initial
+    (prompt,) = localize(pipe, CLEAN[:1], threshold=0.8 * before, number=5, **options).prompts
+    assert count(prompt.neurons) == 5 and prompt.blocked_score < before
+    with pytest.raises(UsageError, match="set criterion to magnitude"):
+        localize(pipe, CLEAN[:1], clean=CLEAN[2:], number=5)

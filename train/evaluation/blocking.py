@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from curate.console import UsageError, UserError, get_logger, progress, refuse_other_settings, write_atomic, write_json
 from train.components import load_pipeline
 from train.evaluation.config import LocalizeConfig
-from train.evaluation.drawn import read_drawn
+from train.evaluation.drawn import Drawn, read_drawn
 from train.evaluation.metrics import memorized_share, similarity_among_seeds
 from train.memorization.config import MEMORIZED
 from train.memorization.localize import Localization, Localized, Localizer
@@ -82,6 +82,8 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
         raise UserError(f"{config.prompts}: every prompt has label 0, so there is none to localize")
     if len(clean) < 2:
         raise UsageError("--clean is needed: a file of captions that are not memorized (or prompts of label 0)")
+    if config.edited_model:
+        check_edited(Path(config.edited_model))
     settings = {name: getattr(config, name) for name in SEARCH} | {"weights": fingerprint(Path(config.model))}
     for name in ("prompts", "clean"):
         settings[name] = fingerprint(Path(settings[name])) if settings[name] else ""
@@ -176,15 +178,24 @@ def _search(
     return found, spent / len(prompts)
 
 
+def check_edited(folder: Path) -> None:
+    """See that an edited model can be written there, or was already.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / REMOVED).is_file():
+        raise UserError(f"{folder}: holds something else already: choose another --edited_model")
+
+
 def write_edited(pipe: StableDiffusionPipeline, neurons: Neurons, folder: Path) -> None:
     """Write the pipeline with these neurons' rows of ``to_v`` at zero, and what stood there as
     ``removed_rows.safetensors`` (:func:`~train.memorization.neurons.restore_rows` puts it back). ``pipe`` is edited.
 
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder holds something else.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds something already: choose another --edited_model")
+    check_edited(folder)
     rows = zero_rows(pipe, neurons)
     pipe.save_pretrained(folder)
     save_rows(folder / REMOVED, rows)
@@ -262,7 +273,7 @@ def _sample_config(config: LocalizeConfig, prompts: Path, out: Path, neurons: st
 
 
 def compare(
-    config: LocalizeConfig, drawn: Sequence[tuple[str, str, float, Any]], prompts: Sequence[Prompt]
+    config: LocalizeConfig, drawn: Sequence[tuple[str, str, float, Drawn]], prompts: Sequence[Prompt]
 ) -> tuple[list[dict[str, Any]], list[NDArray[np.bool_] | None]]:
     """Measure every setting.
 
@@ -324,7 +335,7 @@ def _draw_picture(
     path: Path,
     config: LocalizeConfig,
     prompts: Sequence[Prompt],
-    drawn: Sequence[tuple[str, str, float, Any]],
+    drawn: Sequence[tuple[str, str, float, Drawn]],
     copied: Sequence[NDArray[np.bool_] | None],
 ) -> None:
     """Originals, and the first image of each prompt in every setting; memorized ones have a frame."""
