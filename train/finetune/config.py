@@ -103,6 +103,9 @@ class FilterConfig:
         verdict_of: whose last verdict stands in: the ``sample``'s own, or the latest one of any sample under the same
             ``caption``, whose visits it then holds for: copies that stand under one caption are judged by each other,
             as the magnitude is the caption's more than the image's.
+        evidence: what a verdict rests on: the magnitude of that ``visit`` alone; or those of all visits in the
+            ``window`` of ``calibrate``, which it needs, each ranked among the unique samples', older ones counting
+            less: visits of the sample, or of all samples under its caption (``verdict_of``).
         calibrate: thresholds from the run itself.
         warmup_steps: steps before the filter starts.
     """
@@ -114,6 +117,7 @@ class FilterConfig:
     k: int = 5
     expires: int = 8
     verdict_of: Literal["sample", "caption"] = "sample"
+    evidence: Literal["visit", "window"] = "visit"
     calibrate: Calibration = field(default_factory=Calibration)
     warmup_steps: int = 0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -125,6 +127,24 @@ def test_samples_under_one_caption_are_judged_by_each_other_where_that_is_asked_
     for one in (judge, restored):
         assert one([4, 5, 6], [1.0] * 3, t=[100] * 3, captions=["a", "a", "a"]) == [0, 0, 0]  # known before the step
         assert one([4], [1.0], t=[100], captions=["a"]) == [1]
+
+
+def test_visits_in_the_window_add_up_to_a_verdict_that_none_of_them_reaches():
+    how = FilterConfig(
+        "noisy_steps", verdict_of="caption", evidence="window", calibrate=Calibration(20, 0.95, window=1000)
+    )
+    reference = torch.arange(100) < 90
+    judge = OneNumber(how, 100, reference=reference)
+    rng, outcomes = np.random.default_rng(0), []
+    for step in range(60):  # 15 visits a step of the unique samples, each met six times; one of caption "copy"
+        rows = [*((step * 15 + np.arange(15)) % 90).tolist(), 90 + step % 10]
+        captions = [*(str(row) for row in rows[:-1]), "copy"]
+        kept = judge(rows, [*rng.uniform(1, 2, 15).tolist(), 1.8], captions=captions)  # their quantile 0.8
+        outcomes.append(kept[-1])
+    assert outcomes[0] == 1 and outcomes[-1] == 0
+    assert judge.filter.thresholds[9] > 1.9
+    totals = judge.filter.table.totals()
+    assert totals["dropped"] - outcomes.count(0) < 0.12 * 40 * 15  # of the unique samples' visits after calibration
 
 
 def test_nothing_is_judged_before_the_warm_up_ends_nor_in_bands_without_a_threshold():
@@ -257,7 +277,8 @@ def verdicts(out) -> list[dict]:
 
 @pytest.mark.timeout(300)
 def test_a_killed_run_goes_on_with_its_verdicts_and_thresholds(model, shards, tmp_path):
-    changes = SLOWLY | {"batch_size": 16, "checkpoint_every": 5}
+    policy = dataclasses.replace(STORED, evidence="window")
+    changes = SLOWLY | {"batch_size": 16, "checkpoint_every": 5, "filter": policy}
     run_finetune(settings(model, shards, tmp_path / "whole", **changes))
     lines = log_lines(tmp_path / "whole")
     assert all(0 < line["judged"] < 16 for line in lines)
@@ -296,6 +317,7 @@ def test_two_processes_reach_the_verdicts_of_one(model, shards, tmp_path):
         (FilterConfig("every_step", threshold=[1.0, None]), "one a timestep band"),
         (FilterConfig("one_in_k", k=0), "filter.k"),
         (FilterConfig("every_step", calibrate=Calibration(steps=5, quantile=1.0)), "quantile"),
+        (FilterConfig("every_step", evidence="window", calibrate=Calibration(steps=5)), "calibrate.window"),
     ],
 )
 def test_settings_of_the_filter_out_of_range_are_named(model, shards, tmp_path, policy, word):
