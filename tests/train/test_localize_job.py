@@ -62,7 +62,7 @@ def test_the_summary_tells_of_neurons_cost_and_every_setting(done):
     assert summary["neurons"] == count(together) >= 30
     assert summary["evaluations_per_prompt"] > 0
     rows = {(row["prompts"], row["blocked"]): row for row in summary["rows"]}
-    assert len(rows) == 8
+    assert len(rows) == 9 and rows["others", "one localized prompt's"]["neurons"] == 30
     nothing, ours = rows["localized", "none"], rows["localized", "each prompt's own"]
     assert nothing["to_unblocked"] == pytest.approx(1, abs=1e-5) and ours["to_unblocked"] < 0.999
     assert all(row["to_original"] is not None for row in rows.values() if row["prompts"] == "localized")
@@ -154,9 +154,9 @@ def test_bad_options_and_files_are_named(settings, tmp_path):
 def test_the_verb_prints_its_summary(run_cli, prompts, sample_model, tmp_path):
     result = run_cli(
         "train", "localize", "--model", sample_model, "--prompts", prompts, "--out", "n.json", "--seeds", 2,
-        "--report", "false", "--json",
+        "--threshold", 0.99, "--report", "false", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
-    assert summary["prompts"] == 2 and 0 < summary["threshold"] < 1
+    assert (summary["prompts"], summary["memorized"], summary["threshold"]) == (2, 0, 0.99)
     assert json.loads((tmp_path / "n.json").read_text())["layers"]

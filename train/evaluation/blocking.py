@@ -224,6 +224,9 @@ def _report(
     ]
     together = random_neurons(found.neurons, sizes, config.random_seed)
     write_json(folder / "random.json", {"prompts": control, "neurons": together, "unfinished": False})
+    sets = [prompt.neurons for prompt in found.prompts if prompt.neurons] or [{}]
+    foreign = [{"caption": p.caption, "neurons": sets[i % len(sets)]} for i, p in enumerate(others)]
+    write_json(folder / "foreign.json", {"prompts": foreign, "neurons": {}, "unfinished": False})
 
     settings = [
         ("localized", "none", "", "all"),
@@ -232,6 +235,7 @@ def _report(
         ("localized", "all together", config.out, "all"),
         ("localized", "as many as all at random", str(folder / "random.json"), "all"),
         ("others", "none", "", "all"),
+        ("others", "one localized prompt's", str(folder / "foreign.json"), "own"),
         ("others", "all together", config.out, "all"),
         ("others", "as many as all at random", str(folder / "random.json"), "all"),
     ]
@@ -242,8 +246,8 @@ def _report(
         log.info(f"{kind} prompts, blocked: {blocking}")
         into = folder / f"{kind}-{blocking.replace(' ', '-')}".replace("'", "")
         run_sample(_sample_config(config, files[kind], into, neurons, neurons_of))
-        own = [count(prompt.neurons) for prompt in found.prompts]
-        blocked = 0 if not neurons else count(found.neurons) if neurons_of == "all" else float(np.mean(own))
+        own = [count(prompt.neurons) for prompt in found.prompts if (prompt.neurons or kind != "others")]
+        blocked = 0 if not neurons else count(found.neurons) if neurons_of == "all" else float(np.mean(own or [0]))
         drawn.append((kind, blocking, float(blocked), read_drawn(into, config.model, blocking, kind)))
     rows, copied = compare(config, drawn, [*prompts, *others])
     picture = folder / "figure.png"

@@ -218,7 +218,7 @@ class Localizer:
         return Localization(
             caption=caption,
             seeds=list(seeds),
-            memorized_seeds=[int(seeds[row]) for row in memorized],
+            memorized_seeds=[seeds[row] for row in memorized.tolist()],
             score=float(scores.max()),
             threshold=threshold,
             initial=initial,

@@ -116,10 +116,11 @@ def random_neurons(neurons: Neurons, sizes: Mapping[str, int], seed: int) -> dic
     rng = np.random.default_rng(seed)
     drawn = {}
     for name, units in neurons.items():
-        n, others = len(set(units)), np.setdiff1d(np.arange(sizes[name]), list(units))
-        chosen = rng.permutation(others)[:n]
-        rest = rng.choice(list(set(units)), n - len(chosen), replace=False) if n > len(chosen) else []
-        drawn[name] = sorted(int(unit) for unit in (*chosen, *rest))
+        own = np.unique(np.asarray(units, np.int64))
+        chosen = rng.permutation(np.setdiff1d(np.arange(sizes[name]), own))
+        if len(chosen) < len(own):
+            chosen = np.concatenate([chosen, rng.permutation(own)])
+        drawn[name] = sorted(chosen[: len(own)].tolist())
     return drawn
 
 
@@ -206,7 +207,7 @@ def blocked(pipe: StableDiffusionPipeline | nn.Module, neurons: Neurons) -> Iter
     Raises:
         UserError: the model lacks a layer or a unit.
     """
-    unet = getattr(pipe, "unet", pipe)
+    unet: Any = getattr(pipe, "unet", pipe)
     layers = value_layers(unet, up_blocks=True)
     sizes = widths(layers)
     to_mask(neurons, sizes)
