@@ -47,10 +47,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "noisy_alone": {"policy": "noisy_steps", "expires": 0},
     "noisy_caption": {"policy": "noisy_steps", "verdict_of": "caption"},
     "noisy_caption_window": {"policy": "noisy_steps", "verdict_of": "caption", "evidence": "window"},
+    "noisy_caption_window_plain": {"policy": "noisy_steps", "verdict_of": "caption", "evidence": "window"},
     "noisy_one_in_k_caption": {"policy": "noisy_one_in_k", "k": 2, "verdict_of": "caption"},
 }
 RUNS = [
-    *(("noisy_caption_window", quantile) for quantile in (0.9, 0.8, 0.95, 0.7, 0.99)),
+    *(("noisy_caption_window", quantile) for quantile in (0.9, 0.8, 0.95, 0.99)),
+    *(("noisy_caption_window_plain", quantile) for quantile in (0.9, 0.8)),
     *(("noisy_caption", quantile) for quantile in (0.8, 0.7, 0.9, 0.95)),
     *(("every_step", quantile) for quantile in (0.8, 0.7, 0.95)),
     *((policy, 0.8) for policy in ("noisy_steps", "one_in_k", "noisy_alone", "noisy_one_in_k_caption")),
@@ -108,6 +110,8 @@ def run_one(out: Path, name: str, size: Size) -> dict[str, Any]:
     elif name != "off":
         policy, quantile = name.rsplit("-", 1)
         calibration = Calibration(size.calibrate, float(quantile), window=size.window, unique=str(out / "curated"))
+        if policy.endswith("_plain"):  # without a release of its own
+            calibration.release = calibration.quantile
         changes = {"filter": FilterConfig(**POLICIES[policy], calibrate=calibration)}
     log.info("run %s", name)
     summary = run_finetune(finetune_settings(out, folder / "finetune", size, **changes))

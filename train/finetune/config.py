@@ -70,6 +70,7 @@ class Calibration:
     Args:
         steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes ``filter.threshold``.
         quantile: of their magnitudes that becomes the threshold: one minus the share of unique samples left out.
+        release: with ``evidence: window``, the quantile below which what was left out counts again.
         per_band: one threshold for each timestep band of 100; else one for all.
         window: steps after which an older magnitude counts by a factor e less; the threshold then follows the model to
             the end of the run. 0 fixes it after ``steps``.
@@ -79,6 +80,7 @@ class Calibration:
 
     steps: int = 0
     quantile: float = 0.99
+    release: float = 0.5
     per_band: bool = True
     window: int = 0
     unique: str = ""

@@ -6,7 +6,7 @@ forty times is met so often that its magnitudes can be taken together, before th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -29,16 +29,21 @@ class Evidence:
     estimated from the unique samples that were met again. With a single visit Z is that visit's z, and a verdict that
     of its magnitude alone.
 
+    A verdict against a key holds until Z falls below a lower quantile: otherwise what is left out comes back as soon as
+    its magnitude has fallen by a little, and is learned again.
+
     Args:
         window: optimizer steps in which a visit's weight falls by a factor e.
         quantile: of Z among unique samples, from which on a verdict is against the sample.
+        release: the quantile below which it no longer is; at most ``quantile``.
     """
 
     LIMIT = 2.5  # of |z|: a few hundred magnitudes tell no more of their distribution's ends
 
-    def __init__(self, window: int, quantile: float) -> None:
+    def __init__(self, window: int, quantile: float, release: float) -> None:
         self.window = window
-        self.least = float(torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)))
+        ends = torch.special.ndtri(torch.tensor([quantile, release], dtype=torch.float64))
+        self.least, self.least_again = ends.tolist()
         # key → Σ w z, Σ w, Σ w², all at the step that stands last
         self.of: dict[int, tuple[float, float, float, int]] = {}
         self.met_again = np.zeros(2)  # faded sums over unique samples that were met again: z times their mean z; 1
@@ -58,16 +63,22 @@ class Evidence:
         fade = float(np.exp((last - step) / self.window))
         return scores * fade, weights * fade, squares * fade * fade
 
-    def needed(self, keys: Sequence[int], step: int) -> Tensor:
+    def needed(self, keys: Sequence[int], against: Container[int], step: int) -> Tensor:
         """The least z with which a visit's verdict is against its key: ``[n]`` float64; ±infinity where any or no z is.
 
         Visits of one step do not count for each other.
+
+        Args:
+            keys: n, whose visits they are.
+            against: the keys whose last verdict was against them.
+            step: optimizer step.
         """
         least, rho = np.empty(len(keys)), self.correlation
         for at, key in enumerate(keys):
             scores, weights, squares = self.before(key, step)
             weights, squares = weights + 1, squares + 1
-            least[at] = self.least * np.sqrt(squares + rho * (weights * weights - squares)) - scores
+            level = self.least_again if key in against else self.least
+            least[at] = level * np.sqrt(squares + rho * (weights * weights - squares)) - scores
         least[least > self.LIMIT], least[least <= -self.LIMIT] = np.inf, -np.inf
         return torch.from_numpy(least)
 

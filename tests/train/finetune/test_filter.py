@@ -190,6 +190,28 @@ def test_verdict_table_counts_repeated_visits_by_band(tmp_path):
     assert rows[0]["judged_by_band"] == [1] + [0] * 8 + [1]
 
 
+def test_the_table_grows_with_the_samples_that_were_judged_and_comes_back_from_a_checkpoint(tmp_path):
+    rng, table, judged = np.random.default_rng(0), VerdictTable(100_000), {}
+    tables = [table]
+    for step in range(100):
+        rows = torch.from_numpy(rng.integers(0, 100_000, 64))
+        m = torch.where(torch.from_numpy(rng.random(64)) < 0.5, 1.0, NAN)
+        for row in rows[~m.isnan()].tolist():
+            judged[row] = judged.get(row, 0) + 1
+        no = torch.zeros(64, dtype=torch.bool)
+        for one in tables:
+            one.record(rows, torch.full((64,), 3), m, no, no)
+        if step == 50:  # in the middle, with places to spare
+            tables.append(VerdictTable(100_000))
+            tables[1].load_state_dict(table.state_dict())
+    assert table.used == len(judged) and len(table.reached) < 3 * len(judged)
+    for number, one in enumerate(tables):
+        one.write(tmp_path / f"{number}.parquet", [("s", str(row)) for row in range(100_000)])
+    first, second = (pq.read_table(tmp_path / f"{number}.parquet").to_pylist() for number in range(2))
+    assert first == second
+    assert {int(row["key"]): row["judged"] for row in first if row["judged"]} == judged
+
+
 def test_what_processes_saw_is_exchanged_in_the_order_of_positions():
     # Two processes, two micro-steps of one sample: the gather of a launcher, done by hand.
     of_rank = [torch.tensor([[[0]], [[2]]], dtype=torch.int32), torch.tensor([[[1]], [[3]]], dtype=torch.int32)]
