@@ -121,9 +121,9 @@ def localize(
         seeds: initial noises: how many (0, 1, …), or which ones.
         criterion: what has to fall below the threshold. ``similarity`` is the paper's: MS-SSIM of the first step's
             difference with neurons blocked to that without, and candidates by their activations. ``magnitude`` is the
-            text-conditional noise magnitude at the first step, and candidates by its gradient with respect to each
-            neuron's factor: not the paper's, and for models whose memorization is spread over many neurons of
-            ordinary activation.
+            text-conditional noise magnitude on pure noise, averaged over three timesteps, and candidates by its
+            gradient with respect to each neuron's factor: not the paper's, and for models whose memorization is spread
+            over many neurons of ordinary activation.
         threshold: τ_mem; None takes the clean captions' mean score plus ``deviations`` standard deviations (§3.1).
         deviations: the paper's one.
         number: take this many neurons of every memorized prompt, the first candidates of ``magnitude``, instead of
