@@ -28,7 +28,7 @@ from PIL.Image import Image
 from curate.console import progress
 from curate.embed import Embedder
 from curate.index import TrainingIndex
-from train.components import encode_captions, load_pipeline
+from train.components import encode_captions, initial_noise, latent_shape, load_pipeline
 from train.evaluation.dual_encoder import DualEncoder
 from train.evaluation.metrics import memorized_share
 from train.memorization.localize import Blocking, Localizer, candidate_sets, refine, select
@@ -82,9 +82,7 @@ def draw(pipe: Any, localizer: Localizer, captions: Sequence[str], masks: Mask |
 
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
-    shape = (4, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
-    x = torch.stack(noises * len(captions))
+    x = torch.stack([initial_noise(latent_shape(pipe.unet), seed) for seed in SEEDS] * len(captions))
     cond = encode_captions(pipe, captions).repeat_interleave(len(SEEDS), 0)
     embeds = torch.cat([encode_captions(pipe, [""]).expand_as(cond), cond])
     with gates(localizer.layers) as gate:

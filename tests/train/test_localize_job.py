@@ -145,8 +145,12 @@ def test_bad_options_and_files_are_named(settings, tmp_path):
     (tmp_path / "n.json").write_text("{}")
     with pytest.raises(UserError, match="not a file of train localize"):
         run_localize(LocalizeConfig(**config))
-    with pytest.raises(UserError, match="not a file of train localize"):
-        read_neurons(tmp_path / "n.json")
+    for text in ("{}", "[]", '{"neurons": [1]}', '{"neurons": {"a": ["b"]}}', "{"):
+        (tmp_path / "n.json").write_text(text)
+        with pytest.raises(UserError, match="n.json: (not a file of neurons|cannot be read)"):
+            read_neurons(tmp_path / "n.json")
+    (tmp_path / "n.json").write_text('{"neurons": {"a.attn2.to_v": [1]}}')
+    assert read_neurons(tmp_path / "n.json") == ({"a.attn2.to_v": [1]}, {})
     with pytest.raises(UserError, match="no such file"):
         read_neurons(tmp_path / "none.json")
 

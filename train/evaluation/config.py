@@ -168,7 +168,7 @@ class AuditConfig:
             scheduler that a single file lacks; null asks the hub.
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         control: prompt file of images that were never trained on, all of whose rows are controls.
-        neurons: JSON file of neurons that are blocked in the model: {"neurons": {"<module of a to_v>": [indices]}}.
+        neurons: JSON file of neurons that are blocked in the model: {"neurons": {"<name of an attn2.to_v>": [units]}}.
         images: how many images of each kind are attacked, from the first; 0 takes all.
         index: training-set index (the output folder of curate dedup), whose calibration brings similarities onto SSCD's
             scale; empty takes the embedder's cosine as it is.

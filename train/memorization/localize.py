@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curate.console import Progress, UsageError
-from train.components import encode_captions
+from train.components import encode_captions, frozen, initial_noise, latent_shape
 from train.memorization.magnitude import magnitude, to_eps
 from train.memorization.neurons import (
     Mask,
@@ -241,7 +241,7 @@ class FirstStep:
     Args:
         pipe: Stable Diffusion.
         caption: the prompt.
-        seeds: of the initial noises; drawn on the CPU in float32, so that a seed means one noise everywhere.
+        seeds: of the initial noises.
         layers: whose neurons can be blocked.
         batch_size: images per UNet pass.
     """
@@ -266,9 +266,7 @@ class FirstStep:
         self.timesteps = [int(scheduler.timesteps[step]) for step in STEPS]
         self.alphas_cumprod = scheduler.alphas_cumprod
         self.prediction_type = scheduler.config.prediction_type
-        side = self.unet.config.sample_size
-        shape = (self.unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
-        noises = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        noises = [initial_noise(latent_shape(self.unet), int(seed)) for seed in seeds]
         self.x_T = torch.stack(noises).to(self.unet.device, self.unet.dtype)
         self.empty, self.prompt = encode_captions(pipe, ["", caption]).to(self.unet.dtype)
         self.evaluations = 0
@@ -389,7 +387,7 @@ class Blocking:
         step, before = self.step, self.step.evaluations
         total = torch.zeros(len(mask))
         for row in self.rows[:GRADIENT_SEEDS]:
-            with torch.enable_grad():
+            with torch.enable_grad(), frozen(step.unet):
                 factors = torch.from_numpy(~mask).to(step.unet.device, step.unet.dtype)[None].requires_grad_()
                 total += torch.autograd.grad(self.measure([row], factors).sum(), factors)[0][0].float().cpu()
         step.evaluations += (GRADIENT_COST - 1) * (step.evaluations - before)

@@ -302,10 +302,12 @@ def load_rows(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_neurons(path: str | Path) -> tuple[dict[str, list[int]], dict[str, dict[str, list[int]]]]:
-    """The neurons in a file of ``train localize``.
+    """The neurons in a file of ``train localize``, or in one made by hand.
+
+    The latter is ``{"neurons": {"<name of an attn2.to_v>": [units]}}``.
 
     Returns:
-        All of them together, and each caption's own.
+        All of them together, and each caption's own, which a file by hand need not have.
 
     Raises:
         UserError: the file is missing, or holds no neurons.
@@ -318,12 +320,12 @@ def read_neurons(path: str | Path) -> tuple[dict[str, list[int]], dict[str, dict
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        if content["unfinished"]:
+        if content.get("unfinished"):
             raise UserError(f"{path}: train localize was stopped; run it again, it goes on")
-        own = {row["caption"]: _checked(row["neurons"]) for row in content["prompts"]}
+        own = {row["caption"]: _checked(row["neurons"]) for row in content.get("prompts", ())}
         return _checked(content["neurons"]), own
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path}: not a file of train localize") from None
+        raise UserError(f"{path}: not a file of neurons, as train localize writes it") from None
 
 
 def _checked(neurons: Any) -> dict[str, list[int]]:
