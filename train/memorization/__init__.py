@@ -15,20 +15,38 @@ if TYPE_CHECKING:
     from train.memorization.audit import Audit, audit
     from train.memorization.detect import Scores, score
     from train.memorization.explain import Explanation, explain, suggest
+    from train.memorization.localize import Localized, localize
     from train.memorization.magnitude import magnitude, to_eps
+    from train.memorization.neurons import blocked
 
-__all__ = ["Audit", "Explanation", "Scores", "audit", "explain", "magnitude", "score", "suggest", "to_eps"]
+__all__ = [
+    "Audit",
+    "Explanation",
+    "Localized",
+    "Scores",
+    "audit",
+    "blocked",
+    "explain",
+    "localize",
+    "magnitude",
+    "score",
+    "suggest",
+    "to_eps",
+]
 
 _HOME = {
-    "magnitude": "magnitude",
-    "to_eps": "magnitude",
-    "score": "detect",
-    "Scores": "detect",
-    "explain": "explain",
-    "suggest": "explain",
-    "Explanation": "explain",
-    "audit": "audit",
     "Audit": "audit",
+    "Explanation": "explain",
+    "Localized": "localize",
+    "Scores": "detect",
+    "audit": "audit",
+    "blocked": "neurons",
+    "explain": "explain",
+    "localize": "localize",
+    "magnitude": "magnitude",
+    "score": "detect",
+    "suggest": "explain",
+    "to_eps": "magnitude",
 }
 
 

@@ -144,6 +144,9 @@ class SampleConfig:
         scale: classifier-free guidance scale.
         scheduler: a diffusers scheduler class, as in DPMSolverMultistepScheduler; empty keeps the model's.
         negative_prompt: what not to draw.
+        neurons: file of ``train localize``, whose neurons are blocked while images are drawn; empty blocks none.
+        neurons_of: all of the file's neurons for every prompt, or each prompt's own only (its images are then not
+            batched with another's).
         height: in pixels; 0 is the model's own.
         width: in pixels; 0 is the model's own.
         batch_size: images drawn together.
@@ -168,6 +171,8 @@ class SampleConfig:
     scale: float = 7.5
     scheduler: str = ""
     negative_prompt: str = ""
+    neurons: str = ""
+    neurons_of: Literal["all", "own"] = "all"
     height: int = 0
     width: int = 0
     batch_size: int = 8

@@ -12,7 +12,9 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from curate.console import UsageError, UserError, get_logger, progress, to_json, write_atomic
 from train.components import load_pipeline
 from train.memorization.config import MEMORIZED
+from train.memorization.neurons import blocked, read_neurons
 from train.prompts import Prompt, read_prompts
 from train.sampling.amg import AMG, check_embedder
 from train.sampling.config import SampleConfig
@@ -191,22 +194,24 @@ def _settings(config: SampleConfig) -> str:
         "dtype",
     ]
     decisive: dict[str, Any] = {name: getattr(config, name) for name in names}
-    decisive["model"] = [config.model, _fingerprint(Path(config.model))]
+    decisive["model"] = [config.model, fingerprint(Path(config.model))]
     for name in ("revision", "variant", "model_config"):
         if getattr(config, name):
             decisive[name] = getattr(config, name)
     if config.lora:
-        decisive["lora"] = [config.lora, _fingerprint(Path(config.lora))]
+        decisive["lora"] = [config.lora, fingerprint(Path(config.lora))]
     if config.index:
         from curate.index import index_folder
 
-        decisive["index"] = _fingerprint(index_folder(config.index))
+        decisive["index"] = fingerprint(index_folder(config.index))
+    if config.neurons:
+        decisive["neurons"] = [config.neurons_of, *read_neurons(config.neurons)]
     if config.guidance != "none":
         decisive["amg"] = asdict(config.amg)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Of a file or folder: names, sizes, and both ends of each file (weights run to gigabytes)."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
@@ -228,6 +233,11 @@ def _check_same(path: Path, task: Task, record: dict[str, Any], settings: str) -
 
 def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, Image.Image, dict[str, Any]]]:
     """Images and their records, batch by batch."""
+    together, own = read_neurons(config.neurons) if config.neurons else ({}, {})
+    if config.neurons and config.neurons_of == "own":
+        for task in tasks:
+            if task.prompt.caption not in own:
+                raise UserError(f"{config.neurons}: has no neurons of {task.prompt.caption!r}: take --neurons_of all")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,19 +264,20 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
     pipe.set_progress_bar_config(disable=True)
 
     with progress(total=len(tasks), desc="sampling", unit="images") as bar:
-        for start in range(0, len(tasks), config.batch_size):
-            batch = tasks[start : start + config.batch_size]
+        for batch in _batches(config, tasks):
             began = time.perf_counter()
-            output = pipe(
-                [task.prompt.caption for task in batch],
-                negative_prompt=[config.negative_prompt] * len(batch),
-                num_inference_steps=config.steps,
-                guidance_scale=config.scale,
-                height=config.height or None,
-                width=config.width or None,
-                generator=[torch.Generator("cpu").manual_seed(task.seed) for task in batch],
-                guidance=guidance,
-            )
+            neurons = own[batch[0].prompt.caption] if config.neurons_of == "own" and own else together
+            with blocked(pipe, neurons) if config.neurons else nullcontext():
+                output = pipe(
+                    [task.prompt.caption for task in batch],
+                    negative_prompt=[config.negative_prompt] * len(batch),
+                    num_inference_steps=config.steps,
+                    guidance_scale=config.scale,
+                    height=config.height or None,
+                    width=config.width or None,
+                    generator=[torch.Generator("cpu").manual_seed(task.seed) for task in batch],
+                    guidance=guidance,
+                )
             assert isinstance(output, GuidedOutput)
             seconds = (time.perf_counter() - began) / len(batch)
             nearest = _nearest(index, embedder, output.images)
@@ -274,6 +285,16 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
                 steps = [{k: v for k, v in row.items() if k != "image"} for row in output.trace if row["image"] == i]
                 yield task, image, _record(config, task, steps, seconds, nearest[i])
             bar.update(len(batch))
+
+
+def _batches(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:
+    """What is drawn together; of one prompt only, where each prompt has neurons of its own blocked."""
+    groups: list[list[Task]] = [list(tasks)]
+    if config.neurons and config.neurons_of == "own":
+        groups = [list(group) for _, group in groupby(tasks, key=lambda task: task.prompt.caption)]
+    for group in groups:
+        for start in range(0, len(group), config.batch_size):
+            yield group[start : start + config.batch_size]
 
 
 def _scheduler(config: SampleConfig, pipe: Any) -> dict[str, Any]:
