@@ -280,7 +280,7 @@ def locked(folder: str | os.PathLike[str], lock: str | os.PathLike[str]) -> Iter
     Raises:
         UserError: another run holds the lock.
     """
-    with open(lock, "w") as handle:
+    with open(lock, "a") as handle:
         try:
             import fcntl
 

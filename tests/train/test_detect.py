@@ -1,154 +1,27 @@
-"""Detection: the trajectory's magnitudes against denoisers that are known in closed form, and the job."""
+"""The detection job: rows and judgement, prompts from other places, and runs that are killed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from types import SimpleNamespace
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-import torch
-from diffusers import DDIMScheduler
 
 from curate.console import UsageError, UserError
-from train.components import encode_captions, tokenize
-from train.memorization import score
+from curate.index import TrainingIndex
 from train.memorization.config import DetectConfig
 from train.memorization.detect import run_detect
 
 PROMPTS = ["red apple, food fruit", "grinning face", "flag"]
-SHAPE = (4, 16, 16)
-
-
-class KnownDenoiser(torch.nn.Module):
-    """The exact denoiser of N(μ, s²) data, where the prompt says μ and s.
-
-    ``ε(x_t, e) = √(1−ᾱ_t) (x_t − √ᾱ_t μ_e) / (ᾱ_t s_e² + 1 − ᾱ_t)``; with s = 0 the data is the one image μ.
-    The empty prompt stands for N(0, 1).
-    """
-
-    def __init__(self, pipe, means: dict[str, torch.Tensor], s: float, prediction_type: str = "epsilon"):
-        super().__init__()
-        self.config = SimpleNamespace(sample_size=SHAPE[1], in_channels=SHAPE[0])
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.known = [(encode_captions(pipe, [""])[0], torch.zeros(SHAPE), 1.0)]
-        self.known += [(encode_captions(pipe, [caption])[0], mean, s) for caption, mean in means.items()]
-        self.alphas_cumprod = pipe.scheduler.alphas_cumprod.double()
-        self.prediction_type = prediction_type
-
-    def forward(self, x, t, encoder_hidden_states, return_dict):
-        rows = []
-        a = self.alphas_cumprod[int(t)]
-        for x_t, embeds in zip(x.double(), encoder_hidden_states, strict=True):
-            _, mean, s = min(self.known, key=lambda known: (known[0] - embeds).abs().max().item())
-            eps = (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * s**2 + 1 - a)
-            v = (eps - (1 - a).sqrt() * x_t) / a.sqrt()
-            rows.append(v if self.prediction_type == "v_prediction" else eps)
-        return (torch.stack(rows).float(),)
-
-
-def with_denoiser(pipe, unet: torch.nn.Module, prediction_type: str = "epsilon"):
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
-    return SimpleNamespace(unet=unet, scheduler=scheduler, tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
-
-
-@pytest.fixture(scope="module")
-def means() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {caption: torch.randn(SHAPE, generator=generator) for caption in PROMPTS}
-
-
-def test_magnitude_of_gaussians_of_one_width_is_the_closed_form(tiny_pipe, means):
-    # s = 1 as for the empty prompt: m_t = √(1−ᾱ_t) √ᾱ_t ‖μ‖, whatever the noise.
-    scores = score(with_denoiser(tiny_pipe, KnownDenoiser(tiny_pipe, means, s=1.0)), PROMPTS, steps=5)
-    a = tiny_pipe.scheduler.alphas_cumprod[scores.timesteps].double()
-    for row, caption in enumerate(PROMPTS):
-        expected = ((1 - a) * a).sqrt() * means[caption].double().norm()
-        assert scores.magnitudes[row] == pytest.approx(np.tile(expected, (4, 1)), rel=1e-5)
-
-
-def test_magnitude_along_the_trajectory_to_one_image_is_the_closed_form(tiny_pipe, means):
-    # s = 0 and scale 1: DDIM keeps ε, so x_t = √ᾱ_t μ + √(1−ᾱ_t) ε with ε fixed by x_T.
-    unet = KnownDenoiser(tiny_pipe, means, s=0.0)
-    scores = score(with_denoiser(tiny_pipe, unet), PROMPTS, steps=50, seeds=[3, 11], guidance_scale=1.0)
-    a = tiny_pipe.scheduler.alphas_cumprod[scores.timesteps].double().reshape(-1, 1, 1, 1)
-    for row, caption in enumerate(PROMPTS):
-        mean = means[caption].double()
-        for column, seed in enumerate((3, 11)):
-            x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).double()
-            eps = (x_T - a[0].sqrt() * mean) / (1 - a[0]).sqrt()
-            x_t = a.sqrt() * mean + (1 - a).sqrt() * eps
-            expected = (eps - (1 - a).sqrt() * x_t).flatten(1).norm(dim=1)
-            # The first steps' float32 latents carry an error of 1e-6 of their own.
-            assert scores.magnitudes[row, column] == pytest.approx(expected.numpy(), rel=2e-5, abs=1e-4)
-
-
-def test_models_that_predict_noise_and_velocity_score_the_same(tiny_pipe, means):
-    noise, velocity = (
-        score(
-            with_denoiser(tiny_pipe, KnownDenoiser(tiny_pipe, means, 0.3, kind), kind),
-            PROMPTS,
-            steps=10,
-            seeds=2,
-        )
-        for kind in ("epsilon", "v_prediction")
-    )
-    assert velocity.magnitudes == pytest.approx(noise.magnitudes, rel=1e-4)
-
-
-def test_a_batch_gives_what_single_items_give(tiny_pipe):
-    options = {"steps": 3, "num_inference_steps": 10, "seeds": 3}
-    single = score(tiny_pipe, PROMPTS, batch_size=1, **options)
-    batch = score(tiny_pipe, PROMPTS, batch_size=7, **options)
-    assert single.magnitudes.shape == (3, 3, 3)
-    assert (single.magnitudes > 0).all()
-    assert batch.magnitudes == pytest.approx(single.magnitudes, rel=1e-3)
-
-
-def test_the_first_step_is_the_pipelines_own(tiny_pipe):
-    scores = score(tiny_pipe, PROMPTS[:1], steps=2, num_inference_steps=20, seeds=[5], guidance_scale=3.0)
-    seen = []
-
-    def watch(pipe, step, t, tensors):
-        seen.append(tensors["latents"])
-        return {}
-
-    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))[None]
-    tiny_pipe(
-        PROMPTS[0],
-        num_inference_steps=20,
-        guidance_scale=3.0,
-        latents=noise,
-        output_type="latent",
-        callback_on_step_end=watch,
-    )
-    tokens = tiny_pipe.text_encoder(tokenize(tiny_pipe, [PROMPTS[0], ""]))[0]
-    with torch.no_grad():
-        for step, x_t in enumerate((noise, seen[0])):
-            t = int(scores.timesteps[step])
-            cond, uncond = tiny_pipe.unet(torch.cat([x_t, x_t]), t, tokens).sample
-            assert scores.magnitudes[0, 0, step] == pytest.approx((cond - uncond).norm().item(), rel=1e-4)
-
-
-def test_nothing_of_the_pipeline_is_changed(tiny_pipe):
-    scheduler, before = tiny_pipe.scheduler, tiny_pipe.scheduler.timesteps.clone()
-    score(tiny_pipe, PROMPTS[:1], num_inference_steps=7, seeds=1)
-    assert tiny_pipe.scheduler is scheduler
-    assert torch.equal(scheduler.timesteps, before)
-
-
-def test_wrong_requests_are_refused(tiny_pipe):
-    for options, complaint in (
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 51}, "steps is 51"),
-        ({"signals": ["magnitud"]}, "magnitud.*choose from magnitude"),
-        ({"seeds": 0}, "nothing to score"),
-        ({"batch_size": 0}, "batch_size"),
-    ):
-        with pytest.raises(UsageError, match=complaint):
-            score(tiny_pipe, PROMPTS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +114,144 @@ def test_the_job_judges_by_outcome_what_the_labels_get_wrong(model, tmp_path):
         run_detect(config)
 
 
+def labelled(path, count: int):
+    words = ["red", "blue", "green", "round", "small", "winking", "smiling", "sleepy"]
+    rows = [{"caption": f"{words[i % 8]} {words[i // 8]} face", "label": i % 2} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_signal_has_its_columns_its_judgement_and_its_curve(model, tmp_path):
+    config = DetectConfig(
+        model, labelled(tmp_path / "p.jsonl", 6), str(tmp_path / "s.parquet"), steps=2, seeds=2, bootstrap=10,
+        signals=["consistency", "magnitude", "agreement", "anisotropy", "attention_entropy"],
+    )  # fmt: skip
+    summary = run_detect(config)
+    assert set(summary["auc"]) == set(summary["tpr_at_1pct_fpr_interval"]) == set(config.signals)
+    assert "consistency" in summary["highest"][0]
+    row = parquet.read_table(config.out).to_pylist()[0]
+    for name in ("magnitude", "attention_entropy"):
+        assert len(row[f"{name}_by_step"]) == 2
+        assert row[name] == pytest.approx(np.mean(row[f"{name}_by_step"]), rel=1e-6)
+    m, cosine = row["anisotropy_parts"]
+    assert row["anisotropy"] == pytest.approx(m + 2 * cosine)
+    assert m == pytest.approx(row["magnitude_by_step"][0] * 4, rel=1e-4)  # of latents with 16 times the elements
+    assert 0 <= row["consistency"] <= 1
+    for name in ("s.png", "s.trajectories.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "p.jsonl", "s.json", "s.parquet", "s.png", "s.trajectories.png",
+    ]  # fmt: skip
+
+
+def test_a_published_list_is_judged_against_prompts_known_to_be_clean(model, tmp_path):
+    # The fields of sdv1_500_memorized.jsonl, released with Wen et al.
+    rows = [{"caption": f"<i>{w}</i> face", "index": 10**9 + i, "url": "http://x/y.jpg"} for i, w in enumerate("ab")]
+    (tmp_path / "published.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "clean.txt").write_text("c face\nd face\ne face")
+    config = DetectConfig(
+        model, str(tmp_path / "published.jsonl"), str(tmp_path / "s.parquet"), seeds=1, bootstrap=0,
+        negatives=str(tmp_path / "clean.txt"),
+    )  # fmt: skip
+    summary = run_detect(config)
+    assert (summary["memorized"], summary["not_memorized"]) == (2, 3)
+    assert parquet.read_table(config.out)["label"].to_pylist() == [1, 1, 0, 0, 0]
+
+
+def test_prompts_of_a_curation_are_its_most_repeated_captions(model, tmp_path):
+    captions = ["once", "Twice", "thrice", "twice", None, "thrice", "also once", "  thrice"]
+    rows = np.eye(8, dtype=np.float16)
+    index = TrainingIndex.build(rows, captions, ["s"] * 8, list("abcdefgh"), np.arange(8) < 4, np.arange(8), "layout")
+    index.save(tmp_path / "curated" / "index")
+    config = DetectConfig(model, str(tmp_path / "curated"), str(tmp_path / "s.parquet"), seeds=1, limit=3)
+    run_detect(config)
+    assert parquet.read_table(config.out)["caption"].to_pylist() == ["thrice", "Twice", "once"]
+    config.prompts = str(tmp_path / "curated" / "index")
+    run_detect(config)
+    assert parquet.read_table(config.out).num_rows == 3
+    config.limit = 0
+    with pytest.raises(UsageError, match="limit is 0"):
+        run_detect(config)
+    config.prompts, config.limit = str(tmp_path), 1
+    with pytest.raises(UserError, match="no index in .*curate dedup"):
+        run_detect(config)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(model, tmp_path, capsys):
+    config = DetectConfig(
+        model, labelled(tmp_path / "p.jsonl", 40), str(tmp_path / "whole.parquet"), steps=3, num_inference_steps=10,
+        seeds=3, signals=["magnitude", "consistency", "anisotropy"], batch_size=8, bootstrap=10,
+    )  # fmt: skip
+    summaries = [run_detect(config)]
+
+    config.out = str(tmp_path / "cut.parquet")
+    journal = tmp_path / "cut.rows.jsonl"
+    (tmp_path / "detect.yaml").write_text(json.dumps(dataclasses.asdict(config)))
+    command = [sys.executable, "-m", "train", "detect", "--config", str(tmp_path / "detect.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 7):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "cut.parquet").exists()
+    # What a power cut may leave: a group of two prompts that is not whole, and a line that is not.
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:6]) + lines[6][:50])
+
+    summaries.append(run_detect(config))
+    assert "4 of 40 prompts are scored already" in capsys.readouterr().err
+    assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    for summary in summaries:
+        for name in ("seconds_per_prompt", "out", "chart", "trajectories"):
+            del summary[name]
+    assert summaries[0] == summaries[1]
+    assert not journal.exists()
+
+
+def test_rows_of_other_settings_prompts_or_models_are_not_taken_over(model, tmp_path, monkeypatch):
+    config = DetectConfig(model, labelled(tmp_path / "p.jsonl", 4), str(tmp_path / "s.parquet"), seeds=1, batch_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.memorization.detect.Scores.of", lambda *found: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_detect(config)
+    journal = tmp_path / "s.rows.jsonl"
+    assert journal.read_text().count("\n") == 5
+    config.steps = 2
+    with pytest.raises(UsageError, match="other settings .steps.: choose another --out or remove it"):
+        run_detect(config)
+    config.steps = 1
+    labelled(tmp_path / "p.jsonl", 5)
+    with pytest.raises(UsageError, match="other settings .prompts."):
+        run_detect(config)
+    labelled(tmp_path / "p.jsonl", 4)
+    weights = next(Path(model).rglob("*.safetensors"))
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(UsageError, match="other settings .model files."):
+        run_detect(config)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    journal.write_text("no rows\n")
+    with pytest.raises(UserError, match="s.rows.jsonl: not the rows of a run"):
+        run_detect(config)
+    journal.unlink()
+    run_detect(config)
+    assert not journal.exists()
+
+
 def test_the_job_names_what_is_wrong(model, tmp_path):
     (tmp_path / "p.txt").write_text("a")
     with pytest.raises(UsageError, match="ends in .parquet"):
         run_detect(DetectConfig(model, str(tmp_path / "p.txt"), str(tmp_path / "s.csv")))
+    with pytest.raises(UsageError, match="add it to signals"):
+        run_detect(DetectConfig(model, "p", str(tmp_path / "s.parquet"), calibrate=0.1, signals=["consistency"]))
+    with pytest.raises(UsageError, match="at least 2 seeds"):
+        run_detect(DetectConfig(model, "p", str(tmp_path / "s.parquet"), seeds=1, signals=["consistency"]))
     with pytest.raises(UsageError, match="steps is 51"):  # before anything is read
         run_detect(DetectConfig("no-model", "no-prompts", str(tmp_path / "s.parquet"), steps=51))
+    with pytest.raises(UserError, match="no-model"):
+        run_detect(DetectConfig("no-model", str(tmp_path / "p.txt"), str(tmp_path / "s.parquet")))
+    assert [file.name for file in tmp_path.iterdir()] == ["p.txt"]  # the next run is not bound to the wrong settings
     with pytest.raises(UserError, match="nowhere.txt"):
         run_detect(DetectConfig(model, str(tmp_path / "nowhere.txt"), str(tmp_path / "s.parquet")))

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.memorization.audit import Audit, audit
-    from train.memorization.detect import Scores, score
+    from train.memorization.bright_ending import bright_ending, draw_mask
     from train.memorization.explain import Explanation, explain, suggest
     from train.memorization.localize import Localized, localize
     from train.memorization.magnitude import magnitude, to_eps
     from train.memorization.neurons import blocked
+    from train.memorization.score import Scores, score
 
 __all__ = [
     "Audit",
@@ -26,6 +27,8 @@ __all__ = [
     "Scores",
     "audit",
     "blocked",
+    "bright_ending",
+    "draw_mask",
     "explain",
     "localize",
     "magnitude",
@@ -38,13 +41,15 @@ _HOME = {
     "Audit": "audit",
     "Explanation": "explain",
     "Localized": "localize",
-    "Scores": "detect",
+    "Scores": "score",
     "audit": "audit",
     "blocked": "neurons",
+    "bright_ending": "bright_ending",
+    "draw_mask": "bright_ending",
     "explain": "explain",
     "localize": "localize",
     "magnitude": "magnitude",
-    "score": "detect",
+    "score": "score",
     "suggest": "explain",
     "to_eps": "magnitude",
 }

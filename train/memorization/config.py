@@ -21,9 +21,15 @@ class DetectConfig:
         model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
             scheduler that a single file lacks; null asks the hub.
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
-        prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged.
+        prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged. Or what
+            ``curate dedup`` wrote (its folder, its index, or the URL of one): the captions that occur most often in the
+            training set.
         out: Parquet file to write, one row a prompt and seed; a summary (.json) and, with labels, a chart
-            (.png) are written beside it.
+            (.png) are written beside it, over several steps also the trajectories (.trajectories.png). While it runs,
+            scores stand in .rows.jsonl, from where a run that was killed goes on.
+        negatives: prompt file of prompts known not to be memorized, added with label 0; prompts without a label then
+            have label 1, as those of published lists of memorized prompts.
+        limit: most captions taken from a curation's output.
         steps: denoising steps that are scored, from the first.
         num_inference_steps: steps of the whole DDIM trajectory that they belong to.
         seeds: initial noises per prompt; their seeds are counted from the prompt's own, or from first_seed.
@@ -32,9 +38,12 @@ class DetectConfig:
         outcomes: what the model draws for these prompts: the folder that ``train sample --index`` wrote for them. A
             prompt is memorized in outcome when an image of its own lies above 0.5 (SSCD's scale) to a training image;
             the scores are then judged by that too.
-        signals: scores to compute: magnitude (the text-conditional noise magnitude, averaged over the steps).
-        form: l2, the papers' scale, or rms, which does not depend on the size of the latents.
-        batch_size: prompt and seed pairs per UNet call.
+        signals: scores to compute: magnitude (the text-conditional noise magnitude, averaged over the steps),
+            consistency (MS-SSIM of the first step among seeds), agreement (the same of the predicted images, at the
+            last step), anisotropy (magnitude, and an angle at low noise, both on pure noise), attention_entropy (of
+            the cross-attention, averaged over the steps). docs/detection.md compares them.
+        form: of the magnitude: l2, the papers' scale, or rms, which does not depend on the size of the latents.
+        batch_size: prompt and seed pairs per UNet call, which then holds up to twice as many images.
         calibrate: share of prompts known not to be memorized that a threshold may call so, as 0.01; the threshold is
             then found from the prompts of label 0 (from all, where none has a label) and written to the model's
             folder, as ``memorization.json``, where the training filter reads it (``filter.threshold: auto``). A model
@@ -51,6 +60,8 @@ class DetectConfig:
     variant: str | None = None
     model_config: str | None = None
     lora: str | None = None
+    negatives: str = ""
+    limit: int = 500
     steps: int = 1
     num_inference_steps: int = 50
     seeds: int = 4

@@ -33,8 +33,8 @@ from train.components import (
     load_pipeline,
 )
 from train.memorization.config import ExplainConfig
-from train.memorization.detect import score
 from train.memorization.magnitude import Form, magnitude, to_eps
+from train.memorization.score import score
 from train.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:

@@ -6,10 +6,14 @@ Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffu
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from train.memorization.signals import Seen
 
 Form = Literal["l2", "rms"]
 
@@ -56,13 +60,43 @@ def to_eps(output: Tensor, x_t: Tensor, alpha_bar_t: Tensor | float, prediction_
     """
     if prediction_type == "epsilon":
         return output
-    alpha_bar = torch.as_tensor(alpha_bar_t, dtype=torch.float32, device=x_t.device)
-    if alpha_bar.ndim == 1:
-        alpha_bar = alpha_bar.view(-1, *[1] * (x_t.ndim - 1))
+    signal: Tensor | float
+    noise: Tensor | float
+    if isinstance(alpha_bar_t, float):  # in double precision: near t = 0, 1 − ᾱ is small
+        signal, noise = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
+    else:
+        alpha_bar = torch.as_tensor(alpha_bar_t, dtype=torch.float32, device=x_t.device)
+        if alpha_bar.ndim == 1:
+            alpha_bar = alpha_bar.view(-1, *[1] * (x_t.ndim - 1))
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "v_prediction":
-        eps = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+        eps = signal * output + noise * x_t
     elif prediction_type == "sample":
-        eps = (x_t - alpha_bar.sqrt() * output) / (1 - alpha_bar).sqrt()
+        eps = (x_t - signal * output) / noise
     else:
         raise ValueError(f"unknown prediction type {prediction_type!r}: expected epsilon, v_prediction or sample")
     return eps.to(output.dtype)
+
+
+@dataclass(frozen=True)
+class MeanMagnitude:
+    """The detection score of Wen et al., §4: the magnitude averaged over the steps, and over the seeds of a prompt."""
+
+    form: Form = "l2"
+
+    name = "magnitude"
+    every_step = unconditional = True
+    low_noise = attention = compares_seeds = False
+
+    def observe(self, seen: Seen) -> Tensor:
+        """``[n]``."""
+        assert seen.eps_uncond is not None
+        return magnitude(seen.eps_cond, seen.eps_uncond, form=self.form)
+
+    def combine(self, observed: Tensor) -> Tensor:
+        """``[seeds, steps]`` → ``[seeds]``."""
+        return observed.mean(dim=1)
+
+    def of_prompt(self, values: Tensor) -> Tensor:
+        """The mean."""
+        return values.mean()

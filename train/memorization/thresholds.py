@@ -109,7 +109,7 @@ def calibrate(
     """Thresholds from the trajectories of prompts known not to be memorized.
 
     Args:
-        magnitudes: ``[prompts, seeds, steps]``, see :class:`train.memorization.detect.Scores`.
+        magnitudes: ``[prompts, seeds, steps]``, see :class:`train.memorization.score.Scores`.
         timesteps: ``[steps]``.
         fpr: share of false positives that is accepted.
         train_timesteps: how many timesteps the model's schedule has.

@@ -1,0 +1,199 @@
+"""Consistency, anisotropy and attention, against values worked out by hand or by the plain formula."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+from curate.console import UserError
+from tests.train.known_denoisers import KnownDenoiser, with_denoiser
+from train.memorization import score
+from train.memorization.agreement import Agreement
+from train.memorization.anisotropy import Anisotropy
+from train.memorization.attention import attention_probabilities, cross_attention_layers, recorded_attention
+from train.memorization.attention_entropy import entropy
+from train.memorization.consistency import Consistency, ms_ssim, scale_channels
+from train.memorization.score import mean_attention
+from train.memorization.signals import Seen
+
+
+def plain_ms_ssim(x: np.ndarray, y: np.ndarray, windows: list[int]) -> float:
+    """Window by window, in float64: ``x`` and ``y`` ``[c, h, w]``."""
+    result = 1.0
+    for scale, side in enumerate(windows):
+        offsets = np.arange(side) - side // 2
+        weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+        weights /= weights.sum()
+        terms = []
+        for a, b in zip(x, y, strict=True):
+            for i in range(a.shape[0] - side + 1):
+                for j in range(a.shape[1] - side + 1):
+                    p, q = a[i : i + side, j : j + side], b[i : i + side, j : j + side]
+                    mu_p, mu_q = (weights * p).sum(), (weights * q).sum()
+                    var_p, var_q = (weights * (p - mu_p) ** 2).sum(), (weights * (q - mu_q) ** 2).sum()
+                    cov = (weights * (p - mu_p) * (q - mu_q)).sum()
+                    term = (2 * cov + 0.03**2) / (var_p + var_q + 0.03**2)
+                    if scale + 1 == len(windows):
+                        term *= (2 * mu_p * mu_q + 0.01**2) / (mu_p**2 + mu_q**2 + 0.01**2)
+                    terms.append(term)
+        result *= max(np.mean(terms), 0) ** 0.33
+        x, y = (z.reshape(z.shape[0], z.shape[1] // 2, 2, z.shape[2] // 2, 2).mean((2, 4)) for z in (x, y))
+    return result
+
+
+@pytest.mark.parametrize(("side", "windows"), [(64, [11, 11, 11]), (16, [11, 7, 3]), (8, [7, 3])])
+def test_ms_ssim_is_the_plain_formula_with_windows_that_fit(side, windows):
+    rng = np.random.default_rng(side)
+    x = rng.random((2, side, side))
+    y = 0.7 * x + 0.3 * rng.random((2, side, side))
+    found = ms_ssim(torch.from_numpy(x[None]).float(), torch.from_numpy(y[None]).float())
+    assert found.item() == pytest.approx(plain_ms_ssim(x, y, windows), abs=1e-4)
+    assert 0.3 < found.item() < 0.99
+
+
+def test_ms_ssim_is_one_for_equal_images_and_zero_for_opposite_ones():
+    x = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert ms_ssim(x, x).tolist() == pytest.approx([1.0] * 3)
+    assert ms_ssim(x, 1 - x).tolist() == [0.0] * 3
+    with pytest.raises(ValueError, match="sides from 3"):
+        ms_ssim(x[..., :2], x[..., :2])
+
+
+def test_channels_are_scaled_each_by_itself():
+    scaled = scale_channels(torch.tensor([[[[1.0, 3.0], [2.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]]]))
+    assert scaled[0, 0].tolist() == [[0.0, 0.5], [0.25, 1.0]]
+    assert scaled[0, 1].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_consistency_of_a_prompt_is_that_of_its_most_similar_pair_of_seeds():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 1, 4, 16, 16, generator=generator)
+    x[2] = (x[0] + 0.05 * torch.rand(1, 4, 16, 16, generator=generator)).clamp(0, 1)
+    signal = Consistency()
+    values = signal.combine(x)
+    pairs = {(i, j): ms_ssim(x[i], x[j]).item() for i in range(4) for j in range(i)}
+    assert values[0].item() == values[2].item() == pytest.approx(pairs[2, 0])
+    assert values[1].item() == pytest.approx(max(value for pair, value in pairs.items() if 1 in pair))
+    assert signal.of_prompt(values).item() == pytest.approx(max(pairs.values()))
+
+
+def test_a_prompt_whose_data_is_one_image_is_consistent_and_one_with_wide_data_is_not(tiny_pipe):
+    generator = torch.Generator().manual_seed(1)
+    # Smooth, as images are, and large enough to be seen in δ = −√(1−ᾱ_T) … at the first step.
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 4, 4, 4, generator=generator), size=16, mode="bilinear")[0]
+    known = {"flag": 4 * smooth, "wide": torch.zeros(4, 16, 16)}
+    unet = KnownDenoiser(tiny_pipe, known, s=0.0)
+    unet.known[-1] = (unet.known[-1][0], unet.known[-1][1], 1.5)
+    scores = score(with_denoiser(tiny_pipe, unet), list(known), seeds=4, signals=["consistency"])
+    memorized, wide = scores.per_prompt("consistency")
+    assert memorized > 0.8 > 0.4 > wide
+
+
+def seen_at(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, low_noise: bool) -> Seen:
+    return Seen(torch.zeros_like(eps_cond), 41, 0.9, eps_cond, eps_uncond, {}, low_noise)
+
+
+def test_anisotropy_adds_the_magnitude_at_high_noise_and_the_angle_at_low_noise():
+    uncond = torch.zeros(1, 2, 2, 2)
+    uncond[0, 0] = 2.0
+    guidance = torch.zeros(1, 2, 2, 2)
+    guidance[0, :, 0] = 1.0  # 45° from uncond in the first row of latents,
+    guidance[0, 0, 1] = -3.0  # opposite in the second
+    for signal, cosine in (
+        (Anisotropy(), (2 * math.cos(math.pi / 4) - 2) / 4),
+        (Anisotropy(per_latent=False), (2 * 2 - 2 * 2 * 3) / (4 * math.sqrt(2 * 2 + 2 * 9))),
+    ):
+        high = signal.observe(seen_at(uncond + guidance, uncond, False))
+        low = signal.observe(seen_at(uncond + guidance, uncond, True))
+        # L2 is √22 on 8 elements; latents of 64 × 64 × 4 have 2,048 times as many.
+        assert high.item() == pytest.approx(math.sqrt(22 * 2048))
+        assert low.item() == pytest.approx(cosine)
+        value = signal.combine(torch.stack([high, low], dim=1))
+        assert value.item() == pytest.approx(2 * cosine + math.sqrt(22 * 2048))
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0], ids=["towards", "against"])
+def test_anisotropy_of_a_gaussian_has_the_sign_of_its_width_against_the_empty_prompts(tiny_pipe, scale):
+    # ε(x) is c·x with c falling in the width; the empty prompt's is 1. So guidance is a multiple of ε(x, e_∅).
+    unet = KnownDenoiser(tiny_pipe, {"flag": torch.zeros(4, 16, 16)}, s=0.5 if scale > 0 else 2.0)
+    scores = score(with_denoiser(tiny_pipe, unet), ["flag"], seeds=2, signals=["anisotropy"])
+    assert scores.observed["anisotropy"][0, :, 1] == pytest.approx(scale, abs=1e-4)
+
+
+def test_entropy_is_that_of_known_distributions():
+    shares = torch.tensor([[1.0, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0]])
+    assert entropy(shares).tolist() == pytest.approx([0, math.log(4), math.log(2)])
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+def test_attention_is_recorded_beside_the_layers_own_processor_and_changes_nothing(tiny_pipe, processor):
+    unet = copy.deepcopy(tiny_pipe.unet)
+    unet.set_attn_processor(processor())
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(4, 4, 16, 16, generator=generator), torch.randn(4, 16, 32, generator=generator)
+    with torch.no_grad():
+        before = unet(x, 500, text).sample
+        with recorded_attention(unet, 2, lambda maps: maps) as recorded:
+            during = unet(x, 500, text).sample
+        layers, recorded.layers = recorded.layers, {}
+        after = unet(x, 500, text).sample
+    assert torch.equal(before, during) and torch.equal(before, after)
+    assert recorded.layers == {}  # nothing is left on the layers
+    assert {type(one) for one in unet.attn_processors.values()} == {processor}
+    assert set(layers) == set(cross_attention_layers(unet)) and len(layers) > 2
+    for name, maps in layers.items():
+        assert name.endswith("attn2")
+        assert maps.shape[::3] == (2, 16)  # the last two rows of the batch, all tokens
+        assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
+
+
+def test_attention_probabilities_are_those_that_the_layer_uses(tiny_pipe):
+    layer = next(iter(cross_attention_layers(tiny_pipe.unet).values()))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 64, layer.to_q.in_features, generator=generator)
+    text = torch.randn(2, 16, layer.to_k.in_features, generator=generator)
+    with torch.no_grad():
+        maps = attention_probabilities(layer, hidden, text)
+        values = layer.to_v(text).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+        mixed = layer.to_out[0]((maps @ values).transpose(1, 2).flatten(2))
+        assert torch.allclose(mixed, AttnProcessor()(layer, hidden, text), atol=1e-5)
+
+
+def test_layers_get_free_of_the_recorder_when_a_forward_pass_fails(tiny_pipe):
+    unet = copy.deepcopy(tiny_pipe.unet)
+    with pytest.raises(RuntimeError), recorded_attention(unet, 1, mean_attention):
+        unet(torch.zeros(1, 4, 16, 16), 0, torch.zeros(1, 16, 7))
+    assert not any(layer._forward_pre_hooks for layer in cross_attention_layers(unet).values())
+
+
+def test_a_denoiser_without_cross_attention_is_refused_by_name(tiny_pipe):
+    pipe = with_denoiser(tiny_pipe, KnownDenoiser(tiny_pipe, {"flag": torch.zeros(4, 16, 16)}, 1.0))
+    with pytest.raises(UserError, match="KnownDenoiser has no cross-attention layer"):
+        score(pipe, ["flag"], signals=["attention_entropy"])
+
+
+def test_agreement_is_the_similarity_of_the_predicted_images_at_the_last_step(tiny_pipe):
+    class Images(Agreement):
+        name = "images"
+
+        def __init__(self):
+            self.found = []
+
+        def observe(self, seen):
+            self.found.append((seen.x_t - (1 - seen.alpha_bar) ** 0.5 * seen.eps_cond) / seen.alpha_bar**0.5)
+            return super().observe(seen)
+
+    images = Images()
+    scores = score(
+        tiny_pipe, ["flag"], steps=3, num_inference_steps=10, seeds=3, signals=[images, "agreement", "consistency"]
+    )
+    x_0 = scale_channels(images.found[-1])
+    expected = max(ms_ssim(x_0[i : i + 1], x_0[j : j + 1]).item() for i in range(3) for j in range(i))
+    assert scores.per_prompt("agreement").item() == pytest.approx(expected, rel=1e-4)
+    assert scores.per_prompt("agreement") == scores.per_prompt("images") == scores.signal("agreement").max()
+    assert scores.per_prompt("agreement") != scores.per_prompt("consistency")

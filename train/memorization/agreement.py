@@ -1,0 +1,41 @@
+"""Agreement among initial noises on the image: whether all of them are on the way to one.
+
+Consistency (NeMo) compares ``ε(x_T, e_p) − x_T`` among seeds, which is all but ``x̂_0``: at t ≈ T, where
+``√(1−ᾱ_t) ≈ 1``, ``x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t`` is its negative, scaled. Taking ``x̂_0`` itself carries the
+comparison over to any step. The form is this project's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from train.memorization.consistency import highest_with_another, scale_channels
+
+if TYPE_CHECKING:
+    from train.memorization.signals import Seen
+
+
+class Agreement:
+    """MS-SSIM among a prompt's seeds of the images ``x̂_0`` that the prompt alone predicts at the last step scored.
+
+    The prediction is the conditional one: the guided one leaves the range of images in the first steps. Of a seed: the
+    highest score with another seed. Of the prompt: the highest of all.
+    """
+
+    name = "agreement"
+    every_step = compares_seeds = True
+    unconditional = low_noise = attention = False
+
+    def observe(self, seen: Seen) -> Tensor:
+        """``[n, c, h, w]``: ``x̂_0`` with each channel brought to [0, 1], which makes its factor ``√ᾱ_t`` idle."""
+        return scale_channels(seen.x_t - (1 - seen.alpha_bar) ** 0.5 * seen.eps_cond)
+
+    def combine(self, observed: Tensor) -> Tensor:
+        """``[seeds, steps, c, h, w]`` → ``[seeds]``, in [0, 1]."""
+        return highest_with_another(observed[:, -1])
+
+    def of_prompt(self, values: Tensor) -> Tensor:
+        """The highest."""
+        return values.max()
