@@ -194,7 +194,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
                     model=protocol.models[setting.model],
                     prompts=file,
                     out=str(folder),
-                    guidance=setting.guidance,  # type: ignore[arg-type]
+                    guidance=setting.guidance,
                     amg=amg,
                     index=protocol.index if setting.guidance != "none" else "",
                     seeds=protocol.seeds,
