@@ -4,7 +4,8 @@
     python -m train.sample_model.pixels --out runs/pixels/classes --classes true
 
 The set is the fine-tuning part of the carried emoji at 32 × 32 pixels, in which ``repeated`` images, evenly spaced
-over the part, stand ``copies`` times. The model is a ``UNet2DModel`` (1.5 M parameters), unconditional or conditioned
+over the part, stand ``copies`` times. The model is a ``UNet2DModel`` (1.5 M parameters) that predicts v, which in few
+steps learns layout and colours where ε leaves them to chance; it is unconditional or conditioned
 on the emoji's group of the Unicode charts (nine, and a null class for classifier-free guidance). ``out`` is a diffusers
 pipeline folder (``DDPMPipeline``) with ``training_set.json`` beside it: keys of the images, each once, how often each
 stood in the set, its class, and the classes' names.
@@ -115,7 +116,7 @@ def learning_rate(step: int, config: PixelsConfig) -> float:
 def train(config: PixelsConfig, data: PixelSet) -> tuple[UNet2DModel, DDPMScheduler]:
     """The averaged model and its noise schedule; continues from ``out/checkpoint.pt`` if a run was stopped there."""
     model, average = new_model(config, data), new_model(config, data).eval().requires_grad_(False)
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     first, checkpoint = 0, Path(config.out) / "checkpoint.pt"
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "threads", "checkpoint_every")}
@@ -139,7 +140,8 @@ def train(config: PixelsConfig, data: PixelSet) -> tuple[UNet2DModel, DDPMSchedu
             dropped = torch.rand(len(rows), generator=g) < config.label_dropout
             labels = torch.where(dropped, data.null_class, data.labels[rows]) if config.classes else None
             x_t = scheduler.add_noise(x_0[rows], noise, t)
-            loss = F.mse_loss(model(x_t, t, class_labels=labels).sample, noise)
+            v = scheduler.get_velocity(x_0[rows], noise, t)
+            loss = F.mse_loss(model(x_t, t, class_labels=labels).sample, v)
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
             loss.backward()

@@ -175,6 +175,7 @@ def _check(config: SampleConfig) -> None:
     for option, least in (("seeds", 1), ("steps", 1), ("batch_size", 1), ("first_seed", 0)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} is {getattr(config, option)}: it is at least {least}")
+    terms.check(config)
     if terms.needs_index(config.guidance) and not config.index:
         raise UsageError(f"--guidance {config.guidance} needs --index: the output folder of curate dedup")
     if config.embedder and not config.index:

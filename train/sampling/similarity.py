@@ -107,7 +107,8 @@ class PixelIndex:
 
         σ = − ℓ2(x̂_0, n_0) / (α · mean of ℓ2(x̂_0, z) over the k nearest z).
 
-    An image counts as memorized where ``−σ < 1.4``; images that are no copies lie near ``1/α = 2``.
+    An image counts as memorized where ``−σ < 1.4``. The paper's ``α = 0.5`` puts CIFAR's other images near 2. In a
+    narrow set, images that are no copies lie nearer than that to training images: see :meth:`calibrated`.
 
     Args:
         images: ``[m, 3, H, W]`` float in [0, 1], each image once: copies among the ``k`` nearest would normalise the
@@ -148,6 +149,17 @@ class PixelIndex:
         else:
             distance = torch.linalg.vector_norm(pixels.flatten(1) - self.images[rows], dim=1)
         return -distance / (self.alpha * near.mean(1)), rows
+
+    def calibrated(self, others: Tensor, share: float = 0.01) -> PixelIndex:
+        """The same index with the ``α`` at which ``share`` of other images lie within 1.4 of a training image.
+
+        Args:
+            others: ``[n, 3, H, W]`` in [0, 1], known to be no copies of training images.
+            share: of them.
+        """
+        ratios = torch.cat([-self.nearest(some, 1).sigma[:, 0] * self.alpha for some in others.split(64)])
+        alpha = max(float(ratios.quantile(share)) / -self.memorized, 1e-6)
+        return PixelIndex(self.images.unflatten(1, self.shape), self.captions, self.k, alpha)
 
     def _distances(self, pixels: Tensor) -> Tensor:
         if tuple(pixels.shape[1:]) != self.shape:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from curate.console import UsageError
 from train.sampling.amg import AMG
 from train.sampling.basin import AttractionBasin
-from train.sampling.config import SampleConfig
+from train.sampling.config import AMGConfig, SampleConfig, configured
 from train.sampling.guidance import Guidance
 from train.sampling.noise import NoiseAdjustment
 from train.sampling.prompt import PromptMinimisation
@@ -71,6 +71,19 @@ def needs_index(guidance: str) -> bool:
 def settings(config: SampleConfig) -> dict[str, dict[str, Any]]:
     """The settings of each name in ``config.guidance``, and no others."""
     return {name: asdict(SETTINGS[name](config)) for name in names(config.guidance)}
+
+
+def check(config: SampleConfig) -> None:
+    """Raise UsageError if a name is unknown, or a setting of one that is used makes no sense."""
+    for name in names(config.guidance):
+        chosen = SETTINGS[name](config)
+        if not isinstance(chosen, AMGConfig):
+            configured(type(chosen), chosen, {})
+            continue
+        try:
+            chosen.resolved()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def make(

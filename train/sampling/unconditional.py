@@ -39,7 +39,7 @@ class GuidedUnconditional(DiffusionPipeline):
 
     Args:
         unet: predicts ``[n, c, h, w]``, or twice the channels if it predicts variances too.
-        scheduler: a DDPM or DDIM scheduler, or another that needs no scaling of its first noise.
+        scheduler: a DDPM or DDIM scheduler, or another diffusers scheduler of the same models.
         null_class: the label that stands for no class, if the model has learned one: with it, classifier-free guidance.
         class_names: of the labels from 0, for labels by name and for the captions of an index.
     """
@@ -131,6 +131,7 @@ class GuidedUnconditional(DiffusionPipeline):
             num_inference_steps = 1000 if isinstance(self.scheduler, DDPMScheduler) else 50
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
+        image = image * float(self.scheduler.init_noise_sigma)  # 1 for DDPM and DDIM
         offered = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator}
         accepted = set(inspect.signature(self.scheduler.step).parameters)
         step_kwargs = {name: value for name, value in offered.items() if name in accepted}
