@@ -211,7 +211,7 @@ def main() -> None:
         if not (folder / TRAINING_SET).is_file():
             run(PixelsConfig(out=str(folder), classes=classes))
         settings = json.loads((folder / TRAINING_SET).read_text())["settings"]
-        data = pixel_set(settings["repeated"], settings["copies"])
+        data = pixel_set(settings["every"], settings["repeated"], settings["copies"])
         measures = measures or Measures(data)
         stock = DDPMPipeline.from_pretrained(folder, local_files_only=True)
         stock.set_progress_bar_config(disable=True)
