@@ -10,7 +10,7 @@ of the captions is dropped, as in training.
 
 Drops: the positions of some epochs of the quickstart's raw set under the model that memorized it, with thresholds at a
 quantile of the unique samples' magnitudes in each timestep band. Every policy decides on the same positions, with the
-same noise; the last epoch counts, the ones before fill the verdicts.
+same noise; the last epoch counts, the ones before fill the verdicts (and the window, where a policy has one).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from curate.images import decode_image
 from curate.shards import read_samples
 from train.components import SmallModel, build_pipeline, encode_captions, load_pipeline, pixel_size, set_attention
 from train.finetune.buckets import bring_to
-from train.finetune.config import FilterConfig
+from train.finetune.config import Calibration, FilterConfig
 from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
 from train.finetune.filter import MemorizationFilter
 from train.finetune.latents import encode_moments
@@ -175,12 +175,25 @@ def measured_epochs(run: Path, epochs: int, batch: int = 64) -> dict[str, Any]:
     }
 
 
-def replay(visits: dict[str, Any], settings: dict[str, Any], thresholds: Thresholds, batch: int = 16) -> torch.Tensor:
-    """Which visits a policy leaves out, ``[visits]`` bool: the filter itself, over magnitudes that are known."""
+def replay(
+    visits: dict[str, Any], settings: dict[str, Any], thresholds: Thresholds, quantile: float, batch: int = 16
+) -> torch.Tensor:
+    """Which visits a policy leaves out, ``[visits]`` bool: the filter itself, over magnitudes that are known.
+
+    The thresholds are given; but a policy that ranks magnitudes among the unique samples' finds them itself.
+    """
     diffusion: Any = SimpleNamespace(timesteps=1000, to_eps=lambda output, x_t, t: output)
     policy = FilterConfig(**settings)
+    if policy.evidence == "window":
+        policy.calibrate = Calibration(steps=50, quantile=quantile, window=100)
     judge = MemorizationFilter(
-        policy, diffusion, lambda x_t, t: torch.zeros_like(x_t), len(visits["texts"]), 0, thresholds
+        policy,
+        diffusion,
+        lambda x_t, t: torch.zeros_like(x_t),
+        len(visits["texts"]),
+        0,
+        None if policy.evidence == "window" else thresholds,
+        reference=~visits["repeated"],
     )
     out = []
     for step, start in enumerate(range(0, len(visits["rows"]), batch)):
@@ -201,12 +214,12 @@ def compare_drops(visits: dict[str, Any], quantile: float) -> None:
     limits = [float(visits["m"][unique & (bands == band)].quantile(quantile)) for band in range(BANDS)]
     thresholds = Thresholds.of(limits, "l2")
     last = torch.arange(len(bands)) >= len(bands) - len(visits["texts"])
-    full = replay(visits, POLICIES["every_step"], thresholds)[last]
+    full = replay(visits, POLICIES["every_step"], thresholds, quantile)[last]
     of_repeated, of_unique = repeated[last], ~repeated[last]
     print(f"thresholds at the quantile {quantile} of unique samples, {int(last.sum())} visits")
     print(f"  {'':<24} every_step's drops:   all  of repeated     visits left out: repeated   unique")
     for name, settings in POLICIES.items():
-        out = replay(visits, settings, thresholds)[last]
+        out = replay(visits, settings, thresholds, quantile)[last]
         recall = [float(out[some].float().mean()) for some in (full, full & of_repeated)]
         shares = [float(out[some].float().mean()) for some in (of_repeated, of_unique)]
         print(f"  {name:<24} {recall[0]:>24.1%}  {recall[1]:>11.1%}  {shares[0]:>27.1%}  {shares[1]:>7.1%}")

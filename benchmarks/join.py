@@ -20,6 +20,7 @@ Kinds:
   copies;
 - ``mosaics``: the layout descriptor of 2 × 2 mosaics of randomly cropped, mirrored and tinted sample images, a tenth
   of which are copies at other JPEG qualities;
+- ``captions``: the hashed n-grams of made-up captions of real words, a tenth of them with a small edit;
 - ``crowd``: as ``gaussian``, but half of the rows are encodings of one placeholder. All pairs would be a quarter of the
   square of the rows; ours leaves out those between rows with more than a hundred near ones, as curation does.
 """
@@ -104,7 +105,16 @@ def crowd(rows: int, seed: int = 0) -> np.ndarray:
     return result
 
 
-MAKERS = {"gaussian": gaussian, "mosaics": mosaics, "crowd": crowd}
+def captions(rows: int, seed: int = 0) -> np.ndarray:
+    """``[rows, 512]`` float16: the captions of :mod:`benchmarks.captions` as curation's default embedder has them."""
+    from benchmarks.captions import make_captions
+    from curate.embed import NgramEmbedder
+    from curate.join import embedded_captions
+
+    return embedded_captions(NgramEmbedder(), make_captions(rows, seed)[0])
+
+
+MAKERS = {"gaussian": gaussian, "mosaics": mosaics, "captions": captions, "crowd": crowd}
 
 
 def ours(

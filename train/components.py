@@ -240,12 +240,16 @@ def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
         raise UserError(f"{name}: a model distilled to take the guidance scale as an input cannot be trained here")
 
 
-def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto") -> None:
+def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto", *, mixed_precision: str = "no") -> None:
     """Choose how the UNet computes attention.
 
-    ``auto`` is ``sdpa`` except for small models on a CPU, where the plain matrix form is faster: torch's fused kernel
-    is slow in its backward pass on sequences of 64 latents (``python -m benchmarks.attention``: 127 against 79 images a
-    second in a training step of the sample model, on two cores).
+    ``auto`` is ``sdpa`` but for small models that train in bf16 on a CPU: there the plain matrix form is faster, as
+    torch's fused kernel is slow in its backward pass on short sequences (``python -m benchmarks.attention``).
+
+    Args:
+        unet: on its device.
+        attention: ``math`` is the plain matrix form.
+        mixed_precision: no, fp16 or bf16: in which it is going to compute, whatever its weights are.
 
     Raises:
         UserError: xformers was asked for and is not installed.
@@ -254,7 +258,8 @@ def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto") -> 
 
     if attention == "auto":
         side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else 64
-        attention = "math" if unet.device.type == "cpu" and side <= 32 else "sdpa"
+        small = unet.device.type == "cpu" and side <= 16
+        attention = "math" if small and mixed_precision == "bf16" else "sdpa"
     if attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from curate.console import UsageError, UserError
@@ -16,11 +17,14 @@ from curate.edits import EDITS
 from curate.embed import load_embedder
 from curate.images import decode_image, stack_images
 from curate.index import TrainingIndex
+from train.components import load_pipeline
 from train.evaluation.drawn import Drawn
 from train.evaluation.dual_encoder import DualEncoder
 from train.evaluation.metrics import pixel_correlation
 from train.evaluation.protocol import Judge, evaluate_images, read_protocol, write_table
 from train.evaluation.report import Cell, Figure, conclude, headline, percent, story, write_report
+from train.finetune.config import LoRAConfig
+from train.lora import add_lora, save_lora
 from train.sample_set import load_part
 
 HOSTILE = '<script>alert("1")</script> & "quoted" face'
@@ -277,6 +281,7 @@ def test_paths_of_a_protocol_are_relative_to_its_file(tmp_path):
         (("{model: hub}", "{model: other}"), r"settings\[2\]: no model 'other'"),
         (("{model: hub}", "{model: hub, guide: amg}"), r"settings\[2\]: unknown key 'guide'"),
         (("held_out: [b.tar]", "held_out: [b.tar]\nseeds: many"), "seeds is 'many', expected a whole number"),
+        (("models:", "loras: {raw: a, tuned: b}\nmodels:"), "loras: no model 'tuned'"),
         (("models:", "models: ["), "not readable as YAML"),
     ],
 )
@@ -298,6 +303,12 @@ def test_the_job_draws_measures_and_reports_and_goes_on_where_it_stopped(tiny_pi
     from train.evaluation.protocol import run_evaluate
 
     tiny_pipe.save_pretrained(tmp_path / "model")
+    tuned = load_pipeline(str(tmp_path / "model"))
+    add_lora(tuned, LoRAConfig(rank=2))
+    for parameter in tuned.unet.parameters():
+        if parameter.requires_grad:  # an adapter of no training does nothing
+            torch.nn.init.normal_(parameter)
+    save_lora(tuned, tmp_path / "lora")
     for name, samples in (("training", training[:12]), ("held_out", load_part("held_out")[:12])):
         write_shard(str(tmp_path / f"{name}.tar"), [(sample.key, sample.members) for sample in samples])
     layout, n = load_embedder("layout"), 12
@@ -315,8 +326,9 @@ def test_the_job_draws_measures_and_reports_and_goes_on_where_it_stopped(tiny_pi
     (tmp_path / "repeated.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     (tmp_path / "p.yaml").write_text(
         """
-        models: {raw: model}
-        settings: [{model: raw}, {model: raw, guidance: amg}]
+        models: {raw: model, tuned: model}
+        loras: {tuned: lora}
+        settings: [{model: raw}, {model: raw, guidance: amg}, {model: tuned}]
         prompts: {repeated: repeated.jsonl}
         index: index
         training: [training.tar]
@@ -330,12 +342,15 @@ def test_the_job_draws_measures_and_reports_and_goes_on_where_it_stopped(tiny_pi
     assert [(row["model"], row["guidance"], row["images"]) for row in summary["rows"]] == [
         ("raw", "none", 4),
         ("raw", "amg", 4),
+        ("tuned", "none", 4),
     ]
-    assert len(list((tmp_path / "out" / "samples").rglob("*-s?.png"))) == 8
+    assert len(list((tmp_path / "out" / "samples").rglob("*-s?.png"))) == 12
+    raw, tuned = ((tmp_path / "out/samples" / f"{name}-none-repeated") for name in ("raw", "tuned"))
+    assert all((raw / path.name).read_bytes() != path.read_bytes() for path in tuned.glob("*-s?.png"))
     for name in ("table.csv", "table.json", "report.html", "figure.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0, name
     page = Page((tmp_path / "out" / "report.html").read_text())
-    assert sum(tag == "img" for tag, _ in page.tags) == 5  # one original, two captions in two settings
+    assert sum(tag == "img" for tag, _ in page.tags) == 7  # one original, two captions in three settings
 
     (tmp_path / "out" / "table.json").unlink()
     drawn = next((tmp_path / "out" / "samples").rglob("*-s1.png"))

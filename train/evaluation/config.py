@@ -57,6 +57,8 @@ class Protocol:
         seeds: images per prompt.
         steps: denoising steps.
         scale: classifier-free guidance scale.
+        loras: adapters by the name of the model that they are added to, as ``{tuned: DIR}``; a model may stand under
+            several names, with and without.
         columns: captions that the figure shows.
         amg: AMG's settings, by field of AMGConfig.
     """
@@ -70,5 +72,6 @@ class Protocol:
     seeds: int = 4
     steps: int = 50
     scale: float = 7.5
+    loras: dict[str, str] = field(default_factory=dict)
     columns: int = 8
     amg: dict[str, object] = field(default_factory=dict)

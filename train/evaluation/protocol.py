@@ -192,6 +192,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
             run_sample(
                 SampleConfig(
                     model=protocol.models[setting.model],
+                    lora=protocol.loras.get(setting.model),
                     prompts=file,
                     out=str(folder),
                     guidance=setting.guidance,
@@ -220,6 +221,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "copy threshold of the judge": f"{judge.threshold:.3f}",
         "candidate captions of the retrieval rank": len(judge.candidates),
         **{f"model {name}": path for name, path in protocol.models.items()},
+        **{f"adapters of {name}": path for name, path in protocol.loras.items()},
     }
     links = {}
     curation = Path(protocol.index) / "report.html"
@@ -250,6 +252,9 @@ def read_protocol(path: str | Path) -> Protocol:
         if setting.model not in protocol.models:
             known = ", ".join(protocol.models)
             raise UsageError(f"{path}: settings[{i}]: no model {setting.model!r}; models names {known}")
+    for name in protocol.loras:
+        if name not in protocol.models:
+            raise UsageError(f"{path}: loras: no model {name!r}; models names {', '.join(protocol.models)}")
     for key in ("models", "settings", "prompts", "training", "held_out"):
         if not getattr(protocol, key):
             raise UsageError(f"{path}: {key} is empty")
@@ -257,8 +262,9 @@ def read_protocol(path: str | Path) -> Protocol:
     def near(name: str) -> str:
         return str(path.parent / name) if "://" not in name else name
 
-    # A model may also be a hub name: only what lies beside the file is taken for a path.
-    protocol.models = {k: near(v) if Path(near(v)).exists() else v for k, v in protocol.models.items()}
+    # A model or its adapters may also be a hub name: only what lies beside the file is taken for a path.
+    for named in (protocol.models, protocol.loras):
+        named.update({name: near(at) for name, at in named.items() if Path(near(at)).exists()})
     protocol.prompts = {kind: near(file) for kind, file in protocol.prompts.items()}
     protocol.index = near(protocol.index)
     protocol.training = [near(shard) for shard in protocol.training]

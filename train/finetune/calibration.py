@@ -42,9 +42,13 @@ class MagnitudeQuantiles:
         """The magnitudes ``[n]`` of one step, in their bands ``[n]`` int64; on the CPU, none of them NaN."""
         if self.window:
             self.counts *= float(np.exp(-1 / self.window))
-        scale = (magnitudes.double().clamp(self.LOW, self.HIGH) / self.LOW).log() / np.log(self.HIGH / self.LOW)
-        bins = (scale * self.BINS).long().clamp(max=self.BINS - 1)
+        bins = self._places(magnitudes).long()
         self.counts += torch.bincount(bands * self.BINS + bins, minlength=self.counts.numel()).view_as(self.counts)
+
+    def _places(self, magnitudes: torch.Tensor) -> torch.Tensor:
+        """Where on the scale of bins magnitudes stand, in [0, BINS)."""
+        scale = (magnitudes.double().clamp(self.LOW, self.HIGH) / self.LOW).log() / np.log(self.HIGH / self.LOW)
+        return (scale * self.BINS).clamp(max=np.nextafter(self.BINS, 0))
 
     def sizes(self) -> list[float]:
         """How many magnitudes each threshold rests on, a faded one counting less."""
@@ -53,15 +57,46 @@ class MagnitudeQuantiles:
 
     def thresholds(self) -> torch.Tensor:
         """``[BANDS]`` float32; infinite where there are fewer than ``ENOUGH`` magnitudes."""
-        counts = self.counts if self.per_band else self.counts.sum(dim=0, keepdim=True)
+        return self.at(torch.arange(BANDS), torch.full((BANDS,), self.quantile, dtype=torch.float64))
+
+    def at(self, bands: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+        """The magnitudes below which these shares of their band's lie.
+
+        Args:
+            bands: ``[n]`` int64.
+            quantiles: ``[n]`` float64 in [0, 1].
+
+        Returns:
+            ``[n]`` float32; infinite where the band has fewer than ``ENOUGH`` magnitudes.
+        """
+        counts = self._counts()[bands]
         upto = counts.cumsum(dim=1)
-        rank = self.quantile * upto[:, -1:]
+        rank = quantiles[:, None] * upto[:, -1:]
         bins = torch.searchsorted(upto, rank).clamp(max=self.BINS - 1)
         before = upto.gather(1, bins) - counts.gather(1, bins)
         within = (rank - before) / counts.gather(1, bins).clamp(min=1e-300)
         found = self.LOW * ((bins + within.clamp(0, 1)) * (np.log(self.HIGH / self.LOW) / self.BINS)).exp()
-        found = torch.where(upto[:, -1:] < ENOUGH, torch.inf, found)
-        return found[:, 0].expand(BANDS).float().clone()
+        return torch.where(upto[:, -1:] < ENOUGH, torch.inf, found)[:, 0].float()
+
+    def shares_below(self, bands: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+        """Which share of their band's magnitudes these exceed, the inverse of :meth:`at`.
+
+        Args:
+            bands: ``[n]`` int64.
+            magnitudes: ``[n]``.
+
+        Returns:
+            ``[n]`` float64 in [0, 1]; NaN where the band has fewer than ``ENOUGH`` magnitudes.
+        """
+        counts, places = self._counts()[bands], self._places(magnitudes)
+        bins = places.long()[:, None]
+        upto = counts.cumsum(dim=1)
+        below = upto.gather(1, bins)[:, 0] - counts.gather(1, bins)[:, 0] * (1 - places.frac())
+        return torch.where(upto[:, -1] < ENOUGH, torch.nan, below / upto[:, -1])
+
+    def _counts(self) -> torch.Tensor:
+        """``[BANDS, BINS]``, what each band goes by."""
+        return self.counts if self.per_band else self.counts.sum(dim=0, keepdim=True).expand_as(self.counts)
 
 
 def unique_samples(folder: str, urls: Sequence[str], ids: Iterable[tuple[str, str]]) -> NDArray[np.bool_]:

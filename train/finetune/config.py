@@ -70,6 +70,7 @@ class Calibration:
     Args:
         steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes ``filter.threshold``.
         quantile: of their magnitudes that becomes the threshold: one minus the share of unique samples left out.
+        release: with ``evidence: window``, the quantile below which what was left out counts again.
         per_band: one threshold for each timestep band of 100; else one for all.
         window: steps after which an older magnitude counts by a factor e less; the threshold then follows the model to
             the end of the run. 0 fixes it after ``steps``.
@@ -79,6 +80,7 @@ class Calibration:
 
     steps: int = 0
     quantile: float = 0.99
+    release: float = 0.5
     per_band: bool = True
     window: int = 0
     unique: str = ""
@@ -103,6 +105,9 @@ class FilterConfig:
         verdict_of: whose last verdict stands in: the ``sample``'s own, or the latest one of any sample under the same
             ``caption``, whose visits it then holds for: copies that stand under one caption are judged by each other,
             as the magnitude is the caption's more than the image's.
+        evidence: what a verdict rests on: the magnitude of that ``visit`` alone; or those of all visits in the
+            ``window`` of ``calibrate``, which it needs, each ranked among the unique samples', older ones counting
+            less: visits of the sample, or of all samples under its caption (``verdict_of``).
         calibrate: thresholds from the run itself.
         warmup_steps: steps before the filter starts.
     """
@@ -114,6 +119,7 @@ class FilterConfig:
     k: int = 5
     expires: int = 8
     verdict_of: Literal["sample", "caption"] = "sample"
+    evidence: Literal["visit", "window"] = "visit"
     calibrate: Calibration = field(default_factory=Calibration)
     warmup_steps: int = 0
 

@@ -5,7 +5,8 @@ al., ICLR 2024, §5: training-time mitigation). It keeps its place in the batch 
 static and every rank runs the same passes; a kept sample weighs the same whatever else was dropped.
 
 The paper judges each sample at each visit, which takes one more forward pass over the whole batch. The other policies
-judge some visits only, and take it over those rows; between them a sample's last verdict may stand in.
+judge some visits only, and take it over those rows; between them a sample's last verdict may stand in. A verdict rests
+on one magnitude, or on all those in a window of steps (:mod:`train.finetune.evidence`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from curate.console import UsageError, UserError, get_logger, write_atomic, write_json
 from train.finetune.calibration import ENOUGH, MagnitudeQuantiles, unique_samples
 from train.finetune.config import FilterConfig
+from train.finetune.evidence import Evidence
 from train.memorization.magnitude import magnitude
 from train.memorization.thresholds import BANDS, FILE, Thresholds, read_thresholds, timestep_band
 
@@ -142,6 +144,7 @@ class MemorizationFilter:
             self.watched = self.thresholds.isfinite()
         elif policy.policy != "off":
             self.quantiles = MagnitudeQuantiles(how.quantile, how.per_band, how.window)
+        self.evidence = Evidence(how.window, how.quantile, how.release) if policy.evidence == "window" else None
         self._records: list[Tensor] = []
 
     # -------------------------------------------------------------------------------------------- in each micro-step
@@ -196,7 +199,7 @@ class MemorizationFilter:
                 eps_uncond = self.diffusion.to_eps(self.predict_unconditional(x, times), x, times)
                 if len(chosen):
                     eps_cond = self.diffusion.to_eps(output[index], x, times)
-                    limits = self.thresholds[bands[chosen]].to(device)
+                    limits = self._limits(keys[chosen], bands[chosen], step).to(device)
                     kept[index], magnitudes[index] = filter_weights(eps_cond, eps_uncond, limits, self.policy.form)
                     magnitudes = torch.where(counted, magnitudes, torch.nan)
             kept = torch.where(counted, kept, 1.0)  # what counts nothing anyway is not the filter's doing
@@ -205,6 +208,19 @@ class MemorizationFilter:
         seen = torch.stack([magnitudes.view(torch.int32), left_out], dim=1)
         self._records.append(torch.cat([known, seen], dim=1))
         return kept, magnitudes
+
+    def _limits(self, keys: Tensor, bands: Tensor, step: int) -> Tensor:
+        """The least magnitude with which each visit is left out: ``[n]`` float32, from ``keys`` and ``bands`` ``[n]``.
+
+        It is the band's threshold or, where earlier visits count, what these leave to this one.
+        """
+        limits = self.thresholds[bands]
+        if self.evidence is None or self.quantiles is None:
+            return limits
+        shares = torch.special.ndtr(self.evidence.needed(keys.tolist(), self.against, step))
+        needed = self.quantiles.at(bands, shares)
+        needed = torch.where(shares == 0, 0.0, torch.where(shares == 1, torch.inf, needed))
+        return torch.where(limits.isfinite(), needed, limits)
 
     # ------------------------------------------------------------------------------------------------- in each step
 
@@ -230,12 +246,20 @@ class MemorizationFilter:
         rows, t, keys, bits, left_out = records.unbind(dim=1)
         rows, magnitudes = rows.long(), bits.contiguous().view(torch.float32)
         bands, judged = timestep_band(t.long(), self.diffusion.timesteps), ~magnitudes.isnan()
-        reached = judged & (magnitudes >= self.thresholds[bands])
+        reached = torch.zeros_like(judged)  # by what was known before the step, as it was weighed
+        at = judged.nonzero()[:, 0]
+        reached[at] = magnitudes[at] >= self._limits(keys[at], bands[at], step)
         if self.policy.expires:
             self._remember(keys.tolist(), judged.tolist(), reached.tolist())
         self.table.record(rows, bands, magnitudes, reached, left_out.bool())
         if self.quantiles is not None and step >= self.policy.warmup_steps:
-            used = judged if self.reference is None else judged & self.reference[rows]
+            unique = torch.ones_like(judged) if self.reference is None else self.reference[rows]
+            used = judged & unique
+            if self.evidence is not None:
+                shares = self.quantiles.shares_below(bands[at], magnitudes[at])
+                known = ~shares.isnan()
+                at, scores = at[known], torch.special.ndtri(shares[known])
+                self.evidence.add(keys[at].tolist(), scores, unique[at].tolist(), step)
             self._calibrate(bands[used], magnitudes[used], step)
 
     def _remember(self, keys: list[int], judged: list[bool], reached: list[bool]) -> None:
@@ -290,7 +314,11 @@ class MemorizationFilter:
             "thresholds": self.thresholds,
             "watched": self.watched,
         }
-        return state if self.quantiles is None else state | {"magnitudes": self.quantiles.counts}
+        if self.quantiles is not None:
+            state["magnitudes"] = self.quantiles.counts
+        if self.evidence is not None:
+            state["evidence"] = self.evidence.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
@@ -299,6 +327,8 @@ class MemorizationFilter:
         self.thresholds, self.watched = state["thresholds"].clone(), state["watched"].clone()
         if self.quantiles is not None:
             self.quantiles.counts.copy_(state["magnitudes"])
+        if self.evidence is not None:
+            self.evidence.load_state_dict(state["evidence"])
 
     def finish(self, out: Path, ids: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """Write ``verdicts.parquet`` and ``filter.json``, and return what the summary says of them.
@@ -332,6 +362,10 @@ def check_filter(policy: FilterConfig, model: str) -> None:
     ):
         if value < least:
             raise UsageError(f"filter.{name} must be {least} or more, not {value}")
+    if policy.evidence == "window" and policy.policy != "off" and not (how.steps and how.window):
+        raise UsageError("filter.evidence window needs filter.calibrate.steps and filter.calibrate.window")
+    if policy.evidence == "window" and not 0 < how.release <= how.quantile:
+        raise UsageError(f"filter.calibrate.release must lie in (0, quantile], not {how.release}")
     if not 0 < how.quantile < 1:
         raise UsageError(f"filter.calibrate.quantile must lie in (0, 1), not {how.quantile}")
     chosen_thresholds(policy, model)
@@ -372,31 +406,55 @@ def chosen_thresholds(policy: FilterConfig, model: str) -> Thresholds | None:
 class VerdictTable:
     """What the filter saw and did, by sample id; written as Parquet at the end of a run.
 
+    Eight bytes a sample, and about a hundred for each that was judged or left out: of a hundred million samples, a run
+    judges a few.
+
     Args:
         size: samples.
         judges: False keeps the visits alone.
     """
 
     def __init__(self, size: int, judges: bool = True) -> None:
-        judged = size if judges else 0
         self.seen = torch.zeros(size, dtype=torch.int32)
-        self.reached = torch.zeros(judged, dtype=torch.int32)
-        self.dropped = torch.zeros(judged, dtype=torch.int32)
-        self.judged_by_band = torch.zeros(judged, BANDS, dtype=torch.int32)
-        self.magnitude_by_band = torch.zeros(judged, BANDS, dtype=torch.float32)  # sums
+        # Where in the following a sample stands; -1 for one that was neither judged nor left out.
+        self.place = torch.full((size if judges else 0,), -1, dtype=torch.int32)
+        self.used = 0
+        self.reached = torch.zeros(0, dtype=torch.int32)
+        self.dropped = torch.zeros(0, dtype=torch.int32)
+        self.judged_by_band = torch.zeros(0, BANDS, dtype=torch.int32)
+        self.magnitude_by_band = torch.zeros(0, BANDS, dtype=torch.float32)  # sums
 
     def record(self, rows: Tensor, bands: Tensor, magnitudes: Tensor, reached: Tensor, dropped: Tensor) -> None:
         """Add some visits; all arguments ``[n]`` on the CPU, magnitudes NaN where not judged."""
-        one = torch.ones_like(rows, dtype=torch.int32)
-        self.seen.index_put_((rows,), one, accumulate=True)
-        if not len(self.reached):
-            return
+        self.seen.index_put_((rows,), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
         judged = ~magnitudes.isnan()
-        self.reached.index_put_((rows,), reached.int(), accumulate=True)
-        self.dropped.index_put_((rows,), dropped.int(), accumulate=True)
-        at = (rows[judged], bands[judged])
-        self.judged_by_band.index_put_(at, one[judged], accumulate=True)
-        self.magnitude_by_band.index_put_(at, magnitudes[judged], accumulate=True)
+        some = (judged | dropped).nonzero()[:, 0]
+        if not len(some):
+            return
+        at = self._places(rows[some])
+        self.reached.index_put_((at,), reached[some].int(), accumulate=True)
+        self.dropped.index_put_((at,), dropped[some].int(), accumulate=True)
+        judged = judged[some]
+        cells = (at[judged], bands[some][judged])
+        self.judged_by_band.index_put_(cells, torch.ones_like(cells[0], dtype=torch.int32), accumulate=True)
+        self.magnitude_by_band.index_put_(cells, magnitudes[some][judged], accumulate=True)
+
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where samples ``[n]`` stand: ``[n]`` int64; new ones get a place."""
+        new = rows[self.place[rows] < 0].unique()
+        if self.used + len(new) > len(self.reached):
+            self._reserve(max(self.used + len(new), 2 * len(self.reached), 1024))
+        self.place[new] = torch.arange(self.used, self.used + len(new), dtype=torch.int32)
+        self.used += len(new)
+        return self.place[rows].long()
+
+    def _reserve(self, places: int) -> None:
+        """Make room."""
+        for name in ("reached", "dropped", "judged_by_band", "magnitude_by_band"):
+            old = getattr(self, name)
+            longer = old.new_zeros(places, *old.shape[1:])
+            longer[: self.used] = old[: self.used]
+            setattr(self, name, longer)
 
     def totals(self) -> dict[str, int]:
         """Counts over all samples."""
@@ -408,12 +466,14 @@ class VerdictTable:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to store in a checkpoint."""
-        return dict(vars(self))
+        names = ("reached", "dropped", "judged_by_band", "magnitude_by_band")
+        return {"seen": self.seen, "place": self.place, **{name: getattr(self, name)[: self.used] for name in names}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` gave."""
         for name, value in state.items():
-            getattr(self, name).copy_(value)
+            setattr(self, name, value.clone())
+        self.used = len(self.reached)
 
     def write(self, path: Path, ids: Sequence[tuple[str, str]]) -> None:
         """Write the table, one row a sample that was seen, in the order of the shards.
@@ -428,11 +488,12 @@ class VerdictTable:
 
         rows = self.seen.nonzero()[:, 0]
         n = len(rows)
+        place = self.place[rows].long() if len(self.place) else torch.full((n,), -1)
+        known, at = place >= 0, place[place >= 0]
         judged, sums = torch.zeros(n, BANDS, dtype=torch.int32), torch.zeros(n, BANDS)
-        reached = dropped = torch.zeros(n, dtype=torch.int32)
-        if len(self.reached):
-            judged, sums = self.judged_by_band[rows], self.magnitude_by_band[rows]
-            reached, dropped = self.reached[rows], self.dropped[rows]
+        reached, dropped = torch.zeros(2, n, dtype=torch.int32)
+        judged[known], sums[known] = self.judged_by_band[at], self.magnitude_by_band[at]
+        reached[known], dropped[known] = self.reached[at], self.dropped[at]
         mean = pa.array((sums / judged).flatten().numpy(), pa.float32(), mask=(judged == 0).flatten().numpy())
         names = [ids[row] for row in rows.tolist()]
         table = pa.table(

@@ -154,7 +154,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
     trained = model.trained  # only now: where weights are spread, they are others than before
-    set_attention(model.pipe.unet, config.attention)  # again: what is fastest depends on the device
+    # Again: what is fastest depends on the device and the precision.
+    set_attention(model.pipe.unet, config.attention, mixed_precision=accelerator.mixed_precision)
     if config.compile:
         model.pipe.unet.compile()  # in place, so that no name in the state dict changes
     average = Average(trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)

@@ -39,6 +39,17 @@ def test_a_band_with_too_few_magnitudes_has_no_threshold():
     assert filled(MagnitudeQuantiles(0.99, False, 0), {3: values}).isfinite().all()
 
 
+def test_shares_below_are_the_inverse_of_quantiles():
+    rng = np.random.default_rng(2)
+    quantiles = MagnitudeQuantiles(0.9, True, 0)
+    filled(quantiles, {2: rng.lognormal(size=5000), 3: rng.lognormal(mean=1, size=5000), 4: np.ones(ENOUGH - 1)})
+    bands, shares = torch.tensor([2, 2, 3, 3]), torch.tensor([0.1, 0.77, 0.5, 0.99], dtype=torch.float64)
+    found = quantiles.shares_below(bands, quantiles.at(bands, shares))
+    assert found.tolist() == pytest.approx(shares.tolist(), abs=1e-3)
+    assert quantiles.shares_below(torch.tensor([4]), torch.tensor([1.0])).isnan().all()
+    assert quantiles.at(torch.tensor([4]), torch.tensor([0.5], dtype=torch.float64)).isinf().all()
+
+
 def test_a_fading_window_follows_magnitudes_that_grow_and_a_fixed_one_does_not():
     rng = np.random.default_rng(1)
     fading, fixed = MagnitudeQuantiles(0.9, False, 50), MagnitudeQuantiles(0.9, False, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -127,6 +129,24 @@ def test_samples_under_one_caption_are_judged_by_each_other_where_that_is_asked_
         assert one([4], [1.0], t=[100], captions=["a"]) == [1]
 
 
+def test_visits_in_the_window_add_up_to_a_verdict_that_none_of_them_reaches():
+    how = FilterConfig(
+        "noisy_steps", verdict_of="caption", evidence="window", calibrate=Calibration(20, 0.95, window=1000)
+    )
+    reference = torch.arange(100) < 90
+    judge = OneNumber(how, 100, reference=reference)
+    rng, outcomes = np.random.default_rng(0), []
+    for step in range(60):  # 15 visits a step of the unique samples, each met six times; one of caption "copy"
+        rows = [*((step * 15 + np.arange(15)) % 90).tolist(), 90 + step % 10]
+        captions = [*(str(row) for row in rows[:-1]), "copy"]
+        kept = judge(rows, [*rng.uniform(1, 2, 15).tolist(), 1.8], captions=captions)  # their quantile 0.8
+        outcomes.append(kept[-1])
+    assert outcomes[0] == 1 and outcomes[-1] == 0
+    assert judge.filter.thresholds[9] > 1.9
+    totals = judge.filter.table.totals()
+    assert totals["dropped"] - outcomes.count(0) < 0.12 * 40 * 15  # of the unique samples' visits after calibration
+
+
 def test_nothing_is_judged_before_the_warm_up_ends_nor_in_bands_without_a_threshold():
     judge = OneNumber(FilterConfig("every_step", threshold=1.0, warmup_steps=1))
     assert judge([0], [3.0]) == [1] and judge([0], [3.0]) == [0]
@@ -168,6 +188,28 @@ def test_verdict_table_counts_repeated_visits_by_band(tmp_path):
     ]
     assert rows[0]["magnitude_by_band"] == [1.0] + [None] * 8 + [3.0]
     assert rows[0]["judged_by_band"] == [1] + [0] * 8 + [1]
+
+
+def test_the_table_grows_with_the_samples_that_were_judged_and_comes_back_from_a_checkpoint(tmp_path):
+    rng, table, judged = np.random.default_rng(0), VerdictTable(100_000), {}
+    tables = [table]
+    for step in range(100):
+        rows = torch.from_numpy(rng.integers(0, 100_000, 64))
+        m = torch.where(torch.from_numpy(rng.random(64)) < 0.5, 1.0, NAN)
+        for row in rows[~m.isnan()].tolist():
+            judged[row] = judged.get(row, 0) + 1
+        no = torch.zeros(64, dtype=torch.bool)
+        for one in tables:
+            one.record(rows, torch.full((64,), 3), m, no, no)
+        if step == 50:  # in the middle, with places to spare
+            tables.append(VerdictTable(100_000))
+            tables[1].load_state_dict(table.state_dict())
+    assert table.used == len(judged) and len(table.reached) < 3 * len(judged)
+    for number, one in enumerate(tables):
+        one.write(tmp_path / f"{number}.parquet", [("s", str(row)) for row in range(100_000)])
+    first, second = (pq.read_table(tmp_path / f"{number}.parquet").to_pylist() for number in range(2))
+    assert first == second
+    assert {int(row["key"]): row["judged"] for row in first if row["judged"]} == judged
 
 
 def test_what_processes_saw_is_exchanged_in_the_order_of_positions():
@@ -257,7 +299,8 @@ def verdicts(out) -> list[dict]:
 
 @pytest.mark.timeout(300)
 def test_a_killed_run_goes_on_with_its_verdicts_and_thresholds(model, shards, tmp_path):
-    changes = SLOWLY | {"batch_size": 16, "checkpoint_every": 5}
+    policy = dataclasses.replace(STORED, evidence="window")
+    changes = SLOWLY | {"batch_size": 16, "checkpoint_every": 5, "filter": policy}
     run_finetune(settings(model, shards, tmp_path / "whole", **changes))
     lines = log_lines(tmp_path / "whole")
     assert all(0 < line["judged"] < 16 for line in lines)
@@ -296,6 +339,7 @@ def test_two_processes_reach_the_verdicts_of_one(model, shards, tmp_path):
         (FilterConfig("every_step", threshold=[1.0, None]), "one a timestep band"),
         (FilterConfig("one_in_k", k=0), "filter.k"),
         (FilterConfig("every_step", calibrate=Calibration(steps=5, quantile=1.0)), "quantile"),
+        (FilterConfig("every_step", evidence="window", calibrate=Calibration(steps=5)), "calibrate.window"),
     ],
 )
 def test_settings_of_the_filter_out_of_range_are_named(model, shards, tmp_path, policy, word):
