@@ -4,9 +4,9 @@
     python -m train.sample_model.pixels --out runs/pixels/classes --classes true
 
 The set is every fourth image of the carried emoji's fine-tuning part, at 32 × 32 pixels; ``repeated`` of them, evenly
-spaced, stand in it ``copies`` times. The model is a ``UNet2DModel`` (2.7 M parameters) that predicts v, with more weight
-on noisy timesteps: in few steps that learns layout and colours, which ε leaves to chance. It is unconditional, or
-conditioned on the emoji's group of the Unicode charts (and a null class, for classifier-free guidance). ``out`` is a
+spaced, stand in it ``copies`` times. The model is a ``UNet2DModel`` (2.7 M parameters) that predicts v, with more
+weight on noisy timesteps: in few steps that learns layout and colours, which ε leaves to chance. It is unconditional
+or conditioned on the emoji's group of the Unicode charts (and a null class, for classifier-free guidance). ``out`` is a
 diffusers pipeline folder (``DDPMPipeline``) with ``training_set.json`` beside it: keys of the images, each once, how
 often each stood in the set, its class, and the classes' names.
 

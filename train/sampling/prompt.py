@@ -89,12 +89,13 @@ def descend(m: Any, x: Tensor, target: float, steps: int, lr: float) -> tuple[Te
     """
     optimizer = torch.optim.AdamW([x], lr=lr)
     taken = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    result, before, after = x.detach().clone(), None, torch.zeros(len(x), device=x.device)
+    result, before, after = x.detach().clone(), torch.zeros(len(x)), torch.zeros(len(x))
     active = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for step in range(steps + 1):
         values = m(x)
         now = values.detach()
-        before = now if before is None else before
+        if step == 0:
+            before, after = now, now.clone()
         # An image whose loss is no number goes back to where it last was one.
         active = active & torch.isfinite(now)
         result[active], after[active], taken[active] = x.detach()[active], now[active], step
@@ -104,5 +105,4 @@ def descend(m: Any, x: Tensor, target: float, steps: int, lr: float) -> tuple[Te
         optimizer.zero_grad()
         values[active].sum().backward()
         optimizer.step()
-    assert before is not None
     return result, before, after, taken

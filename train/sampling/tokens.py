@@ -62,14 +62,15 @@ def with_random_words(text: str, c: TokensConfig, tokenizer: Any, generator: tor
         return int(torch.randint(n, (), generator=generator))
 
     special = set(tokenizer.all_special_ids)
-    ids = [i for i in range(len(tokenizer)) if i not in special]
     words = text.split()
     own = list(words)
     for _ in range(c.number):
         if c.kind == "number":
             word = str(below(MOST))
         elif c.kind == "word":
-            word = tokenizer.decode([ids[below(len(ids))]]).strip()
+            while (token := below(len(tokenizer))) in special:
+                pass
+            word = tokenizer.decode([token]).strip()
         else:
             word = own[below(len(own))] if own else ""
         words.insert(below(len(words) + 1), word)
