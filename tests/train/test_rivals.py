@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -216,19 +216,22 @@ def test_each_image_has_words_of_its_own_that_do_not_depend_on_the_batch(tiny_pi
 # ------------------------------------------------------------------------------------------------ in the pipeline
 
 
-def with_prediction(pipe, prediction_type: str) -> GuidedStableDiffusion:
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
+def with_prediction(pipe, prediction_type: str, kind: type = DDIMScheduler) -> GuidedStableDiffusion:
+    scheduler = kind.from_config(pipe.scheduler.config, prediction_type=prediction_type)
     guided = GuidedStableDiffusion.from_pipe(pipe, scheduler=scheduler)
     guided.set_progress_bar_config(disable=True)
     return guided
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type"),
+    [(DDIMScheduler, "epsilon"), (DDIMScheduler, "v_prediction"), (EulerDiscreteScheduler, "epsilon")],
+)
 @pytest.mark.parametrize("kind", ["prompt", "noise"])
 def test_the_magnitude_of_the_first_step_is_what_the_term_left_and_others_keep_every_bit(
-    tiny_pipe, kind, prediction_type
+    tiny_pipe, kind, scheduler, prediction_type
 ):
-    guided = with_prediction(tiny_pipe, prediction_type)
+    guided = with_prediction(tiny_pipe, prediction_type, scheduler)
     call = {"num_inference_steps": 2, "output_type": "np"}
     plain = guided(PROMPTS, generator=seeds(1, 2), **call)
     m = [plain.trace[i]["magnitude"] for i in (0, 1)]

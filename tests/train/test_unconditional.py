@@ -44,14 +44,14 @@ class Shift:
 
     name = "shift"
 
-    def __init__(self, rows: list[int], look=None) -> None:
-        self.rows, self.look = torch.tensor(rows), look
+    def __init__(self, rows: list[int], look=None, amount: float = 0.1) -> None:
+        self.rows, self.look, self.amount = torch.tensor(rows), look, amount
 
     def start(self, run: Run):
         def step(state: State) -> Correction:
             if self.look:
                 self.look(state)
-            return Correction({"shift": Part(self.rows, torch.full_like(state.x_t[self.rows], 0.1))})
+            return Correction({"shift": Part(self.rows, torch.full_like(state.x_t[self.rows], self.amount))})
 
         return step
 
@@ -90,6 +90,8 @@ def test_a_model_that_predicts_variances_is_drawn_as_by_the_stock_pipeline_and_c
     moved = guided(generator=seeds(1, 2), guidance=[Shift([1])], **call).images
     np.testing.assert_array_equal(moved[0], expected[0])
     assert np.abs(moved[1] - expected[1]).max() > 1e-3
+    kept = guided(generator=seeds(1, 2), guidance=[Shift([0, 1], amount=0.0)], **call).images
+    np.testing.assert_allclose(kept, expected, atol=1e-5)  # the variances of a corrected image are its own
 
 
 def test_steps_default_to_those_of_the_stock_pipelines(monkeypatch):
