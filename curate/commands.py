@@ -86,7 +86,7 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
         with _stdout_kept_for_the_summary(options.json):
             summary = _load(verbs[name].job)(config)
         if summary is not None and is_main_process():
-            print(_as_json(summary) if options.json else format_summary(summary), flush=True)
+            print(_as_json(summary) if options.json else _as_text(summary), flush=True)
         return getattr(summary, "exit_code", 0)  # a check that found problems says so by its exit code
     except SystemExit as stop:  # --help and --print_config end this way
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -409,6 +409,14 @@ def _stdout_kept_for_the_summary(active: bool) -> Iterator[None]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
+
+
+def _as_text(summary: Any) -> str:
+    """A summary's own view, where it has one; it may be coloured on a terminal."""
+    view = getattr(summary, "view", None)
+    if view is None:
+        return format_summary(summary)
+    return view(colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
 def _as_json(summary: Any) -> str:

@@ -34,6 +34,16 @@ VERBS = {
         "train.memorization.detect:run_detect",
         "score prompts by how strongly the model has memorized them",
     ),
+    "explain": Verb(
+        "train.memorization.config:ExplainConfig",
+        "train.memorization.explain:run_explain",
+        "say which words of a prompt its memorization hangs on, and what to change first",
+    ),
+    "audit": Verb(
+        "train.evaluation.config:AuditConfig",
+        "train.evaluation.audit:run_audit",
+        "try to bring training images back from a mitigated model, beside images that it never saw",
+    ),
     "evaluate": Verb(
         "train.evaluation.config:EvaluateConfig",
         "train.evaluation.protocol:run_evaluate",

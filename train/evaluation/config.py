@@ -1,4 +1,4 @@
-"""Settings of the evaluation: the job's, and the protocol file's. Plain dataclasses."""
+"""Settings of the evaluation and of the audit: the jobs', and the protocol file's. Plain dataclasses."""
 
 from __future__ import annotations
 
@@ -75,3 +75,69 @@ class Protocol:
     loras: dict[str, str] = field(default_factory=dict)
     columns: int = 8
     amg: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class AuditConfig:
+    """Search for embeddings that bring training images back, and for others that do so for images never trained on.
+
+    Args:
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        prompts: prompt file with an ``image`` column. Rows of label 1 or without a label are training images, each
+            attacked from its prompt (which may be an edited one); rows of label 0 are controls.
+        out: folder to write: report.html, curves.png, figure.png, audit.parquet, embeds.safetensors, summary.json.
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
+            scheduler that a single file lacks; null asks the hub.
+        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
+        control: prompt file of images that were never trained on, all of whose rows are controls.
+        neurons: JSON file of neurons that are blocked in the model: {"neurons": {"<module of a to_v>": [indices]}}.
+        images: how many images of each kind are attacked, from the first; 0 takes all.
+        index: training-set index (the output folder of curate dedup), whose calibration brings similarities onto SSCD's
+            scale; empty takes the embedder's cosine as it is.
+        embedder: that judges copies; empty takes the index's own, or the carried copy detector.
+        search_steps: steps of Adam per search.
+        learning_rate: of Adam.
+        noises: timesteps and noises per image and step.
+        restarts: searches per image: the first from its prompt, the others from random embeddings.
+        search_seed: of the search's randomness.
+        measure_every: steps of the search after which images are drawn and compared.
+        seeds: images drawn per embedding.
+        first_seed: seed of the first.
+        steps: denoising steps of the drawn images.
+        scale: their classifier-free guidance scale.
+        batch_size: images per UNet call.
+        gradient_checkpointing: keep no activations for the backward pass: less memory, about a third more time.
+        bootstrap: resamples behind the confidence intervals.
+        dtype: of the model's weights.
+        device: auto, cpu, cuda, …
+    """
+
+    model: str
+    prompts: str
+    out: str
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    lora: str | None = None
+    control: str = ""
+    neurons: str = ""
+    images: int = 8
+    index: str = ""
+    embedder: str = ""
+    search_steps: int = 50
+    learning_rate: float = 0.1
+    noises: int = 8
+    restarts: int = 1
+    search_seed: int = 0
+    measure_every: int = 10
+    seeds: int = 4
+    first_seed: int = 0
+    steps: int = 50
+    scale: float = 7.5
+    batch_size: int = 8
+    gradient_checkpointing: bool = False
+    bootstrap: int = 1000
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"

@@ -324,15 +324,15 @@ def render(
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{_text(title)}</h1>",
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escaped(title)}</h1>",
     ]
     if rows:
-        parts.append(f'<p class="soft">{_text(headline(rows))}</p>')
+        parts.append(f'<p class="soft">{escaped(headline(rows))}</p>')
     for position, figure in enumerate(figures):
         if position:
-            parts.append(f"<h2>{_text(figure.title[:1].upper() + figure.title[1:])}</h2>")
-        parts.append(_figure(figure))
+            parts.append(f"<h2>{escaped(figure.title[:1].upper() + figure.title[1:])}</h2>")
+        parts.append(figure_html(figure))
         if position == 0:
             parts.append(
                 '<p class="soft"><span class="key"></span> counted as a copy of a training image by the '
@@ -341,46 +341,48 @@ def render(
             )
             if sentences:
                 parts.append("<h2>What the numbers say</h2><ul>")
-                parts += [f"<li>{_text(sentence)}</li>" for sentence in sentences]
+                parts += [f"<li>{escaped(sentence)}</li>" for sentence in sentences]
                 parts.append("</ul>")
             parts += ["<h2>The table</h2>", _table(rows)]
     if not figures:
         parts += ["<h2>The table</h2>", _table(rows)]
     if links:
         parts.append("<h2>More</h2><ul>")
-        parts += [f'<li><a href="{_text(href)}">{_text(words)}</a></li>' for words, href in links.items()]
+        parts += [f'<li><a href="{escaped(href)}">{escaped(words)}</a></li>' for words, href in links.items()]
         parts.append("</ul>")
     parts.append("<details open><summary>How to read the columns</summary><dl>")
-    parts += [f"<dt>{_text(c.title)}</dt><dd>{_text(c.explanation)}</dd>" for c in COLUMNS]
+    parts += [f"<dt>{escaped(c.title)}</dt><dd>{escaped(c.explanation)}</dd>" for c in COLUMNS]
     parts.append("</dl></details>")
     if settings:
         parts.append("<details><summary>Settings</summary><dl>")
-        parts += [f"<dt>{_text(key)}</dt><dd>{_text(str(value))}</dd>" for key, value in settings.items()]
+        parts += [f"<dt>{escaped(key)}</dt><dd>{escaped(str(value))}</dd>" for key, value in settings.items()]
         parts.append("</dl></details>")
     parts.append("</body></html>\n")
     return "\n".join(parts)
 
 
-def _text(value: str) -> str:
+def escaped(value: str) -> str:
+    """Text for a page."""
     return html.escape(str(value), quote=True)
 
 
-def _figure(figure: Figure) -> str:
+def figure_html(figure: Figure) -> str:
+    """The figure as part of a page that has :data:`STYLE`."""
     n = len(figure.columns)
     columns = f"grid-template-columns: minmax(120px, 1.5fr) repeat({n}, 1fr)"
     parts = [f'<div class="scroll"><div class="figure" style="{columns}"><div></div>']
-    parts += [f'<div class="caption">{_text(_short(caption))}</div>' for caption in figure.columns]
+    parts += [f'<div class="caption">{escaped(_short(caption))}</div>' for caption in figure.columns]
     for label, remark, cells in figure.rows:
-        remark = f"<span>{_text(remark)}</span>" if remark else ""
-        parts.append(f'<div class="label">{_text(label)}{remark}</div>')
+        remark = f"<span>{escaped(remark)}</span>" if remark else ""
+        parts.append(f'<div class="label">{escaped(label)}{remark}</div>')
         for caption, cell in zip(figure.columns, cells, strict=True):
             if cell.image is None:
                 parts.append('<div class="none"></div>')
                 continue
             words = f"{label}: {caption}" + (", a copy by the judge" if cell.copied else "")
-            note = f' title="{_text(cell.note)}"' if cell.note else ""
+            note = f' title="{escaped(cell.note)}"' if cell.note else ""
             frame = ' class="copied"' if cell.copied else ""
-            parts.append(f'<img src="{_data_url(cell.image)}" alt="{_text(words)}"{note}{frame}>')
+            parts.append(f'<img src="{data_url(cell.image)}" alt="{escaped(words)}"{note}{frame}>')
     parts.append("</div></div>")
     return "\n".join(parts)
 
@@ -390,7 +392,7 @@ def _short(caption: str, length: int = 60) -> str:
     return caption if len(caption) <= length else caption[: length - 1].rstrip() + "…"
 
 
-def _data_url(image: Image.Image, largest: int = 192) -> str:
+def data_url(image: Image.Image, largest: int = 192) -> str:
     """Inlined as PNG, large images brought down; the browser enlarges small ones smoothly."""
     image = image.convert("RGB")
     if max(image.size) > largest:
@@ -403,17 +405,17 @@ def _data_url(image: Image.Image, largest: int = 192) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = ['<div class="scroll"><table><thead><tr><th>setting</th>']
-    parts += [f'<th title="{_text(column.explanation)}">{_text(column.title)}</th>' for column in COLUMNS]
+    parts += [f'<th title="{escaped(column.explanation)}">{escaped(column.title)}</th>' for column in COLUMNS]
     parts.append("</tr></thead><tbody>")
     for kind in dict.fromkeys(row["prompts"] for row in rows):
         group = [row for row in rows if row["prompts"] == kind]
         counts = sorted({row["images"] for row in group if "images" in row})
         images = f", {'/'.join(map(str, counts))} images a row" if counts else ""
         words = PROMPTS.get(kind, kind)
-        parts.append(f'<tr class="kind"><td colspan="{len(COLUMNS) + 1}">{_text(words + images)}</td></tr>')
+        parts.append(f'<tr class="kind"><td colspan="{len(COLUMNS) + 1}">{escaped(words + images)}</td></tr>')
         best = {column.key: _best(group, column) for column in COLUMNS}
         for row in group:
-            parts.append(f"<tr><td>{_text(name_of(row['model'], row['guidance']))}</td>")
+            parts.append(f"<tr><td>{escaped(name_of(row['model'], row['guidance']))}</td>")
             parts += [_td(row.get(column.key), column, best[column.key]) for column in COLUMNS]
             parts.append("</tr>")
     parts.append("</tbody></table></div>")

@@ -12,12 +12,24 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.memorization.audit import Audit, audit
     from train.memorization.detect import Scores, score
+    from train.memorization.explain import Explanation, explain, suggest
     from train.memorization.magnitude import magnitude, to_eps
 
-__all__ = ["Scores", "magnitude", "score", "to_eps"]
+__all__ = ["Audit", "Explanation", "Scores", "audit", "explain", "magnitude", "score", "suggest", "to_eps"]
 
-_HOME = {"magnitude": "magnitude", "to_eps": "magnitude", "score": "detect", "Scores": "detect"}
+_HOME = {
+    "magnitude": "magnitude",
+    "to_eps": "magnitude",
+    "score": "detect",
+    "Scores": "detect",
+    "explain": "explain",
+    "suggest": "explain",
+    "Explanation": "explain",
+    "audit": "audit",
+    "Audit": "audit",
+}
 
 
 class _Package(ModuleType):

@@ -64,3 +64,56 @@ class DetectConfig:
     bootstrap: int = 1000
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
+
+
+@dataclass
+class ExplainConfig:
+    """Say which words of a prompt its memorization hangs on, and what the magnitude becomes without them.
+
+    Args:
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
+            scheduler that a single file lacks; null asks the hub.
+        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
+        prompt: the prompt to explain.
+        prompts: prompt file (.txt, .jsonl, .csv, .parquet), instead of one prompt.
+        instead: a changed prompt, whose magnitude is measured beside that of ``prompt``.
+        out: HTML file to write; the numbers are written beside it (.json). Empty writes nothing.
+        steps: denoising steps over which the significance is averaged, from the first.
+        num_inference_steps: steps of the whole DDIM trajectory that they belong to.
+        seeds: initial noises per prompt; their seeds are counted from the prompt's own, or from first_seed.
+        first_seed: seed of each prompt's first noise.
+        scale: classifier-free guidance scale of the trajectory.
+        form: of the magnitude: l2, the papers' scale, or rms, which does not depend on the size of the latents.
+        words: how many of the most significant words are taken out and replaced, one at a time, to see what the
+            magnitude becomes; 0 tries none.
+        replacements: entries of the tokenizer's vocabulary, drawn at random, that are put in the place of each.
+        batch_size: prompt and seed pairs per UNet call.
+        gradient_checkpointing: keep no activations for the backward pass: less memory, about a third more time.
+        dtype: of the model's weights.
+        device: auto, cpu, cuda, …
+    """
+
+    model: str
+    prompt: str = ""
+    prompts: str = ""
+    instead: str = ""
+    out: str = ""
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    lora: str | None = None
+    steps: int = 10
+    num_inference_steps: int = 50
+    seeds: int = 4
+    first_seed: int = 0
+    scale: float = 7.5
+    form: Literal["l2", "rms"] = "l2"
+    words: int = 3
+    replacements: int = 3
+    batch_size: int = 8
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"

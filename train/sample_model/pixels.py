@@ -3,7 +3,7 @@
     python -m train.sample_model.pixels --out runs/pixels/unconditional
     python -m train.sample_model.pixels --out runs/pixels/classes --classes true
 
-The set is every fourth image of the carried emoji's fine-tuning part, at 32 × 32 pixels; ``repeated`` of them, evenly
+The set is every sixth image of the carried emoji's fine-tuning part, at 32 × 32 pixels; ``repeated`` of them, evenly
 spaced, stand in it ``copies`` times. The model is a ``UNet2DModel`` (2.7 M parameters) that predicts v, with more
 weight on noisy timesteps: in few steps that learns layout and colours, which ε leaves to chance. It is unconditional
 or conditioned on the emoji's group of the Unicode charts (and a null class, for classifier-free guidance). ``out`` is a
@@ -43,18 +43,18 @@ class PixelsConfig:
 
     out: str = "runs/pixels/unconditional"
     classes: bool = False  # condition on the emoji's group
-    every: int = 4  # of the part, each image of this many
+    every: int = 6  # of the part, each image of this many
     repeated: int = 4  # images that stand in the set more than once
-    copies: int = 45  # how often each of them does
-    steps: int = 320
-    batch_size: int = 32
-    lr: float = 2e-3  # highest, after warmup; cosine to 0
-    warmup_steps: int = 20
-    average: float = 0.98  # decay of the moving average of the weights, which is what is kept
+    copies: int = 40  # how often each of them does
+    steps: int = 1600
+    batch_size: int = 8
+    lr: float = 1e-3  # highest, after warmup; cosine to 0
+    warmup_steps: int = 50
+    average: float = 0.99  # decay of the moving average of the weights, which is what is kept
     label_dropout: float = 0.15  # share of visits at which the null class is learned
     seed: int = 0
     threads: int = 1
-    checkpoint_every: int = 40
+    checkpoint_every: int = 100
 
 
 @dataclass(frozen=True)
