@@ -13,7 +13,8 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,11 @@ from train.components import load_pipeline
 from train.memorization.config import MEMORIZED
 from train.memorization.neurons import blocked, read_neurons
 from train.prompts import Prompt, read_prompts
-from train.sampling.amg import AMG, check_embedder
+from train.sampling import terms
 from train.sampling.config import SampleConfig
 from train.sampling.guidance import Guidance
 from train.sampling.pipeline import GuidedOutput, GuidedStableDiffusion
+from train.sampling.similarity import check_embedder
 
 if TYPE_CHECKING:
     from curate.embed import Embedder
@@ -46,6 +48,8 @@ SAMPLES = {
     "number": "int64",
     "label": "int64",
     "seed": "int64",
+    "drawn_seed": "int64",
+    "tries": "int64",
     "guidance": "string",
     "steps": "int64",
     "scale": "float64",
@@ -174,7 +178,8 @@ def _check(config: SampleConfig) -> None:
     for option, least in (("seeds", 1), ("steps", 1), ("batch_size", 1), ("first_seed", 0)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} is {getattr(config, option)}: it is at least {least}")
-    if config.guidance != "none" and not config.index:
+    terms.check(config)
+    if terms.needs_index(config.guidance) and not config.index:
         raise UsageError(f"--guidance {config.guidance} needs --index: the output folder of curate dedup")
     if config.embedder and not config.index:
         raise UsageError("--embedder needs --index")
@@ -206,8 +211,7 @@ def _settings(config: SampleConfig) -> str:
         decisive["index"] = fingerprint(index_folder(config.index))
     if config.neurons:
         decisive["neurons"] = [config.neurons_of, *read_neurons(config.neurons)]
-    if config.guidance != "none":
-        decisive["amg"] = asdict(config.amg)
+    decisive["settings"] = terms.settings(config)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -246,11 +250,7 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
         index, embedder = open_index(config.index, config.embedder)
         if hasattr(embedder, "to"):
             embedder.to(device)
-    guidance: list[Guidance] = []
-    if config.guidance != "none":
-        assert index is not None and embedder is not None
-        amg = replace(config.amg, preset="strong") if config.guidance == "amg-strong" else config.amg
-        guidance = [AMG(index, embedder, amg)]
+    guidance, rejection = terms.make(config, index, embedder)
     pipe = load_pipeline(
         config.model,
         dtype=getattr(torch, config.dtype),
@@ -267,23 +267,22 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
         for batch in _batches(config, tasks):
             began = time.perf_counter()
             neurons = own[batch[0].prompt.caption] if config.neurons_of == "own" and own else together
+            draw = partial(_pipe, pipe, config, batch, guidance)
+            seeds = [task.seed for task in batch]
             with blocked(pipe, neurons) if config.neurons else nullcontext():
-                output = pipe(
-                    [task.prompt.caption for task in batch],
-                    negative_prompt=[config.negative_prompt] * len(batch),
-                    num_inference_steps=config.steps,
-                    guidance_scale=config.scale,
-                    height=config.height or None,
-                    width=config.width or None,
-                    generator=[torch.Generator("cpu").manual_seed(task.seed) for task in batch],
-                    guidance=guidance,
-                )
-            assert isinstance(output, GuidedOutput)
+                if rejection is None:
+                    output = draw(list(range(len(batch))), seeds)
+                    images, traces, tries = output.images, output.trace, [1] * len(batch)
+                else:
+                    accepted = rejection(draw, seeds)
+                    images, tries = [one.image for one in accepted], [one.tries for one in accepted]
+                    traces, seeds = [row for one in accepted for row in one.trace], [one.seed for one in accepted]
             seconds = (time.perf_counter() - began) / len(batch)
-            nearest = _nearest(index, embedder, output.images)
-            for i, (task, image) in enumerate(zip(batch, output.images, strict=True)):
-                steps = [{k: v for k, v in row.items() if k != "image"} for row in output.trace if row["image"] == i]
-                yield task, image, _record(config, task, steps, seconds, nearest[i])
+            nearest = _nearest(index, embedder, images)
+            for i, (task, image) in enumerate(zip(batch, images, strict=True)):
+                steps = [{k: v for k, v in row.items() if k != "image"} for row in traces if row["image"] == i]
+                record = _record(config, task, steps, seconds, nearest[i])
+                yield task, image, {**record, "tries": tries[i], "drawn_seed": seeds[i]}
             bar.update(len(batch))
 
 
@@ -295,6 +294,29 @@ def _batches(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[Sequence[T
     for group in groups:
         for start in range(0, len(group), config.batch_size):
             yield group[start : start + config.batch_size]
+
+
+def _pipe(
+    pipe: GuidedStableDiffusion,
+    config: SampleConfig,
+    batch: Sequence[Task],
+    guidance: Sequence[Guidance],
+    rows: list[int],
+    seeds: list[int],
+) -> GuidedOutput:
+    """Some images of a batch, from their seeds."""
+    output = pipe(
+        [batch[row].prompt.caption for row in rows],
+        negative_prompt=[config.negative_prompt] * len(rows),
+        num_inference_steps=config.steps,
+        guidance_scale=config.scale,
+        height=config.height or None,
+        width=config.width or None,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        guidance=guidance,
+    )
+    assert isinstance(output, GuidedOutput)
+    return output
 
 
 def _scheduler(config: SampleConfig, pipe: Any) -> dict[str, Any]:
