@@ -57,6 +57,10 @@ RUNS = [
     *(("every_step", quantile) for quantile in (0.8, 0.7, 0.95)),
     *((policy, 0.8) for policy in ("noisy_steps", "one_in_k", "noisy_alone", "noisy_one_in_k_caption")),
 ]
+COLUMNS = (
+    "memorized", "copied", "dropped_repeated", "dropped_unique", "judged", "alignment_held_out", "quality_held_out",
+    "memorized_held_out", "alignment_repeated",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -214,11 +218,10 @@ def main() -> None:
         run_one(args.out, name, size)
     done = [args.out / "runs" / name / "effect.json" for name in names]
     results = [json.loads(path.read_text()) for path in done if path.is_file()]
-    columns = list(results[0])
     write_json(args.out / "effect.json", results)
-    print("  ".join([f"{columns[0]:<28}", *columns[1:]]))
+    print("  ".join([f"{'run':<30}", *COLUMNS]))
     for row in results:
-        print("  ".join([f"{row['run']:<28}", *(f"{row[name]:>{len(name)}.3f}" for name in columns[1:])]))
+        print("  ".join([f"{row['run']:<30}", *(f"{row[name]:>{len(name)}.3f}" for name in COLUMNS)]))
     draw_figure(args.out / "effect.png", results)
     speeds = [json.loads(path.read_text()) for path in args.out.glob("runs/*/finetune/summary.json")]
     print(

@@ -34,6 +34,11 @@ VERBS = {
         "train.memorization.detect:run_detect",
         "score prompts by how strongly the model has memorized them",
     ),
+    "localize": Verb(
+        "train.evaluation.config:LocalizeConfig",
+        "train.evaluation.blocking:run_localize",
+        "find the neurons behind memorized prompts, and show what blocking them does",
+    ),
     "explain": Verb(
         "train.memorization.config:ExplainConfig",
         "train.memorization.explain:run_explain",

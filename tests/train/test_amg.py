@@ -309,7 +309,7 @@ def test_each_term_can_be_switched_off(term):
 def test_outside_its_range_of_timesteps_nothing_is_evaluated():
     state = make_state(["red apple"])
     amg = AMG(index_near(state, 0, 0.75), Embedder(), t_range=(500, 1000))
-    amg.embedder = SimpleNamespace(features=None)
+    amg.similarity = SimpleNamespace()
     eps_hat, parts, columns = act(state, amg)
     assert torch.equal(eps_hat, state.eps_hat) and parts == {} and columns == {}
 

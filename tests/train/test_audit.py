@@ -1,4 +1,4 @@
-"""The audit: its search against a denoiser known in closed form, blocked neurons, the job with its control."""
+"""The audit: its search against a denoiser known in closed form, the job with its control."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from train.evaluation.audit import compared, conclude, row_correlation, rows_of,
 from train.evaluation.config import AuditConfig
 from train.evaluation.metrics import pixel_correlation
 from train.memorization import Audit, audit
-from train.memorization.audit import _draws, blocked, draw, encode_images, read_neurons, search_embeds, starting_point
+from train.memorization.audit import _draws, draw, encode_images, search_embeds, starting_point
+from train.memorization.neurons import value_layers
 from train.prompts import Prompt, write_prompts
 
 SHAPE = (4, 16, 16)
@@ -171,34 +172,6 @@ def test_an_audit_with_a_pipeline_in_hand(tiny_pipe):
         audit(tiny_pipe, images_of(2), ["a"])
 
 
-# --------------------------------------------------------------------------------------------- blocked neurons
-
-
-def first_to_v(pipe):
-    return next(name for name, _ in pipe.unet.named_modules() if name.endswith("attn2.to_v"))
-
-
-def test_blocked_neurons_are_silent_while_the_block_runs(tiny_pipe, tmp_path):
-    name = first_to_v(tiny_pipe)
-    module = tiny_pipe.unet.get_submodule(name)
-    x = torch.ones(1, module.in_features)
-    before = module(x)
-    (tmp_path / "n.json").write_text(json.dumps({"neurons": {name: [0, 2]}, "prompts": 3}))
-    with blocked(tiny_pipe.unet, read_neurons(tmp_path / "n.json")):
-        inside = module(x)
-        assert inside[0, [0, 2]].tolist() == [0, 0]
-        assert torch.equal(inside[0, 3:], before[0, 3:])
-    assert torch.equal(module(x), before)
-
-    for neurons, complaint in (({"nowhere.to_v": [0]}, "nowhere.to_v has 0 outputs"), ({name: [10**4]}, "10000")):
-        with pytest.raises(UserError, match=complaint), blocked(tiny_pipe.unet, neurons):
-            pass
-    (tmp_path / "bad.json").write_text('{"neurons": [1]}')
-    for file in ("bad.json", "missing.json"):
-        with pytest.raises(UserError, match=file):
-            read_neurons(tmp_path / file)
-
-
 # ----------------------------------------------------------------------------------------------------- the job
 
 
@@ -254,7 +227,7 @@ def prompts(tmp_path):
 
 def test_the_command_attacks_both_kinds_and_reports(model, prompts, tiny_pipe, tmp_path, capfd):
     neurons = tmp_path / "neurons.json"
-    neurons.write_text(json.dumps({"neurons": {first_to_v(tiny_pipe): [1, 2]}}))
+    neurons.write_text(json.dumps({"neurons": {next(iter(value_layers(tiny_pipe.unet))): [1, 2]}}))
     out = tmp_path / "out"
     options = {"model": model, "prompts": prompts, "out": out, "neurons": neurons, "bootstrap": 10}
     options |= {"search_steps": 2, "noises": 2, "seeds": 2, "steps": 2, "measure_every": 1}

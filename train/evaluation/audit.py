@@ -23,8 +23,9 @@ from train.evaluation.config import AuditConfig
 from train.evaluation.metrics import thumbnails
 from train.evaluation.protocol import PIXEL_COPY
 from train.evaluation.report import STYLE, Cell, Figure, data_url, draw_figure, escaped, figure_html, percent
-from train.memorization.audit import Audit, Measure, audit, blocked, copy_similarity, read_neurons
+from train.memorization.audit import Audit, Measure, audit, copy_similarity
 from train.memorization.config import MEMORIZED
+from train.memorization.neurons import blocked, read_neurons
 from train.memorization.roc import bootstrap_interval, roc_auc
 from train.prompts import Prompt, read_prompts
 
@@ -62,7 +63,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     if "control" not in chosen:
         log.warning("no control: without images never trained on, nobody can tell what the search draws by itself")
     originals = {kind: [_read_image(prompt) for prompt in prompts] for kind, prompts in chosen.items()}
-    neurons = read_neurons(config.neurons) if config.neurons else {}
+    neurons = read_neurons(config.neurons)[0] if config.neurons else {}
     measures = _measures(config)
     device = config.device
     if device == "auto":

@@ -29,6 +29,82 @@ class EvaluateConfig:
 
 
 @dataclass
+class LocalizeConfig:
+    """Find the value neurons behind memorized prompts, and compare what the model draws with and without them.
+
+    Args:
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        revision: branch, tag or commit of a hub name.
+        variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
+        model_config: of a checkpoint file: a diffusers directory of its architecture.
+        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
+        prompts: prompt file (.txt, .jsonl, .csv, .parquet); those of label 0 are clean, the others are localized.
+            With an ``image`` column the report compares with the originals.
+        clean: prompt file of captions that are not memorized; empty takes those of label 0 in ``prompts``.
+        clean_captions: how many of them are used, the first.
+        out: JSON file to write; the report's images and picture go into a folder of its name without .json. It is
+            written after each prompt, and a run that was stopped goes on.
+        seeds: initial noises that the first step is judged from.
+        first_seed: the first of them.
+        criterion: what has to fall below the threshold. similarity is the paper's: MS-SSIM of the first step's
+            difference to the unblocked one. magnitude is the text-conditional noise magnitude on pure noise, over
+            three timesteps, for models whose memorization is spread over many neurons.
+        threshold: 0 calibrates it on the clean captions: their mean score plus ``deviations`` standard deviations.
+        deviations: the paper's one; lower ones block more neurons.
+        number: take this many neurons of every memorized prompt, those by which the magnitude grows fastest, instead
+            of searching for the fewest that meet the criterion; 0 searches.
+        up_blocks: search the up blocks too, which the paper leaves out.
+        report: draw the images, and measure them.
+        image_seeds: images per prompt in the report, from other noises than the search saw.
+        others: clean captions whose images are compared, for what blocking does to them.
+        steps: denoising steps of the report's images.
+        scale: classifier-free guidance scale of the report's images.
+        random_seed: of the random neurons that serve as control.
+        index: training-set index (output folder of curate dedup): images are then compared with all training images,
+            and similarities are on SSCD's scale; empty compares with the originals, by cosine.
+        embedder: image embedder; empty takes the index's own, or else the carried copy detector.
+        dual_encoder: folder of the weights that alignment is measured with; empty takes the carried one.
+        columns: captions in the report's picture.
+        edited_model: folder to write a pipeline to, in whose weights all neurons found are set to zero; what stood
+            there is kept in it as removed_rows.safetensors. Empty writes none.
+        batch_size: images per UNet pass.
+        dtype: of the model's weights.
+        device: auto, cpu, cuda, …
+    """
+
+    model: str
+    prompts: str
+    out: str
+    revision: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+    lora: str | None = None
+    clean: str = ""
+    clean_captions: int = 200
+    seeds: int = 10
+    first_seed: int = 0
+    criterion: Literal["similarity", "magnitude"] = "similarity"
+    threshold: float = 0.0
+    deviations: float = 1.0
+    number: int = 0
+    up_blocks: bool = False
+    report: bool = True
+    image_seeds: int = 2
+    others: int = 32
+    steps: int = 50
+    scale: float = 7.5
+    random_seed: int = 0
+    index: str = ""
+    embedder: str = ""
+    dual_encoder: str = ""
+    columns: int = 8
+    edited_model: str = ""
+    batch_size: int = 32
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"
+
+
+@dataclass
 class Setting:
     """One model with one guidance.
 
@@ -92,7 +168,7 @@ class AuditConfig:
             scheduler that a single file lacks; null asks the hub.
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         control: prompt file of images that were never trained on, all of whose rows are controls.
-        neurons: JSON file of neurons that are blocked in the model: {"neurons": {"<module of a to_v>": [indices]}}.
+        neurons: JSON file of neurons that are blocked in the model: {"neurons": {"<name of an attn2.to_v>": [units]}}.
         images: how many images of each kind are attacked, from the first; 0 takes all.
         index: training-set index (the output folder of curate dedup), whose calibration brings similarities onto SSCD's
             scale; empty takes the embedder's cosine as it is.

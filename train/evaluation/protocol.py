@@ -195,7 +195,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
                     lora=protocol.loras.get(setting.model),
                     prompts=file,
                     out=str(folder),
-                    guidance=setting.guidance,  # type: ignore[arg-type]
+                    guidance=setting.guidance,
                     amg=amg,
                     index=protocol.index if setting.guidance != "none" else "",
                     seeds=protocol.seeds,

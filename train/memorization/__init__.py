@@ -15,17 +15,22 @@ if TYPE_CHECKING:
     from train.memorization.audit import Audit, audit
     from train.memorization.bright_ending import bright_ending, draw_mask
     from train.memorization.explain import Explanation, explain, suggest
+    from train.memorization.localize import Localized, localize
     from train.memorization.magnitude import magnitude, to_eps
+    from train.memorization.neurons import blocked
     from train.memorization.score import Scores, score
 
 __all__ = [
     "Audit",
     "Explanation",
+    "Localized",
     "Scores",
     "audit",
+    "blocked",
     "bright_ending",
     "draw_mask",
     "explain",
+    "localize",
     "magnitude",
     "score",
     "suggest",
@@ -33,17 +38,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "audit": "audit",
     "Audit": "audit",
+    "Explanation": "explain",
+    "Localized": "localize",
+    "Scores": "score",
+    "audit": "audit",
+    "blocked": "neurons",
     "bright_ending": "bright_ending",
     "draw_mask": "bright_ending",
     "explain": "explain",
-    "suggest": "explain",
-    "Explanation": "explain",
+    "localize": "localize",
     "magnitude": "magnitude",
-    "to_eps": "magnitude",
     "score": "score",
-    "Scores": "score",
+    "suggest": "explain",
+    "to_eps": "magnitude",
 }
 
 

@@ -12,12 +12,9 @@ how much the search can draw by itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,7 +27,7 @@ from train.components import FLOAT16_GAIN, encode_captions, frozen, initial_nois
 from train.memorization.magnitude import to_eps
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
     from curate.embed import Embedder
@@ -283,46 +280,6 @@ def copy_similarity(embedder: Embedder) -> Measure:
         return (embedder.embed(drawn) * embedder.embed(originals)).sum(axis=1)
 
     return similarity
-
-
-def read_neurons(path: str | Path) -> dict[str, list[int]]:
-    """Blocked neurons: ``{"neurons": {"<module of a to_v>": [indices]}}`` of a JSON file.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
-    try:
-        neurons = json.loads(Path(path).read_text(encoding="utf-8"))["neurons"]
-        return {str(name): [int(index) for index in indices] for name, indices in neurons.items()}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: not a file of neurons ({{"neurons": {{"module": [indices]}}}}): {error!r}') from error
-
-
-@contextmanager
-def blocked(unet: UNet2DConditionModel, neurons: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """The outputs of some neurons are 0 while the block runs.
-
-    Raises:
-        UserError: the UNet has no such module, or it has fewer neurons.
-    """
-    modules: dict[str, Any] = dict(unet.named_modules())
-    handles = []
-    try:
-        for name, indices in neurons.items():
-            width = getattr(modules.get(name), "out_features", 0)
-            if not indices:
-                continue
-            if not 0 <= min(indices) <= max(indices) < width:
-                raise UserError(f"neurons: {name} has {width} outputs in this model, and {max(indices)} is asked for")
-            keep = torch.ones(width, device=unet.device, dtype=unet.dtype)
-            keep[list(indices)] = 0
-            handles.append(modules[name].register_forward_hook(lambda _, __, output, keep=keep: output * keep))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _alpha_bar(pipe: StableDiffusionPipeline) -> torch.Tensor:

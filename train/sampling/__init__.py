@@ -10,21 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.sampling.amg import AMG
+    from train.sampling.basin import AttractionBasin
     from train.sampling.config import AMGConfig, SampleConfig
-    from train.sampling.guidance import Correction, Guidance, Part, Run, State
+    from train.sampling.guidance import Change, Correction, Guidance, Part, Run, Start, State
     from train.sampling.job import run_sample
+    from train.sampling.noise import NoiseAdjustment
     from train.sampling.pipeline import GuidedOutput, GuidedStableDiffusion
+    from train.sampling.prompt import PromptMinimisation
+    from train.sampling.rejection import Rejection
+    from train.sampling.similarity import PixelIndex
+    from train.sampling.tokens import RandomTokens
+    from train.sampling.unconditional import GuidedImages, GuidedUnconditional
 
 __all__ = [
     "AMG",
     "AMGConfig",
+    "AttractionBasin",
+    "Change",
     "Correction",
     "Guidance",
+    "GuidedImages",
     "GuidedOutput",
     "GuidedStableDiffusion",
+    "GuidedUnconditional",
+    "NoiseAdjustment",
     "Part",
+    "PixelIndex",
+    "PromptMinimisation",
+    "RandomTokens",
+    "Rejection",
     "Run",
     "SampleConfig",
+    "Start",
     "State",
     "run_sample",
 ]
@@ -32,15 +49,25 @@ __all__ = [
 _HOME = {
     "AMG": "amg",
     "AMGConfig": "config",
-    "SampleConfig": "config",
+    "AttractionBasin": "basin",
+    "Change": "guidance",
     "Correction": "guidance",
     "Guidance": "guidance",
-    "Part": "guidance",
-    "Run": "guidance",
-    "State": "guidance",
-    "run_sample": "job",
+    "GuidedImages": "unconditional",
     "GuidedOutput": "pipeline",
     "GuidedStableDiffusion": "pipeline",
+    "GuidedUnconditional": "unconditional",
+    "NoiseAdjustment": "noise",
+    "Part": "guidance",
+    "PixelIndex": "similarity",
+    "PromptMinimisation": "prompt",
+    "RandomTokens": "tokens",
+    "Rejection": "rejection",
+    "Run": "guidance",
+    "SampleConfig": "config",
+    "Start": "guidance",
+    "State": "guidance",
+    "run_sample": "job",
 }
 
 

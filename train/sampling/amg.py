@@ -16,17 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curate.console import UsageError, UserError
+from curate.console import UsageError
 from curate.embed import normalise_caption
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Correction, Part, Run, State, StepFunction, x0_from_eps
+from train.sampling.similarity import Nearest, ObjectLevel, PixelIndex, Similarity
 
 if TYPE_CHECKING:
     from curate.embed import Embedder
@@ -53,7 +53,7 @@ def constant(t: float, b: float = 0.4) -> float:
 def schedule(config: AMGConfig) -> Callable[[float], float]:
     """``t ↦ λ_t`` of a resolved config."""
     a, b, c = config.lambda_a, config.lambda_b, config.lambda_c
-    assert a is not None and b is not None
+    assert a is not None and b is not None and c is not None
     if config.schedule == "exponential":
         return lambda t: exponential(t, a, b, c)
     if config.schedule == "parabolic":
@@ -145,15 +145,16 @@ def random_edits(pixels: Tensor, n: int, generator: torch.Generator) -> list[Ten
 class AMG:
     """Anti-memorization guidance, a :class:`~train.sampling.guidance.Guidance` term.
 
-    The trace gets ``similarity`` (calibrated), ``cosine``, ``nearest`` (row of the index), ``threshold``; and
+    The trace gets ``similarity`` (calibrated), ``cosine`` (of pixels: ``distance``), ``nearest`` (row of the index),
+    ``threshold``; and
     for images that are guided ``s_1``, ``s_2``, ``caption`` (e_N), and ``similarity_after`` (G_spe and
     G_dup), ``factor`` (of ∇σ) and ``gradient_norm`` (of ∇σ, before any normalisation). None where nothing was
     measured.
 
     Args:
-        index: the training set, as curation left it.
-        embedder: the image embedder that the index was built with.
-        config: settings, or a preset's name.
+        index: the training set, as curation left it; or its pixels.
+        embedder: the image embedder that the index was built with; none for pixels.
+        config: settings, or a preset's name; None is the preset of the index's kind, main or pixels.
         overrides: fields of :class:`AMGConfig` to set otherwise.
 
     Raises:
@@ -164,17 +165,28 @@ class AMG:
     name = "amg"
 
     def __init__(
-        self, index: TrainingIndex, embedder: Embedder, config: AMGConfig | str = "main", **overrides: Any
+        self,
+        index: TrainingIndex | PixelIndex,
+        embedder: Embedder | None = None,
+        config: AMGConfig | str | None = None,
+        **overrides: Any,
     ) -> None:
-        if isinstance(config, str):
-            config = AMGConfig(preset=config)  # type: ignore[arg-type]
+        pixels = isinstance(index, PixelIndex)
+        if config is None or isinstance(config, str):
+            config = AMGConfig(preset=config or ("pixels" if pixels else "main"))  # type: ignore[arg-type]
         try:
             self.config = replace(config, **overrides).resolved()
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
-        check_embedder(index, embedder.name)
-        if len(index.captions) == 0:
-            raise UserError("the training-set index is empty: there is nothing to steer away from")
+        if pixels != (self.config.preset == "pixels"):
+            raise UsageError(f"amg.preset {self.config.preset} is not on the scale of this index")
+        self.similarity: Similarity
+        if isinstance(index, PixelIndex):
+            self.similarity = index
+        elif embedder is None:
+            raise UsageError("AMG needs the embedder that the index was built with")
+        else:
+            self.similarity = ObjectLevel(index, embedder)
         self.index, self.embedder = index, embedder
         self.threshold = schedule(self.config)
 
@@ -188,15 +200,14 @@ class AMG:
         t = state.t * TIMESTEPS / state.run.train_timesteps
         if not self.config.t_range[0] <= t <= self.config.t_range[1]:
             return None
-        trace = _Columns(state.run.batch_size, self.threshold(t))
+        trace = _Columns(state.run.batch_size, self.threshold(t), self.similarity.raw_name)
         # Images being guided are measured at every step, the others at each k-th.
         due = memory.guided | ~memory.measured | (state.step % self.config.every == 0)
         rows = due.nonzero().flatten().to(state.x_t.device)
         if not len(rows):
             return Correction(columns=trace.values)
-        cosine, nearest = self._measure(state, rows)
-        sigma = self.index.calibrate(cosine)
-        trace.fill(rows, similarity=sigma[:, 0], cosine=cosine[:, 0], nearest=nearest[:, 0])
+        sigma, raw, nearest = self._measure(state, rows)
+        trace.fill(rows, similarity=sigma[:, 0], nearest=nearest[:, 0], **{self.similarity.raw_name: raw[:, 0]})
         acts = sigma[:, 0] > trace.threshold
         memory.measured[due] = True
         memory.guided[due] = acts.cpu()
@@ -220,20 +231,13 @@ class AMG:
             parts["dissimilarity"] = self._dissimilarity(state, image, eps_hat[image.rows], t, trace)
         return Correction(parts, trace.values)
 
-    def _measure(self, state: State, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines of ``x̂_0`` to its ``k`` nearest training samples, and their rows: ``[len(rows), k]``."""
-        k = min(self.config.neighbours, len(self.index.captions)) if self.config.deduplication else 1
-        found = []
-        for chunk in rows.split(self.config.decode_slice):
-            features = self.embedder.features(state.decode(state.x0(chunk)))
-            found.append(self._search(features, k))
-        cosine, nearest = (torch.cat(columns) for columns in zip(*found, strict=True))
-        return cosine, nearest
-
-    def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        similarity, rows = self.index.search(features.detach().float().cpu().numpy(), k)
-        cosine = torch.as_tensor(similarity, dtype=torch.float32, device=features.device)
-        return cosine, torch.as_tensor(rows, device=features.device)
+    def _measure(self, state: State, rows: Tensor) -> Nearest:
+        """The ``k`` nearest training samples of ``x̂_0``."""
+        k = self.config.neighbours if self.config.deduplication else 1
+        found = [
+            self.similarity.nearest(state.decode(state.x0(chunk)), k) for chunk in rows.split(self.config.decode_slice)
+        ]
+        return Nearest(*(torch.cat(columns) for columns in zip(*found, strict=True)))
 
     def _despecification(self, state: State, image: _Guided) -> Part:
         """G_spe (eq. 14)."""
@@ -253,7 +257,7 @@ class AMG:
         if not len(rows):
             return Part(rows, state.x_t[rows])
         captions = [
-            antithesis(self.index.captions, self.index.counts, near, config.min_count)
+            antithesis(self.similarity.captions, self.similarity.counts, near, config.min_count)
             for near, act in zip(image.near, acts.tolist(), strict=True)
             if act
         ]
@@ -296,13 +300,10 @@ class AMG:
                 again = self._text_guided(state, image, x_t)
                 eps_hat = eps_hat + again - again.detach()
             pixels = state.decode(x0_from_eps(x_t, eps_hat, state.alpha_bar))
-            features = self.embedder.features(pixels)
-            _, nearest = self._search(features, 1)
-            target = torch.as_tensor(self.index.vectors(nearest[:, 0].cpu().numpy())).to(features)
-            sigma = self.index.calibrate((features * target).sum(1))
+            sigma, nearest = self.similarity.against(pixels)
             views = [sigma]
             for edited in random_edits(pixels, self.config.edits, generator):
-                views.append(self.index.calibrate((self.embedder.features(edited) * target).sum(1)))
+                views.append(self.similarity.against(edited, nearest)[0])
             mean = torch.stack(views).mean(0)
             gradient = torch.autograd.grad(mean.sum(), x_t)[0] if mean.requires_grad else torch.zeros_like(x_t)
         return sigma.detach(), gradient.detach()
@@ -310,7 +311,8 @@ class AMG:
     @staticmethod
     def _text_guided(state: State, image: _Guided, x_t: Tensor) -> Tensor:
         """``ε̂`` as a function of ``x_t``: classifier-free guidance, G_spe and G_dup at their strengths."""
-        eps_cond = state.denoise(x_t, state.embeds_cond[image.rows].clone(), image.rows)
+        embeds_cond = None if state.embeds_cond is None else state.embeds_cond[image.rows].clone()
+        eps_cond = state.denoise(x_t, embeds_cond, image.rows)
         if state.embeds_uncond is None:
             return eps_cond
         eps_uncond = state.denoise(x_t, state.embeds_uncond[image.rows].clone(), image.rows)
@@ -319,19 +321,6 @@ class AMG:
             eps_near = state.denoise(x_t, image.embeds_near.clone(), image.rows)
             eps_hat = eps_hat - _broadcast(image.s_2) * (eps_near - eps_uncond)
         return eps_hat
-
-
-def check_embedder(index: TrainingIndex, name: str) -> None:
-    """Refuse an embedder that did not build the index; of a file, only its own name counts, not its folder.
-
-    Raises:
-        UserError: names both.
-    """
-    if Path(index.embedder).name != Path(name).name:
-        raise UserError(
-            f"the index was built with the embedder {index.embedder!r}, not with {name!r}: "
-            "use that one, or build the index again"
-        )
 
 
 @dataclass
@@ -356,7 +345,7 @@ class _Guided:
     s_1: Tensor
     s_2: Tensor
     embeds_near: Tensor | None = None
-    """``[k, tokens, width]`` of e_N; the empty prompt's where ``s_2`` is 0."""
+    """``[k, …]`` of e_N; the empty prompt's where ``s_2`` is 0."""
 
     def take(self, positions: Tensor) -> _Guided:
         """Some of them."""
@@ -377,7 +366,6 @@ class _Columns:
 
     _NAMES = (
         "similarity",
-        "cosine",
         "nearest",
         "s_1",
         "s_2",
@@ -387,10 +375,10 @@ class _Columns:
         "gradient_norm",
     )
 
-    def __init__(self, batch_size: int, threshold: float) -> None:
+    def __init__(self, batch_size: int, threshold: float, raw_name: str) -> None:
         self.threshold = threshold
         self.values: dict[str, list[Any]] = {"threshold": [threshold] * batch_size}
-        self.values.update((name, [None] * batch_size) for name in self._NAMES)
+        self.values.update((name, [None] * batch_size) for name in (raw_name, *self._NAMES))
 
     def fill(self, rows: Tensor, **values: Tensor | Sequence[Any]) -> None:
         images = rows.tolist()

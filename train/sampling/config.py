@@ -1,16 +1,29 @@
-"""Settings of sampling: ``AMGConfig`` for the guidance, ``SampleConfig`` for the job. Plain dataclasses."""
+"""Settings of sampling: one plain dataclass a guidance term, and ``SampleConfig`` for the job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from curate.console import UsageError
 
 # What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion
 # sampler. The paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5)
 # and its means (more guidance): here the dissimilarity term is doubled and everything starts 0.1 earlier.
-PRESETS = {
-    "main": {"lambda_a": 0.3, "lambda_b": 0.4, "sim_offset": 0.3, "gain": 1.0},
-    "strong": {"lambda_a": 0.2, "lambda_b": 0.3, "sim_offset": 0.2, "gain": 2.0},
+# ``pixels`` is for similarities that are minus a normalised L2 distance: the schedule of the authors' released CIFAR
+# sampler, whose t of 250 is a quarter of ours. Their c_3 is not published; this form and strength are ours.
+PRESETS: dict[str, dict[str, Any]] = {
+    "main": {"lambda_a": 0.3, "lambda_b": 0.4, "lambda_c": 0.005, "sim_offset": 0.3, "gain": 1.0},
+    "strong": {"lambda_a": 0.2, "lambda_b": 0.3, "lambda_c": 0.005, "sim_offset": 0.2, "gain": 2.0},
+    "pixels": {
+        "lambda_a": -1.95,
+        "lambda_b": -1.5,
+        "lambda_c": 0.025 / 4,
+        "sim_offset": -1.95,
+        "sim_form": "excess",
+        "normalise": True,
+        "gain": 1.0,
+    },
 }
 # c_3 of each form of the dissimilarity term, for raw and for normalised gradients. Only the first is
 # published.
@@ -25,7 +38,8 @@ C_3 = {
 
 @dataclass
 class AMGConfig:
-    """Anti-memorization guidance; similarities are on SSCD's scale (unrelated near 0, copies above 0.5).
+    """Anti-memorization guidance; similarities are on SSCD's scale (unrelated near 0, copies above 0.5), or, of
+    pixels, minus a normalised L2 distance (unrelated near −2, copies above −1.4).
 
     Args:
         preset: where the values left at None come from.
@@ -59,21 +73,21 @@ class AMGConfig:
         seed: of the random edits.
     """
 
-    preset: Literal["main", "strong"] = "main"
+    preset: Literal["main", "strong", "pixels"] = "main"
     despecification: bool = True
     deduplication: bool = True
     dissimilarity: bool = True
     schedule: Literal["exponential", "parabolic", "constant"] = "exponential"
     lambda_a: float | None = None
     lambda_b: float | None = None
-    lambda_c: float = 0.005
+    lambda_c: float | None = None
     c_1: float = 13.0
     c_2: float | None = None
     c_3: float | None = None
     floor: float = 1.0
-    sim_form: Literal["released", "paper", "excess"] = "released"
+    sim_form: Literal["released", "paper", "excess"] | None = None
     sim_offset: float | None = None
-    normalise: bool = False
+    normalise: bool | None = None
     edits: int = 0
     through_unet: bool = False
     t_range: tuple[float, float] = (0.0, 1000.0)
@@ -90,14 +104,15 @@ class AMGConfig:
         Raises:
             ValueError: names the option and the values it takes.
         """
-        for option, known in (
-            ("preset", tuple(PRESETS)),
-            ("schedule", ("exponential", "parabolic", "constant")),
-            ("sim_form", ("released", "paper", "excess")),
-        ):
-            if getattr(self, option) not in known:
-                raise ValueError(f"amg.{option} is {getattr(self, option)!r}: choose one of {', '.join(known)}")
-        if self.normalise and self.sim_form == "released":
+        _choice("amg.preset", self.preset, tuple(PRESETS))
+        preset = {"sim_form": "released", "normalise": False, **PRESETS[self.preset]}
+        if self.normalise is None and self.sim_form == "released":
+            preset["normalise"] = False
+        filled = {name: preset[name] for name in preset if name != "gain" and getattr(self, name) is None}
+        config = replace(self, **filled)
+        _choice("amg.schedule", config.schedule, ("exponential", "parabolic", "constant"))
+        _choice("amg.sim_form", config.sim_form, ("released", "paper", "excess"))
+        if config.normalise and config.sim_form == "released":
             raise ValueError("amg.normalise needs amg.sim_form paper or excess: released is a factor for raw gradients")
         for option, least in (
             ("every", 1),
@@ -112,13 +127,153 @@ class AMGConfig:
             low, high = getattr(self, option)
             if not low <= high:
                 raise ValueError(f"amg.{option} is {low} to {high}: the lower timestep comes first")
-        preset = PRESETS[self.preset]
-        filled: dict[str, Any] = {
-            name: preset[name] for name in ("lambda_a", "lambda_b", "sim_offset") if getattr(self, name) is None
-        }
-        if self.c_3 is None:
-            filled["c_3"] = preset["gain"] * C_3[self.sim_form, self.normalise]
-        return replace(self, **filled)
+        if config.c_3 is None:
+            config = replace(config, c_3=preset["gain"] * C_3[str(config.sim_form), bool(config.normalise)])
+        return config
+
+
+def _choice(option: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(known)}")
+
+
+@dataclass
+class PromptConfig:
+    """Prompt-embedding minimisation (Wen et al., ICLR 2024).
+
+    Args:
+        target: ``l_target``, the magnitude at which an image stops. The paper sweeps 1 to 5; the released code's 3 for
+            four images together is 1.5 an image.
+        form: of the magnitude: l2, the paper's, or rms, which does not depend on the size of the latents.
+        steps: the most steps.
+        lr: of AdamW.
+        slice: images whose gradients are computed at a time (bounds memory).
+    """
+
+    target: float = 1.5
+    form: Literal["l2", "rms"] = "l2"
+    steps: int = 10
+    lr: float = 0.05
+    slice: int = 8
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _least("prompt", self, target=0, steps=0, lr=0, slice=1)
+
+
+@dataclass
+class BasinConfig:
+    """Guidance begins at a transition point (Jain et al., CVPR 2025).
+
+    Args:
+        before: guidance scale before it: 0 without the prompt, 1 with the prompt but unguided, below 0 opposite.
+        until: a static transition point: the timestep, of 1000, at which guidance begins; null finds the dynamic one.
+        least: images whose first magnitude is below this are left alone from the start; 0 leaves none alone.
+        form: of that magnitude: l2 or rms.
+    """
+
+    before: float = 0.0
+    until: float | None = None
+    least: float = 0.0
+    form: Literal["l2", "rms"] = "l2"
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _least("basin", self, least=0)
+
+
+@dataclass
+class NoiseConfig:
+    """Initial-noise adjustment (Han et al., NeurIPS 2025); the defaults are those of the released code.
+
+    Args:
+        method: sample, by gradients, or batch, without.
+        target: sample: the magnitude at which an image stops.
+        form: of the magnitude: l2, the paper's, or rms, which does not depend on the size of the latents.
+        steps: sample: the most steps.
+        lr: sample: of AdamW.
+        rho: batch: length of the step along which the direction is compared.
+        gamma: batch: strength of an iteration.
+        iterations: batch: how many.
+        delay: batch: denoising steps without guidance afterwards.
+        slice: images computed at a time (bounds memory).
+    """
+
+    method: Literal["sample", "batch"] = "sample"
+    target: float = 0.9
+    form: Literal["l2", "rms"] = "l2"
+    steps: int = 10
+    lr: float = 0.01
+    rho: float = 50.0
+    gamma: float = 0.7
+    iterations: int = 2
+    delay: int = 5
+    slice: int = 8
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _choice("noise.method", self.method, ("sample", "batch"))
+        _least("noise", self, target=0, steps=0, lr=0, rho=0, iterations=0, delay=0, slice=1)
+
+
+@dataclass
+class TokensConfig:
+    """Random words in the prompt (Somepalli et al., NeurIPS 2023).
+
+    Args:
+        kind: word of the vocabulary, number, or repeat, a word of the prompt again.
+        number: how many.
+    """
+
+    kind: Literal["word", "number", "repeat"] = "word"
+    number: int = 4
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _choice("tokens.kind", self.kind, ("word", "number", "repeat"))
+        _least("tokens", self, number=0)
+
+
+@dataclass
+class RejectionConfig:
+    """Draw again what comes too close to a training image.
+
+    Args:
+        limit: similarity above which an image is drawn again; null is that of a copy (0.5, or −1.4 of pixels).
+        tries: drawings of an image at most, the first included.
+    """
+
+    limit: float | None = None
+    tries: int = 5
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _least("rejection", self, tries=1)
+
+
+Settings = TypeVar("Settings", PromptConfig, BasinConfig, NoiseConfig, TokensConfig, RejectionConfig)
+
+
+def configured(kind: type[Settings], config: Settings | None, overrides: dict[str, Any]) -> Settings:
+    """``config``, or the defaults, with ``overrides``, checked.
+
+    Raises:
+        UsageError: names the option and the values it takes.
+    """
+    try:
+        chosen = replace(config if config is not None else kind(), **overrides)
+        if hasattr(chosen, "form"):
+            _choice(f"{kind.__name__}.form", chosen.form, ("l2", "rms"))
+        chosen.check()
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return chosen
+
+
+def _least(term: str, config: object, **least: float) -> None:
+    for option, bound in least.items():
+        if not getattr(config, option) >= bound:
+            raise ValueError(f"{term}.{option} is {getattr(config, option)}: it is at least {bound}")
 
 
 @dataclass
@@ -134,8 +289,16 @@ class SampleConfig:
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet).
         out: folder to write; images that it already holds are kept.
-        guidance: none, amg, or amg-strong (AMG's stronger preset).
+        guidance: none; amg, or amg-strong (AMG's stronger preset); prompt (embedding minimisation); basin (guidance
+            from the dynamic transition point) or opposite (the same, with opposite guidance before it); noise or
+            noise-batch (initial-noise adjustment, per sample or batch-wise); tokens or numbers (random words or numbers
+            in the prompt); rejection (draw copies again). Several joined by + act in that order.
         amg: AMG's settings.
+        prompt: of prompt.
+        basin: of basin and opposite.
+        noise: of noise and noise-batch.
+        tokens: of tokens and numbers.
+        rejection: of rejection.
         index: training-set index: the output folder of curate dedup, or its index folder.
         embedder: image embedder; empty takes the one that the index was built with.
         seeds: images per prompt; their seeds are counted from the prompt's own, or from first_seed.
@@ -144,6 +307,9 @@ class SampleConfig:
         scale: classifier-free guidance scale.
         scheduler: a diffusers scheduler class, as in DPMSolverMultistepScheduler; empty keeps the model's.
         negative_prompt: what not to draw.
+        neurons: file of ``train localize``, whose neurons are blocked while images are drawn; empty blocks none.
+        neurons_of: all of the file's neurons for every prompt, or each prompt's own only (its images are then not
+            batched with another's).
         height: in pixels; 0 is the model's own.
         width: in pixels; 0 is the model's own.
         batch_size: images drawn together.
@@ -158,8 +324,13 @@ class SampleConfig:
     variant: str | None = None
     model_config: str | None = None
     lora: str | None = None
-    guidance: Literal["none", "amg", "amg-strong"] = "none"
+    guidance: str = "none"
     amg: AMGConfig = field(default_factory=AMGConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    basin: BasinConfig = field(default_factory=BasinConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
     index: str = ""
     embedder: str = ""
     seeds: int = 4
@@ -168,6 +339,8 @@ class SampleConfig:
     scale: float = 7.5
     scheduler: str = ""
     negative_prompt: str = ""
+    neurons: str = ""
+    neurons_of: Literal["all", "own"] = "all"
     height: int = 0
     width: int = 0
     batch_size: int = 8

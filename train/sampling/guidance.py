@@ -15,12 +15,16 @@ term can serve any number of runs. At each step the function sees a :class:`Stat
 
             return step
 
-A correction names the images that it changes. All others keep every bit of what the stock pipeline would have
-drawn.
+A term may also have ``prepare(start)``, which is called once before the first step, sees a :class:`Start`, and may
+change what the denoiser starts from: the noise, or the conditioning (:class:`Change`).
+
+Corrections and changes name the images that they change. All others keep every bit of what the stock pipeline would
+have drawn.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -46,7 +50,10 @@ class Run:
     decode: Callable[[Tensor], Tensor]
     """Latents ``[n, c, h, w]`` → pixels ``[n, 3, H, W]`` in [0, 1]; differentiable, in float32."""
     encode_prompts: Callable[[Sequence[str]], Tensor]
-    """Texts → prompt embeddings ``[n, tokens, width]``; cut at the tokenizer's limit."""
+    """Texts → prompt embeddings ``[n, tokens, width]``; cut at the tokenizer's limit. Of a class-conditional model:
+    names of classes → labels ``[n]``."""
+    tokenizer: Any = None
+    """Of a text-conditional model."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,13 @@ class State:
     eps_uncond: Tensor | None
     """``ε(x_t, e_∅)``, or the negative prompt's; None without classifier-free guidance."""
     eps_cond: Tensor
-    """``ε(x_t, e_p)``."""
+    """``ε(x_t, e_p)``; of an unconditional model ``ε(x_t)``."""
     eps_hat: Tensor
     """``ε̂``: classifier-free guidance and the corrections of the terms before this one."""
     embeds_uncond: Tensor | None
-    embeds_cond: Tensor
-    """Prompt embeddings of each image ``[n, tokens, width]``."""
-    denoise: Callable[[Tensor, Tensor, Tensor], Tensor] = field(repr=False)
+    embeds_cond: Tensor | None
+    """Conditioning of each image: prompt embeddings ``[n, tokens, width]``, class labels ``[n]``, or None."""
+    denoise: Callable[[Tensor, Tensor | None, Tensor], Tensor] = field(repr=False)
     """``(x_t [k, …], embeddings [k, …], rows [k]) → ε [k, …]`` float32 at this step's ``t`` for the images
     ``rows``; differentiable where gradients are enabled."""
 
@@ -117,8 +124,55 @@ class Correction:
 StepFunction = Callable[[State], Correction | None]
 
 
+@dataclass(frozen=True)
+class Start:
+    """What the images start from, in the space of :class:`State`."""
+
+    run: Run
+    t: float
+    """The first timestep."""
+    alpha_bar: float
+    noise: Tensor
+    """``[n, c, h, w]`` float32: ``x_T`` as it was drawn, whatever the terms before this one made of it."""
+    x_t: Tensor
+    """``x_T`` as the terms before this one left it."""
+    embeds_uncond: Tensor | None
+    embeds_cond: Tensor | None
+    """As in :class:`State`."""
+    prompts: Sequence[str] | None
+    """Of each image; None where only embeddings were given."""
+    denoise: Callable[[Tensor, Tensor | None, Tensor], Tensor] = field(repr=False)
+    """As in :class:`State`."""
+
+    def generator(self, image: int, salt: str) -> torch.Generator:
+        """Random numbers of one image's own, on the CPU: a function of its noise, as drawn, and of ``salt``.
+
+        An image's noise follows from its seed alone, so what a term draws here does not depend on what the image was
+        batched with, and takes nothing from the generators that draw the noise of later steps.
+        """
+        digest = hashlib.sha256(self.noise[image].cpu().contiguous().numpy().tobytes() + salt.encode())
+        return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "little"))
+
+
+@dataclass
+class Change:
+    """What a term's ``prepare`` changes."""
+
+    rows: Tensor
+    """``[k]`` int64: which images; no image twice."""
+    x_t: Tensor | None = None
+    """``[k, c, h, w]`` float32: their new ``x_T``."""
+    embeds_cond: Tensor | None = None
+    """``[k, …]``: their new conditioning."""
+    columns: Mapping[str, Sequence[Any] | Tensor] = field(default_factory=dict)
+    """Trace column of the first step → one value an image, ``[n]``."""
+
+
 class Guidance(Protocol):
-    """A guidance term. ``name`` tells its trace columns from another term's where both have the same."""
+    """A guidance term. ``name`` tells its trace columns from another term's where both have the same.
+
+    ``prepare(start: Start) -> Change | None`` is optional.
+    """
 
     name: str
 

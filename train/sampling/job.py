@@ -12,7 +12,10 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +25,13 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from curate.console import UsageError, UserError, get_logger, progress, to_json, write_atomic
 from train.components import load_pipeline
 from train.memorization.config import MEMORIZED
+from train.memorization.neurons import blocked, read_neurons
 from train.prompts import Prompt, read_prompts
-from train.sampling.amg import AMG, check_embedder
+from train.sampling import terms
 from train.sampling.config import SampleConfig
 from train.sampling.guidance import Guidance
 from train.sampling.pipeline import GuidedOutput, GuidedStableDiffusion
+from train.sampling.similarity import check_embedder
 
 if TYPE_CHECKING:
     from curate.embed import Embedder
@@ -43,6 +48,8 @@ SAMPLES = {
     "number": "int64",
     "label": "int64",
     "seed": "int64",
+    "drawn_seed": "int64",
+    "tries": "int64",
     "guidance": "string",
     "steps": "int64",
     "scale": "float64",
@@ -171,7 +178,8 @@ def _check(config: SampleConfig) -> None:
     for option, least in (("seeds", 1), ("steps", 1), ("batch_size", 1), ("first_seed", 0)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} is {getattr(config, option)}: it is at least {least}")
-    if config.guidance != "none" and not config.index:
+    terms.check(config)
+    if terms.needs_index(config.guidance) and not config.index:
         raise UsageError(f"--guidance {config.guidance} needs --index: the output folder of curate dedup")
     if config.embedder and not config.index:
         raise UsageError("--embedder needs --index")
@@ -191,22 +199,23 @@ def _settings(config: SampleConfig) -> str:
         "dtype",
     ]
     decisive: dict[str, Any] = {name: getattr(config, name) for name in names}
-    decisive["model"] = [config.model, _fingerprint(Path(config.model))]
+    decisive["model"] = [config.model, fingerprint(Path(config.model))]
     for name in ("revision", "variant", "model_config"):
         if getattr(config, name):
             decisive[name] = getattr(config, name)
     if config.lora:
-        decisive["lora"] = [config.lora, _fingerprint(Path(config.lora))]
+        decisive["lora"] = [config.lora, fingerprint(Path(config.lora))]
     if config.index:
         from curate.index import index_folder
 
-        decisive["index"] = _fingerprint(index_folder(config.index))
-    if config.guidance != "none":
-        decisive["amg"] = asdict(config.amg)
+        decisive["index"] = fingerprint(index_folder(config.index))
+    if config.neurons:
+        decisive["neurons"] = [config.neurons_of, *read_neurons(config.neurons)]
+    decisive["settings"] = terms.settings(config)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Of a file or folder: names, sizes, and both ends of each file (weights run to gigabytes)."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
@@ -228,6 +237,11 @@ def _check_same(path: Path, task: Task, record: dict[str, Any], settings: str) -
 
 def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, Image.Image, dict[str, Any]]]:
     """Images and their records, batch by batch."""
+    together, own = read_neurons(config.neurons) if config.neurons else ({}, {})
+    if config.neurons and config.neurons_of == "own":
+        for task in tasks:
+            if task.prompt.caption not in own:
+                raise UserError(f"{config.neurons}: has no neurons of {task.prompt.caption!r}: take --neurons_of all")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,11 +250,7 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
         index, embedder = open_index(config.index, config.embedder)
         if hasattr(embedder, "to"):
             embedder.to(device)
-    guidance: list[Guidance] = []
-    if config.guidance != "none":
-        assert index is not None and embedder is not None
-        amg = replace(config.amg, preset="strong") if config.guidance == "amg-strong" else config.amg
-        guidance = [AMG(index, embedder, amg)]
+    guidance, rejection = terms.make(config, index, embedder)
     pipe = load_pipeline(
         config.model,
         dtype=getattr(torch, config.dtype),
@@ -254,26 +264,59 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
     pipe.set_progress_bar_config(disable=True)
 
     with progress(total=len(tasks), desc="sampling", unit="images") as bar:
-        for start in range(0, len(tasks), config.batch_size):
-            batch = tasks[start : start + config.batch_size]
+        for batch in _batches(config, tasks):
             began = time.perf_counter()
-            output = pipe(
-                [task.prompt.caption for task in batch],
-                negative_prompt=[config.negative_prompt] * len(batch),
-                num_inference_steps=config.steps,
-                guidance_scale=config.scale,
-                height=config.height or None,
-                width=config.width or None,
-                generator=[torch.Generator("cpu").manual_seed(task.seed) for task in batch],
-                guidance=guidance,
-            )
-            assert isinstance(output, GuidedOutput)
+            neurons = own[batch[0].prompt.caption] if config.neurons_of == "own" and own else together
+            draw = partial(_pipe, pipe, config, batch, guidance)
+            seeds = [task.seed for task in batch]
+            with blocked(pipe, neurons) if config.neurons else nullcontext():
+                if rejection is None:
+                    output = draw(list(range(len(batch))), seeds)
+                    images, traces, tries = output.images, output.trace, [1] * len(batch)
+                else:
+                    accepted = rejection(draw, seeds)
+                    images, tries = [one.image for one in accepted], [one.tries for one in accepted]
+                    traces, seeds = [row for one in accepted for row in one.trace], [one.seed for one in accepted]
             seconds = (time.perf_counter() - began) / len(batch)
-            nearest = _nearest(index, embedder, output.images)
-            for i, (task, image) in enumerate(zip(batch, output.images, strict=True)):
-                steps = [{k: v for k, v in row.items() if k != "image"} for row in output.trace if row["image"] == i]
-                yield task, image, _record(config, task, steps, seconds, nearest[i])
+            nearest = _nearest(index, embedder, images)
+            for i, (task, image) in enumerate(zip(batch, images, strict=True)):
+                steps = [{k: v for k, v in row.items() if k != "image"} for row in traces if row["image"] == i]
+                record = _record(config, task, steps, seconds, nearest[i])
+                yield task, image, {**record, "tries": tries[i], "drawn_seed": seeds[i]}
             bar.update(len(batch))
+
+
+def _batches(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:
+    """What is drawn together; of one prompt only, where each prompt has neurons of its own blocked."""
+    groups: list[list[Task]] = [list(tasks)]
+    if config.neurons and config.neurons_of == "own":
+        groups = [list(group) for _, group in groupby(tasks, key=lambda task: task.prompt.caption)]
+    for group in groups:
+        for start in range(0, len(group), config.batch_size):
+            yield group[start : start + config.batch_size]
+
+
+def _pipe(
+    pipe: GuidedStableDiffusion,
+    config: SampleConfig,
+    batch: Sequence[Task],
+    guidance: Sequence[Guidance],
+    rows: list[int],
+    seeds: list[int],
+) -> GuidedOutput:
+    """Some images of a batch, from their seeds."""
+    output = pipe(
+        [batch[row].prompt.caption for row in rows],
+        negative_prompt=[config.negative_prompt] * len(rows),
+        num_inference_steps=config.steps,
+        guidance_scale=config.scale,
+        height=config.height or None,
+        width=config.width or None,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        guidance=guidance,
+    )
+    assert isinstance(output, GuidedOutput)
+    return output
 
 
 def _scheduler(config: SampleConfig, pipe: Any) -> dict[str, Any]:

@@ -23,18 +23,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 )
 from torch import Tensor
 
-from train.memorization.magnitude import to_eps
-from train.sampling.guidance import (
-    MIN_ALPHA_BAR,
-    Guidance,
-    Part,
-    Run,
-    State,
-    Trace,
-    alpha_bar_at,
-    guide,
-    output_per_eps,
-)
+from train.sampling.guidance import Guidance, Run
+from train.sampling.loop import GuidedLoop
 
 
 @dataclass
@@ -210,11 +200,16 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
             train_timesteps=self.scheduler.config.num_train_timesteps,
             decode=_Decoder(self.vae, device),
             encode_prompts=lambda texts: self.encode_prompt(list(texts), device, 1, False, clip_skip=clip_skip)[0],
+            tokenizer=self.tokenizer,
         )
-        terms = [(term.name, term.start(run)) for term in guidance]
-        if terms and alpha_bar_at(self.scheduler, timesteps[0]) is None:
-            raise ValueError(f"guidance needs ᾱ_t, which {type(self.scheduler).__name__} does not have")
-        trace = Trace()
+        first = torch.as_tensor(timesteps[0])
+        loop = GuidedLoop(self.scheduler, denoiser, run, guidance, first, trace_tensors)
+        latents, embeds_cond = loop.prepare(
+            first, latents, *self._halves(prompt_embeds), _repeated(prompt, num_images_per_prompt)
+        )
+        if guidance and embeds_cond is not None:
+            embeds_uncond = self._halves(prompt_embeds)[0]
+            prompt_embeds = embeds_cond if embeds_uncond is None else torch.cat([embeds_uncond, embeds_cond])
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
@@ -228,13 +223,16 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
                 if output_uncond is not None:
                     output = output_uncond + self.guidance_scale * (output_cond - output_uncond)
 
-                state = self._state(
-                    run, denoiser, i, t, x_t[:batch_size], output_uncond, output_cond, output, prompt_embeds
+                output = loop.correct(
+                    i,
+                    t,
+                    x_t[:batch_size],
+                    output_uncond,
+                    output_cond,
+                    output,
+                    *self._halves(prompt_embeds),
+                    self.guidance_scale,
                 )
-                if state is not None:
-                    eps_hat, parts, columns = guide(terms, state)
-                    output = self._add(output, parts, state.alpha_bar)
-                    trace.add(state, eps_hat, parts, columns, tensors=trace_tensors)
 
                 if cfg and self.guidance_rescale > 0.0:
                     output = rescale_noise_cfg(output, output_cond, guidance_rescale=self.guidance_rescale)
@@ -268,53 +266,21 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, nsfw
-        return GuidedOutput(images=images, nsfw_content_detected=nsfw, trace=trace.rows())
+        return GuidedOutput(images=images, nsfw_content_detected=nsfw, trace=loop.trace.rows())
 
-    def _state(
-        self,
-        run: Run,
-        denoiser: _Denoiser,
-        step: int,
-        t: Tensor,
-        x_t: Tensor,
-        output_uncond: Tensor | None,
-        output_cond: Tensor,
-        output: Tensor,
-        prompt_embeds: Tensor,
-    ) -> State | None:
-        """What the terms see, in ε-space and float32; None where ``x̂_0`` is not defined."""
-        alpha_bar = alpha_bar_at(self.scheduler, t)
-        if alpha_bar is None or alpha_bar < MIN_ALPHA_BAR:
-            return None
-        prediction_type = self.scheduler.config.prediction_type
-        dtype, x_t = x_t.dtype, x_t.float()
+    def _halves(self, prompt_embeds: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Of the empty (or negative) prompt, if there is classifier-free guidance, and of the prompt."""
+        if not self.do_classifier_free_guidance:
+            return None, prompt_embeds
+        embeds_uncond, embeds_cond = prompt_embeds.chunk(2)
+        return embeds_uncond, embeds_cond
 
-        def eps(output: Tensor, x_t: Tensor = x_t) -> Tensor:
-            return to_eps(output.float(), x_t, alpha_bar, prediction_type)
 
-        cfg = self.do_classifier_free_guidance
-        embeds = prompt_embeds.chunk(2) if cfg else (None, prompt_embeds)
-        return State(
-            run=run,
-            step=step,
-            t=float(t),
-            alpha_bar=alpha_bar,
-            guidance_scale=self.guidance_scale,
-            x_t=x_t,
-            eps_uncond=None if output_uncond is None else eps(output_uncond),
-            eps_cond=eps(output_cond),
-            eps_hat=eps(output),
-            embeds_uncond=embeds[0],
-            embeds_cond=embeds[1],
-            denoise=lambda x, embeds, rows: eps(denoiser(x.to(dtype), t, embeds, rows), x),
-        )
-
-    def _add(self, output: Tensor, parts: dict[str, Part], alpha_bar: float) -> Tensor:
-        """The model's output with the corrections of ``ε̂``; images without one keep every bit."""
-        factor = output_per_eps(self.scheduler.config.prediction_type, alpha_bar)
-        for rows, delta in parts.values():
-            output = output.index_put((rows,), (output[rows].float() + factor * delta).to(output.dtype))
-        return output
+def _repeated(prompt: str | list[str] | None, times: int) -> list[str] | None:
+    """The prompt of each image."""
+    if prompt is None:
+        return None
+    return [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(times)]
 
 
 class _Denoiser:
@@ -330,7 +296,7 @@ class _Denoiser:
         self._pipe, self._batch_size = pipe, batch_size
         self._timestep_cond, self._added_cond_kwargs = timestep_cond, added_cond_kwargs
 
-    def __call__(self, x: Tensor, t: Tensor, embeds: Tensor, rows: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, embeds: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """The model's output for the whole batch, both halves, or for the images ``rows`` under a prompt."""
         timestep_cond, added = self._timestep_cond, self._added_cond_kwargs
         if rows is not None:
