@@ -70,7 +70,7 @@ def trace_share(pipe: Any, captions: Sequence[str], steps: int, scale: float) ->
         spent += time.process_time() - start
         return result
 
-    shape = latent_shape(pipe)
+    shape = latent_shape(pipe.unet)
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "guidance_scale": scale,

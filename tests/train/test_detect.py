@@ -232,7 +232,7 @@ def test_rows_of_other_settings_prompts_or_models_are_not_taken_over(model, tmp_
     with pytest.raises(UsageError, match="other settings .model files."):
         run_detect(config)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-    journal.write_text("no rows\n")
+    journal.write_text("no rows\nat all\n")
     with pytest.raises(UserError, match="s.rows.jsonl: not the rows of a run"):
         run_detect(config)
     journal.unlink()

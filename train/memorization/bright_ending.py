@@ -62,7 +62,7 @@ def bright_ending(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-    unet, shape = pipe.unet, latent_shape(pipe)
+    unet, shape = pipe.unet, latent_shape(pipe.unet)
     noise = torch.stack([initial_noise(shape, seed) for seed in seeds]).to(unet.device, unet.dtype)
 
     with recorded_attention(unet, len(prompts), lambda maps: maps.mean(dim=1), on=num_inference_steps == 1) as recorded:

@@ -196,7 +196,7 @@ class Scoring:
         self.alphas_cumprod: list[float] = scheduler.alphas_cumprod.tolist()
         self.noise_sigma = float(scheduler.init_noise_sigma)
         self.prediction_type: str = scheduler.config.prediction_type
-        self.shape = latent_shape(pipe)
+        self.shape = latent_shape(pipe.unet)
         self.empty = encode_captions(pipe, [""])
 
         shared = list(dict.fromkeys(self.seeds.ravel().tolist()))
