@@ -155,9 +155,9 @@ def measure_model(
 
     ways: dict[str, Callable[[], tuple[list[Image.Image], float | None]]] = {
         "none": lambda: (plain(seeds, seeds).images, None),
-        "AMG, pixels, λ published": lambda: guided(AMG(m.pixels)),
-        "AMG, pixels, λ early": lambda: guided(AMG(m.pixels, lambda_a=-2.4)),
-        "AMG, objects, λ early": lambda: guided(AMG(m.index, m.embedder, **EARLY)),
+        "AMG, pixels, published": lambda: guided(AMG(m.pixels)),
+        "AMG, pixels, early": lambda: guided(AMG(m.pixels, lambda_a=-2.4)),
+        "AMG, objects, early": lambda: guided(AMG(m.index, m.embedder, **EARLY)),
         "rejection": lambda: ([one.image for one in reject(plain, seeds)], None),
     }
     rows = []
@@ -168,7 +168,7 @@ def measure_model(
     return rows
 
 
-def figure(rows: Sequence[tuple[dict[str, Any], list[Image.Image]]], path: Path, columns: int = 20) -> None:
+def figure(rows: Sequence[tuple[dict[str, Any], list[Image.Image]]], path: Path, columns: int = 14) -> None:
     """Rows of the table down, seeds across."""
     side, label = 2 * SIDE + 2, 190
     page = Image.new("RGB", (label + side * columns, side * len(rows)), "white")
@@ -178,7 +178,7 @@ def figure(rows: Sequence[tuple[dict[str, Any], list[Image.Image]]], path: Path,
         for x, image in enumerate(images[:columns]):
             page.paste(image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST), (label + x * side, y * side))
     with write_atomic(path) as temporary:
-        page.save(temporary, format="PNG", optimize=True)
+        page.quantize(256).save(temporary, format="PNG", optimize=True)
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
