@@ -242,6 +242,34 @@ def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
         raise UserError(f"{name}: a model distilled to take the guidance scale as an input cannot be trained here")
 
 
+def chosen_device(device: str) -> str:
+    """A job's ``device``; ``auto`` is a GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def open_pipeline(config: Any) -> StableDiffusionPipeline:
+    """The pipeline that a job's settings name: :func:`load_pipeline` with their fields of the same names.
+
+    Args:
+        config: with ``model``, ``dtype``, ``device`` (see :func:`chosen_device`), ``revision``, ``variant``,
+            ``model_config`` and ``lora``.
+
+    Raises:
+        UserError: as :func:`load_pipeline`.
+    """
+    return load_pipeline(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=chosen_device(config.device),
+        revision=config.revision,
+        variant=config.variant,
+        model_config=config.model_config,
+        lora=config.lora,
+    )
+
+
 def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto", *, mixed_precision: str = "no") -> None:
     """Choose how the UNet computes attention.
 

@@ -17,9 +17,10 @@ from train.memorization.agreement import Agreement
 from train.memorization.anisotropy import Anisotropy
 from train.memorization.attention import attention_probabilities, cross_attention_layers, recorded_attention
 from train.memorization.attention_entropy import entropy
-from train.memorization.consistency import Consistency, ms_ssim, scale_channels
+from train.memorization.consistency import Consistency, ms_ssim
 from train.memorization.score import mean_attention
 from train.memorization.signals import Seen
+from train.memorization.ssim import rescaled
 
 
 def plain_ms_ssim(x: np.ndarray, y: np.ndarray, windows: list[int]) -> float:
@@ -65,7 +66,7 @@ def test_ms_ssim_is_one_for_equal_images_and_zero_for_opposite_ones():
 
 
 def test_channels_are_scaled_each_by_itself():
-    scaled = scale_channels(torch.tensor([[[[1.0, 3.0], [2.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]]]))
+    scaled = rescaled(torch.tensor([[[[1.0, 3.0], [2.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]]]))
     assert scaled[0, 0].tolist() == [[0.0, 0.5], [0.25, 1.0]]
     assert scaled[0, 1].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
@@ -192,7 +193,7 @@ def test_agreement_is_the_similarity_of_the_predicted_images_at_the_last_step(ti
     scores = score(
         tiny_pipe, ["flag"], steps=3, num_inference_steps=10, seeds=3, signals=[images, "agreement", "consistency"]
     )
-    x_0 = scale_channels(images.found[-1])
+    x_0 = rescaled(images.found[-1])
     expected = max(ms_ssim(x_0[i : i + 1], x_0[j : j + 1]).item() for i in range(3) for j in range(i))
     assert scores.per_prompt("agreement").item() == pytest.approx(expected, rel=1e-4)
     assert scores.per_prompt("agreement") == scores.per_prompt("images") == scores.signal("agreement").max()

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from curate.console import UsageError, UserError, get_logger, progress, write_atomic, write_json
 from curate.images import ImageError, decode_image, stack_images
-from train.components import load_pipeline
+from train.components import open_pipeline
 from train.evaluation.config import AuditConfig
 from train.evaluation.metrics import thumbnails
 from train.evaluation.protocol import PIXEL_COPY
@@ -65,18 +64,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     originals = {kind: [_read_image(prompt) for prompt in prompts] for kind, prompts in chosen.items()}
     neurons = read_neurons(config.neurons)[0] if config.neurons else {}
     measures = _measures(config)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-        revision=config.revision,
-        variant=config.variant,
-        model_config=config.model_config,
-        lora=config.lora,
-    )
+    pipe = open_pipeline(config)
 
     found: dict[str, Audit] = {}
     total = sum(map(len, chosen.values())) * config.restarts * config.search_steps

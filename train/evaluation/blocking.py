@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from curate.console import UsageError, UserError, get_logger, progress, refuse_other_settings, write_atomic, write_json
-from train.components import load_pipeline
+from train.components import open_pipeline
 from train.evaluation.config import LocalizeConfig
 from train.evaluation.drawn import Drawn, read_drawn
 from train.evaluation.metrics import memorized_share, similarity_among_seeds
@@ -88,18 +87,7 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
     for name in ("prompts", "clean"):
         settings[name] = fingerprint(Path(settings[name])) if settings[name] else ""
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-        revision=config.revision,
-        variant=config.variant,
-        model_config=config.model_config,
-        lora=config.lora,
-    )
+    pipe = open_pipeline(config)
     found, seconds = _search(config, out, pipe, prompts, clean, settings)
     if config.edited_model:
         write_edited(pipe, found.neurons, Path(config.edited_model))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from train.memorization.consistency import highest_with_another, scale_channels
+from train.memorization.consistency import highest_with_another
+from train.memorization.ssim import rescaled
 
 if TYPE_CHECKING:
     from train.memorization.signals import Seen
@@ -30,7 +31,7 @@ class Agreement:
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n, c, h, w]``: ``x̂_0`` with each channel brought to [0, 1], which makes its factor ``√ᾱ_t`` idle."""
-        return scale_channels(seen.x_t - (1 - seen.alpha_bar) ** 0.5 * seen.eps_cond)
+        return rescaled(seen.x_t - (1 - seen.alpha_bar) ** 0.5 * seen.eps_cond)
 
     def combine(self, observed: Tensor) -> Tensor:
         """``[seeds, steps, c, h, w]`` → ``[seeds]``, in [0, 1]."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
+from train.memorization.ssim import rescaled
+
 if TYPE_CHECKING:
     from train.memorization.signals import Seen
 
@@ -37,7 +39,7 @@ class Consistency:
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n, c, h, w]``: δ with each channel brought to [0, 1]."""
-        return scale_channels(seen.eps_cond - seen.x_t)
+        return rescaled(seen.eps_cond - seen.x_t)
 
     def combine(self, observed: Tensor) -> Tensor:
         """``[seeds, 1, c, h, w]`` → ``[seeds]``, in [0, 1]."""
@@ -54,16 +56,6 @@ def highest_with_another(images: Tensor) -> Tensor:
     scores = images.new_zeros(len(images), len(images))
     scores[i, j] = scores[j, i] = ms_ssim(images[i], images[j])
     return scores.amax(dim=1)
-
-
-def scale_channels(delta: Tensor) -> Tensor:
-    """Each channel of each image from its lowest and highest value to 0 and 1; a constant channel becomes 0.
-
-    Args:
-        delta: ``[n, c, h, w]``.
-    """
-    low, high = delta.amin((2, 3), keepdim=True), delta.amax((2, 3), keepdim=True)
-    return (delta - low) / (high - low).clamp_min(torch.finfo(delta.dtype).tiny)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:

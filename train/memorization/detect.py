@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from curate.console import UsageError, UserError, digest, get_logger, progress, write_json
-from train.components import load_pipeline
+from train.components import chosen_device, open_pipeline
 from train.memorization.chart import draw_chart, draw_trajectories
 from train.memorization.config import MEMORIZED, DetectConfig
 from train.memorization.roc import bootstrap_interval, roc_auc, tpr_at_fpr
@@ -58,25 +57,14 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         clean_prompts(prompts)  # so that a file without any is refused at once
     outcomes = read_outcomes(config.outcomes, prompts) if config.outcomes else None
     first = [config.first_seed if prompt.seed is None else prompt.seed for prompt in prompts]
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {name: getattr(config, name) for name in SCORING} | {
-        "device": device,
+        "device": chosen_device(config.device),
         "model files": digest(list_files(config.model)),
         "prompts": digest([(prompt.caption, seed) for prompt, seed in zip(prompts, first, strict=True)]),
     }
 
     with open_journal(out.with_suffix(".rows.jsonl"), settings, len(prompts)) as journal:
-        pipe = load_pipeline(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            device=device,
-            revision=config.revision,
-            variant=config.variant,
-            model_config=config.model_config,
-            lora=config.lora,
-        )
+        pipe = open_pipeline(config)
         scoring = Scoring(
             pipe,
             [prompt.caption for prompt in prompts],

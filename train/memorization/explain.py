@@ -30,7 +30,7 @@ from train.components import (
     frozen,
     initial_noise,
     latent_shape,
-    load_pipeline,
+    open_pipeline,
 )
 from train.memorization.config import ExplainConfig
 from train.memorization.magnitude import Form, magnitude, to_eps
@@ -419,18 +419,7 @@ def run_explain(config: ExplainConfig) -> ExplainSummary:
     prompts = _read(config)
     first = [config.first_seed if prompt.seed is None else prompt.seed for prompt in prompts]
     seeds = np.array(first)[:, None] + np.arange(config.seeds)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-        revision=config.revision,
-        variant=config.variant,
-        model_config=config.model_config,
-        lora=config.lora,
-    )
+    pipe = open_pipeline(config)
     trajectory: dict[str, Any] = {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.scale,

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from curate.console import UsageError, UserError, get_logger, progress, to_json, write_atomic
-from train.components import load_pipeline
+from train.components import chosen_device, open_pipeline
 from train.memorization.config import MEMORIZED
 from train.memorization.neurons import blocked, read_neurons
 from train.prompts import Prompt, read_prompts
@@ -242,24 +242,13 @@ def _draw(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[tuple[Task, I
         for task in tasks:
             if task.prompt.caption not in own:
                 raise UserError(f"{config.neurons}: has no neurons of {task.prompt.caption!r}: take --neurons_of all")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     index = embedder = None
     if config.index:
         index, embedder = open_index(config.index, config.embedder)
         if hasattr(embedder, "to"):
-            embedder.to(device)
+            embedder.to(chosen_device(config.device))
     guidance, rejection = terms.make(config, index, embedder)
-    pipe = load_pipeline(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-        revision=config.revision,
-        variant=config.variant,
-        model_config=config.model_config,
-        lora=config.lora,
-    )
+    pipe = open_pipeline(config)
     pipe = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(config, pipe))
     pipe.set_progress_bar_config(disable=True)
 
