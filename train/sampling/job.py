@@ -92,14 +92,14 @@ def run_sample(config: SampleConfig) -> dict[str, Any]:
     rank, _ = shares.process()
     if rank:
         return {}
-    summaries = []
     for folder in folders:
         folder.collect()
-        if folder.pending:
-            log.info("stopped; the same command goes on from there")
-            return {"made": sum(one.made for one in folders), "stopped": True, "out": config.out}
+    if any(folder.pending for folder in folders):
+        log.info("stopped; the same command goes on from there")
+        return {"made": sum(folder.made for folder in folders), "stopped": True, "out": config.out}
+    for folder in folders:
         folder.write()
-        summaries.append(folder.summary())
+    summaries = [folder.summary() for folder in folders]
     if not compared:
         return summaries[0]
     return _write_comparison(config, prompts, folders, summaries)
@@ -559,8 +559,9 @@ def _write_comparison(
         cells = [picture.Cell(task.prompt.image if nth == 0 else None)] if originals else []
         for folder in folders:
             record = folder.records[task]
-            note, marked = picture.similarity_note(record["similarity"], record["withheld"])
-            cells.append(picture.Cell(folder.image(task), note, marked, record["withheld"]))
+            note, marked = picture.similarity_note(record["similarity"])
+            withheld = folder.image(task) is None
+            cells.append(picture.Cell(folder.image(task), note, marked and not withheld, withheld))
         rows.append(picture.Row(task.prompt.caption, f"seed {task.seed}" if seeds > 1 else "", cells))
     legend = f"{config.steps} steps, guidance scale {config.scale:g}; in a row, all begin with one seed."
     if seeds < config.seeds:

@@ -118,11 +118,11 @@ def shown_seeds(prompts: int, seeds: int) -> int:
     return max(1, min(seeds, ROWS // max(1, prompts)))
 
 
-def similarity_note(similarity: float | None, withheld: bool = False) -> tuple[str, bool]:
-    """What stands under an image, and whether it is marked as a copy."""
+def similarity_note(similarity: float | None) -> tuple[str, bool]:
+    """What stands under an image, and whether it is a copy."""
     if similarity is None:
         return "", False
-    return f"{similarity:.2f}".replace("-", "−"), similarity > MEMORIZED and not withheld
+    return f"{similarity:.2f}".replace("-", "−"), similarity > MEMORIZED
 
 
 def table_head(name: str, summary: Mapping[str, object]) -> tuple[str, str]:
