@@ -256,7 +256,6 @@ def test_a_comparison_under_the_guarantee_shows_what_is_withheld(job, tmp_path, 
     assert (none["withheld"], none["images"]) == (1, 1) and (rejection["withheld"], rejection["redrawn"]) == (0, 1)
     sheet = pixels(tmp_path / "o" / "compare.png")
     assert (sheet == [0xEC] * 3).all(2).sum() > 150 * 150
-    assert "compare" in run_cli("train", "sample", "--help").stdout
 
 
 # ---------------------------------------------------------------------------------------------- several processes
