@@ -265,7 +265,8 @@ def stronger(config: AMGConfig, times: int) -> AMGConfig:
     threshold, at −1 opposed.
     """
     c = config.resolved()
-    assert c.lambda_a is not None and c.lambda_b is not None and c.sim_offset is not None and c.c_3 is not None
+    assert c.lambda_a is not None and c.lambda_b is not None and c.sim_offset is not None
+    assert c.c_3 is not None and c.floor is not None
     return replace(
         c,
         lambda_a=c.lambda_a - 0.1 * times,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg": lambda c: c.amg,
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
+    "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
     "basin": lambda c: c.basin,
     "opposite": lambda c: replace(c.basin, before=-c.scale),
@@ -44,7 +45,7 @@ TERMS: dict[str, Callable[[Any], Guidance]] = {
     "tokens": RandomTokens,
     "numbers": RandomTokens,
 }
-INDEXED = ("amg", "amg-strong", "rejection")
+INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
     "prompt": ("prompt", "target"),
@@ -80,7 +81,7 @@ def needs_index(guidance: str) -> bool:
 def used(config: SampleConfig) -> list[str]:
     """The names in ``config.guidance``, and AMG where it joins them because of ``never_above``."""
     found = names(config.guidance)
-    joins = config.never_above is not None and not {"amg", "amg-strong"} & set(found)
+    joins = config.never_above is not None and not any(isinstance(SETTINGS[name](config), AMGConfig) for name in found)
     return [*found, "amg"] if joins else found
 
 
