@@ -102,7 +102,7 @@ def check(config: SampleConfig) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
         if chosen.preset == "pixels":
-            raise UsageError("amg.preset pixels is not on the scale of an index: choose main or strong")
+            raise UsageError("amg.preset pixels is not on the scale of an index: choose main, strong or early")
 
 
 def automatic(config: SampleConfig) -> list[tuple[str, str]]:
