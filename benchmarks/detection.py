@@ -7,6 +7,9 @@ with and without those that the model draws copies for all the same. Costs are p
 all together, on a few of the prompts: evaluations of the denoiser in single images (without ``ε(x_T, e_∅)``, which is
 computed once a seed for all prompts), and CPU seconds on one thread, text encoder included.
 
+A second table says what the captions alone could tell of the held-out prompts that draw copies: which of them stand
+near a repeated caption by curation's caption embedder, and how well the signals of several steps do without these.
+
 The last line is what the magnitude in the sampler's trace costs: the share of a guided sampling run's CPU time that is
 spent on it.
 """
@@ -24,6 +27,8 @@ import numpy as np
 import torch
 
 import train.sampling.guidance
+from curate.config import DedupConfig
+from curate.embed import embed_captions
 from train.components import initial_noise, latent_shape, load_pipeline
 from train.memorization.config import MEMORIZED
 from train.memorization.detect import labels_of, read_outcomes, separation
@@ -37,6 +42,10 @@ SETTINGS = ((1, 1), (1, 4), (5, 4))
 """Steps and seeds."""
 TIMED = 16
 """Prompts that costs are measured on."""
+
+
+NEAR = (DedupConfig.caption_threshold, 0.75)
+"""Similarities from which a caption counts as near a repeated one: curation's, and one that takes most of a family."""
 
 
 def cost(pipe: Any, captions: Sequence[str], **options: Any) -> str:
@@ -56,6 +65,21 @@ def quality(values: np.ndarray, labels: np.ndarray, clean: np.ndarray) -> str:
         low, high = found["auc_interval"][""]
         cells += [f"{found['auc']['']:.3f} ({low:.3f}–{high:.3f})", f"{found['tpr_at_1pct_fpr']['']:.3f}"]
     return " | ".join(cells)
+
+
+def left_out(captions: Sequence[str], labels: np.ndarray, clean: np.ndarray, values: dict[str, np.ndarray]) -> None:
+    """Print the second table: negatives left out by caption or by outcome, and AUC and TPR at 1 % FPR without them."""
+    embeds = embed_captions(captions)
+    similarity = (embeds @ embeds[labels == 1].T).max(axis=1)
+    negatives = labels == 0
+    rows = {f"caption near a repeated one, from {least:g}": similarity >= least for least in NEAR}
+    rows = {"nothing": np.zeros(len(labels), bool), **rows, "draws a copy": ~clean}
+    print(f"\n| left out | negatives | that draw copies | {' | '.join(f'{n}: AUC | TPR at 1 %' for n in values)} |")
+    print("|---" * (3 + 2 * len(values)) + "|")
+    for name, out in rows.items():
+        found = separation(values, np.where(negatives & out, -1, labels))
+        cells = [f"{found['auc'][n]:.3f} | {found['tpr_at_1pct_fpr'][n]:.3f}" for n in values]
+        print(f"| {name} | {(negatives & out).sum()} | {(negatives & out & ~clean).sum()} | {' | '.join(cells)} |")
 
 
 def trace_share(pipe: Any, captions: Sequence[str], steps: int, scale: float) -> float:
@@ -134,6 +158,7 @@ def main() -> None:
             print(f"| {name} | {steps_scored} | {seeds} | {found} | {spent} |", flush=True)
         spent = cost(pipe, captions, signals=names, **options)
         print(f"| all of these | {steps_scored} | {seeds} | | | | | {spent} |", flush=True)
+    left_out(captions, labels, clean, {name: scores.per_prompt(name) for name in names})
     share = trace_share(pipe, captions[:16], steps, scale)
     print(f"\nThe trace's magnitudes take {100 * share:.2f} % of a guided sampling run of 16 images.")
 

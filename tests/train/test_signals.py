@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -17,58 +16,10 @@ from train.memorization.agreement import Agreement
 from train.memorization.anisotropy import Anisotropy
 from train.memorization.attention import attention_probabilities, cross_attention_layers, recorded_attention
 from train.memorization.attention_entropy import entropy
-from train.memorization.consistency import Consistency, ms_ssim
+from train.memorization.consistency import Consistency
 from train.memorization.score import mean_attention
 from train.memorization.signals import Seen
-from train.memorization.ssim import rescaled
-
-
-def plain_ms_ssim(x: np.ndarray, y: np.ndarray, windows: list[int]) -> float:
-    """Window by window, in float64: ``x`` and ``y`` ``[c, h, w]``."""
-    result = 1.0
-    for scale, side in enumerate(windows):
-        offsets = np.arange(side) - side // 2
-        weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
-        weights /= weights.sum()
-        terms = []
-        for a, b in zip(x, y, strict=True):
-            for i in range(a.shape[0] - side + 1):
-                for j in range(a.shape[1] - side + 1):
-                    p, q = a[i : i + side, j : j + side], b[i : i + side, j : j + side]
-                    mu_p, mu_q = (weights * p).sum(), (weights * q).sum()
-                    var_p, var_q = (weights * (p - mu_p) ** 2).sum(), (weights * (q - mu_q) ** 2).sum()
-                    cov = (weights * (p - mu_p) * (q - mu_q)).sum()
-                    term = (2 * cov + 0.03**2) / (var_p + var_q + 0.03**2)
-                    if scale + 1 == len(windows):
-                        term *= (2 * mu_p * mu_q + 0.01**2) / (mu_p**2 + mu_q**2 + 0.01**2)
-                    terms.append(term)
-        result *= max(np.mean(terms), 0) ** 0.33
-        x, y = (z.reshape(z.shape[0], z.shape[1] // 2, 2, z.shape[2] // 2, 2).mean((2, 4)) for z in (x, y))
-    return result
-
-
-@pytest.mark.parametrize(("side", "windows"), [(64, [11, 11, 11]), (16, [11, 7, 3]), (8, [7, 3])])
-def test_ms_ssim_is_the_plain_formula_with_windows_that_fit(side, windows):
-    rng = np.random.default_rng(side)
-    x = rng.random((2, side, side))
-    y = 0.7 * x + 0.3 * rng.random((2, side, side))
-    found = ms_ssim(torch.from_numpy(x[None]).float(), torch.from_numpy(y[None]).float())
-    assert found.item() == pytest.approx(plain_ms_ssim(x, y, windows), abs=1e-4)
-    assert 0.3 < found.item() < 0.99
-
-
-def test_ms_ssim_is_one_for_equal_images_and_zero_for_opposite_ones():
-    x = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert ms_ssim(x, x).tolist() == pytest.approx([1.0] * 3)
-    assert ms_ssim(x, 1 - x).tolist() == [0.0] * 3
-    with pytest.raises(ValueError, match="sides from 3"):
-        ms_ssim(x[..., :2], x[..., :2])
-
-
-def test_channels_are_scaled_each_by_itself():
-    scaled = rescaled(torch.tensor([[[[1.0, 3.0], [2.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]]]))
-    assert scaled[0, 0].tolist() == [[0.0, 0.5], [0.25, 1.0]]
-    assert scaled[0, 1].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+from train.memorization.ssim import ms_ssim, rescaled
 
 
 def test_consistency_of_a_prompt_is_that_of_its_most_similar_pair_of_seeds():

@@ -46,8 +46,12 @@ STEPS = (0, 10, 20)
 GRADIENT_COST = 3
 """A forward and a backward pass, in forward passes."""
 GRADIENT_SEEDS = 2
-FEW = 16
-"""Neurons spared at once, below which those left are asked one by one: about what finding them by halves costs."""
+DOUBT = 1.5
+"""A neuron is taken to be needed, untried, where its foretold rise is this many times what the score may still rise."""
+BEND = 1.2
+"""How much more than the sum of their foretold rises unblocking many neurons is taken to raise the score, at first."""
+FEW = 4
+"""Doubtful neurons that are tried one after the other, not as rows of one batch."""
 
 
 @dataclass(frozen=True)
@@ -363,8 +367,11 @@ class Blocking:
         """Of a set: the highest of all memorized seeds."""
         return float(self.measures(self.rows, np.tile(mask, (len(self.rows), 1))).max())
 
-    def passes(self, mask: Mask) -> bool:
-        """Whether the score is below the threshold."""
+    def objection(self, mask: Mask) -> tuple[int, float] | None:
+        """A seed whose measure is not below the threshold, and the measure; None if all are below.
+
+        The seed that objected last is asked first, and the others only if it does not.
+        """
         for rows in (self.rows[:1], self.rows[1:]):
             if not rows:
                 continue
@@ -373,8 +380,12 @@ class Blocking:
             if measures[worst] >= self.threshold:
                 self.rows.remove(rows[worst])
                 self.rows.insert(0, rows[worst])
-                return False
-        return True
+                return rows[worst], float(measures[worst])
+        return None
+
+    def passes(self, mask: Mask) -> bool:
+        """Whether the score is below the threshold."""
+        return self.objection(mask) is None
 
     def singles(self, mask: Mask, units: NDArray[np.int64]) -> NDArray[np.float32]:
         """What unblocking each unit alone gives on the strictest seed: ``[units]``."""
@@ -382,16 +393,19 @@ class Blocking:
         masks[np.arange(len(units)), units] = False
         return self.measures(self.rows[:1] * len(units), masks)
 
-    def slopes(self, mask: Mask) -> NDArray[np.float32]:
-        """How fast the strictest seeds' measure grows as each unit is unblocked, to first order: ``[units]``."""
+    def slope(self, row: int, mask: Mask) -> tuple[float, NDArray[np.float32]]:
+        """A seed's measure, and how fast it grows as each unit is unblocked, to first order: ``[units]``."""
         step, before = self.step, self.step.evaluations
-        total = torch.zeros(len(mask))
-        for row in self.rows[:GRADIENT_SEEDS]:
-            with torch.enable_grad(), frozen(step.unet):
-                factors = torch.from_numpy(~mask).to(step.unet.device, step.unet.dtype)[None].requires_grad_()
-                total += torch.autograd.grad(self.measure([row], factors).sum(), factors)[0][0].float().cpu()
+        with torch.enable_grad(), frozen(step.unet):
+            factors = torch.from_numpy(~mask).to(step.unet.device, step.unet.dtype)[None].requires_grad_()
+            measure = self.measure([row], factors).sum()
+            slopes = torch.autograd.grad(measure, factors)[0][0]
         step.evaluations += (GRADIENT_COST - 1) * (step.evaluations - before)
-        return total.numpy()
+        return float(measure.detach()), slopes.float().cpu().numpy()
+
+    def slopes(self, mask: Mask) -> NDArray[np.float32]:
+        """The sum of the strictest seeds' slopes: ``[units]``."""
+        return np.sum([self.slope(row, mask)[1] for row in self.rows[:GRADIENT_SEEDS]], axis=0)
 
 
 def candidate_sets(z: NDArray[np.float32], values: NDArray[np.float32], sizes: Mapping[str, int]) -> list[Mask]:
@@ -441,11 +455,10 @@ def refine(judge: Blocking, mask: Mask) -> Mask:
     """Unblock every neuron whose absence is not needed (algorithm 2): the set passes, and no kept one could be spared.
 
     The paper asks for each layer and then for each neuron, with all seeds, whether the score stays below the threshold
-    without it. Here neurons are ordered by how fast the score grows as they are unblocked (one gradient), and as many
-    of the slowest are unblocked at once as the criterion allows, found by halves; the next one is needed, and the rest
-    goes around again. Where that gets slow, all that are left are asked one by one as rows of one batch, and those that
-    the strictest seed keeps are settled. Every neuron that is kept was tried, as in the paper, against the set as it
-    then was. The halves rest on the score growing as more is unblocked; where it does not, more neurons are kept.
+    without it. Here the gradient of a seed's score foretells what each neuron adds as it is unblocked, and as many as
+    fit below the threshold are unblocked at once, round by round. It ends where every kept neuron was tried alone
+    against the set as it is, or is foretold to lift the score by more than :data:`DOUBT` times what is left. That is
+    the one shortcut that proves nothing: ``benchmarks/localize.py`` tries all of them.
 
     Args:
         judge: the criterion.
@@ -454,32 +467,76 @@ def refine(judge: Blocking, mask: Mask) -> Mask:
     Returns:
         ``[units]``, a part of it.
     """
-    mask = mask.copy()
-    units = np.flatnonzero(mask)
-    pending = units[np.argsort(judge.slopes(mask)[units], kind="stable")]
-    asked = -1
-    while len(pending):
-        spared = _most(judge, mask, pending)
-        mask[pending[:spared]] = False
-        pending = pending[spared + 1 :]  # the one at `spared` is needed: unblocking it too was tried
-        # asked one by one when halves spare few, and again only when another seed has become the strictest
-        if len(pending) and spared < FEW and judge.rows[0] != asked:
-            asked = judge.rows[0]
-            measures = judge.singles(mask, pending)
-            order = np.argsort(measures, kind="stable")
-            pending = pending[order][measures[order] < judge.threshold]
-    return mask
-
-
-def _most(judge: Blocking, mask: Mask, units: NDArray[np.int64]) -> int:
-    """How many units, from the first, can be unblocked together; the next one cannot be added."""
-    low, high = 0, len(units) + 1
-    while high - low > 1:
-        middle = (low + high) // 2 if high <= len(units) else len(units)  # all of them first
-        without = mask.copy()
-        without[units[:middle]] = False
-        if judge.passes(without):
-            low = middle
+    mask, needed, stale = mask.copy(), np.zeros(len(mask), bool), False
+    while True:
+        spared = _sparable(judge, mask, needed)
+        mask[spared] = False
+        if len(spared):
+            stale = bool(needed.any())
+        elif stale:  # those that were needed before others were spared are asked again
+            needed, stale = np.zeros(len(mask), bool), False
         else:
-            high = middle
-    return low
+            return mask
+
+
+@dataclass
+class _Forecast:
+    """What unblocking neurons does to one seed's measure, as a gradient foretells it."""
+
+    room: float
+    """What is left to the threshold."""
+    rises: NDArray[np.float32]
+    """``[units]``, of each alone."""
+    bend: float = BEND
+    """How many times the sum of their rises many together are taken to add."""
+
+    def fitting(self, units: NDArray[np.int64]) -> int:
+        """How many, from the first, stay below the threshold together."""
+        return int((self.bend * np.cumsum(self.rises[units]) < self.room).sum())
+
+    def learn(self, units: NDArray[np.int64], rise: float) -> None:
+        """What unblocking these together did."""
+        foretold = float(self.rises[units].sum())
+        if foretold > 0:
+            self.bend = max(self.bend, 1.1 * rise / foretold)
+
+
+def _sparable(judge: Blocking, mask: Mask, needed: Mask) -> NDArray[np.int64]:
+    """Units of the set, but for the ``needed``, that can be unblocked together, about as many as can; or none.
+
+    Those that are tried alone and cannot be spared become ``needed``.
+    """
+    forecasts: dict[int, _Forecast] = {}
+    asked, most = set(), len(mask)
+    while True:
+        strictest = judge.rows[0]
+        if strictest not in forecasts:
+            measure, rises = judge.slope(strictest, mask)
+            # the set passes, but for rounding
+            forecasts[strictest] = _Forecast(max(judge.threshold - measure, 1e-9), rises)
+        shares = np.max([seed.rises / seed.room for seed in forecasts.values()], axis=0)
+        pending = np.flatnonzero(mask & ~needed & (shares < DOUBT))
+        pending = pending[np.argsort(shares[pending], kind="stable")]
+        if not len(pending):
+            return pending
+        fitting = min(most, *(seed.fitting(pending) for seed in forecasts.values()))
+        if not fitting and strictest not in asked and len(pending) > FEW:
+            asked.add(strictest)
+            measures, seed = judge.singles(mask, pending), forecasts[strictest]
+            needed[pending[measures >= judge.threshold]] = True
+            seed.rises[pending] = measures - (judge.threshold - seed.room)
+            continue
+        chosen = pending[: max(fitting, 1)]
+        without = mask.copy()
+        without[chosen] = False
+        if (objection := judge.objection(without)) is None:
+            return chosen
+        row, measure = objection
+        if len(chosen) == 1:
+            needed[chosen], most = True, len(mask)
+        elif row in forecasts:
+            seed = forecasts[row]
+            seed.learn(chosen, measure - (judge.threshold - seed.room))
+            most = len(chosen) * 3 // 4  # in case the forecast says too little
+        else:
+            most = len(chosen) - 1

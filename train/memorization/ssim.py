@@ -10,69 +10,60 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-KERNEL, SCALES, WEIGHT = 11, 3, 0.33
-SIGMA_PER_KERNEL = 1.5 / 11
+KERNEL, SIGMA = 11, 1.5
+"""Side and standard deviation of the Gaussian window, in pixels of its scale."""
+SCALES, WEIGHT = 3, 0.33
+SMALLEST = 3
+"""Side below which a scale is left out."""
 C_1, C_2 = 0.01**2, 0.03**2
 
 
-def fit_window(side: int, *, kernel: int = KERNEL, scales: int = SCALES) -> tuple[int, int]:
-    """The window and number of scales that fit an image: ``(kernel, scales)``.
+def windows(side: int) -> list[int]:
+    """The windows of an image's scales, the finest first, each of which halves the image.
 
-    Each scale halves the image, and the window has to fit into the smallest one. NeMo's 11 pixels and three scales fit
-    Stable Diffusion's 64 × 64 latents (64, 32, 16). A smaller image keeps the scales and gets a smaller window, 16 × 16
-    one of 3 pixels, which is about as large a part of it; only an image below 12 pixels has fewer scales too.
+    NeMo's three scales with a window of 11 pixels fit Stable Diffusion's 64 × 64 latents (64, 32, 16). A scale that is
+    smaller than the window has the largest odd one that fits, with the same Gaussian cut to it, and scales with a side
+    below 3 are left out: 16 × 16 has windows of 11, 7 and 3.
 
     Args:
         side: the image's shorter side in pixels.
-        kernel: the largest window, odd.
-        scales: the most scales.
 
-    Raises:
-        ValueError: the image has fewer than 3 pixels a side.
+    Returns:
+        1 to 3 odd numbers; none for images of less than 3 pixels a side.
     """
-    while scales > 1 and side >> (scales - 1) < 3:
-        scales -= 1
-    smallest = side >> (scales - 1)
-    if smallest < 3:
-        raise ValueError(f"MS-SSIM needs images of at least 3 pixels a side, not {side}")
-    return min(kernel, smallest - 1 + smallest % 2), scales
+    sides = (side >> scale for scale in range(SCALES))
+    return [min(KERNEL, side - 1 + side % 2) for side in sides if side >= SMALLEST]
 
 
-def ms_ssim(x: Tensor, y: Tensor, *, kernel: int | None = None, scales: int | None = None) -> Tensor:
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """``Π_j relu(cs_j)^0.33 · relu(ssim_M)^0.33`` of each pair.
 
-    That is contrast and structure at the finer scales, and luminance too at the coarsest.
+    That is contrast and structure at the finer scales, and luminance too at the coarsest. Only whole windows count.
 
     Args:
-        x: ``[n, channels, h, w]`` float, values in [0, 1].
+        x: ``[n, channels, h, w]`` float, values in [0, 1], sides from 3 (see :func:`windows`).
         y: the same shape.
-        kernel: window in pixels, odd; None takes what fits (:func:`fit_window`). Its σ is ``1.5 / 11`` of it.
-        scales: number of scales; None takes what fits.
 
     Returns:
         ``[n]`` float32 in [0, 1]; 1 for equal images, and 0 where a scale is correlated negatively. Averages run over
         the channels too.
 
     Raises:
-        ValueError: the shapes differ, or the window does not fit.
+        ValueError: the shapes differ, or a side is below 3.
     """
-    if x.shape != y.shape or x.ndim != 4:
-        raise ValueError(f"expected two batches [n, channels, h, w], got {list(x.shape)} and {list(y.shape)}")
-    side = min(x.shape[-2:])
-    fitting = fit_window(side, scales=scales or SCALES)
-    kernel, scales = kernel or fitting[0], scales or fitting[1]
-    if side >> (scales - 1) < kernel:
-        raise ValueError(f"a window of {kernel} pixels does not fit into {side} pixels at {scales} scales")
+    if x.shape != y.shape or x.ndim != 4 or min(x.shape[-2:]) < SMALLEST:
+        shapes = f"{list(x.shape)} and {list(y.shape)}"
+        raise ValueError(f"expected two batches [n, channels, h, w] with sides from {SMALLEST}, got {shapes}")
     x, y = x.float(), y.float()
-    window = _gaussian(kernel, x)
     similarity = torch.ones(len(x), device=x.device)
-    for scale in range(scales):
-        luminance, contrast = _ssim_maps(x, y, window)
-        last = scale + 1 == scales
+    sizes = windows(min(x.shape[-2:]))
+    for scale, size in enumerate(sizes):
+        if scale:
+            x, y = functional.avg_pool2d(x, 2), functional.avg_pool2d(y, 2)
+        luminance, contrast = _ssim_maps(x, y, _gaussian(size, x))
+        last = scale + 1 == len(sizes)
         mean = (luminance * contrast if last else contrast).flatten(1).mean(dim=1)
         similarity = similarity * mean.clamp(min=0) ** WEIGHT
-        if not last:
-            x, y = functional.avg_pool2d(x, 2), functional.avg_pool2d(y, 2)
     return similarity
 
 
@@ -86,9 +77,9 @@ def rescaled(x: Tensor) -> Tensor:
     return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def _gaussian(kernel: int, like: Tensor) -> Tensor:
-    offset = torch.arange(kernel, device=like.device, dtype=like.dtype) - (kernel - 1) / 2
-    weights = torch.exp(-(offset**2) / (2 * (SIGMA_PER_KERNEL * kernel) ** 2))
+def _gaussian(size: int, like: Tensor) -> Tensor:
+    offset = torch.arange(size, device=like.device, dtype=like.dtype) - size // 2
+    weights = torch.exp(-(offset**2) / (2 * SIGMA**2))
     return weights / weights.sum()
 
 
@@ -101,7 +92,8 @@ def _ssim_maps(x: Tensor, y: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
     columns = window.view(1, 1, 1, -1).expand(5 * channels, 1, 1, -1)
     moments = functional.conv2d(functional.conv2d(moments, rows, groups=5 * channels), columns, groups=5 * channels)
     mean_x, mean_y, xx, yy, xy = moments.chunk(5, dim=1)
-    variance = xx + yy - mean_x**2 - mean_y**2
+    # rounding may leave a constant image's variance below 0
+    variance = (xx - mean_x**2).clamp_min(0) + (yy - mean_y**2).clamp_min(0)
     covariance = xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C_1) / (mean_x**2 + mean_y**2 + C_1)
     return luminance, (2 * covariance + C_2) / (variance + C_2)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from curate.console import UsageError
 from tests.train.finetune.runs import (
@@ -30,6 +31,7 @@ from train.finetune.checkpoint import load_latest
 from train.finetune.config import FilterConfig, LoRAConfig, ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.sharding import check_parallel
+from train.lora import WEIGHTS
 
 ACCELERATE = REPOSITORY / "configs" / "accelerate"
 SGD = {"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}, "learning_rate": 0.1}
@@ -84,6 +86,23 @@ def test_two_processes_train_as_one_with_dropped_micro_batches_across_the_end_of
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
     assert 0 < one["dropped"] < 32 and one["samples_seen"] == 32
     assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_adapters_as_one(model, shards, tmp_path):
+    changes = {"steps": 3, "caption_dropout": 0.0, "lora": LoRAConfig(rank=4, alpha=8), **SGD}
+    changes |= {"filter": FilterConfig("every_step", threshold=1e9), "train_text_encoder": True}
+    run_finetune(settings(model, shards, tmp_path / "one", batch_size=4, **changes))
+    finish(launch(settings(model, shards, tmp_path / "two", batch_size=2, **changes), processes=2))
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+    assert_alike(tmp_path / "one", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "lora" / WEIGHTS) for name in ("one", "two"))
+    assert one.keys() == two.keys() and {name.partition(".")[0] for name in one} == {"unet", "text_encoder"}
+    # B starts at zero: what it is was learned
+    assert all(one[name].any() for name in one if "lora_B" in name or "lora.up" in name)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
