@@ -31,7 +31,7 @@ from train.sampling import terms
 from train.sampling.config import SampleConfig
 from train.sampling.guidance import Guidance
 from train.sampling.pipeline import GuidedOutput, GuidedStableDiffusion
-from train.sampling.similarity import check_embedder
+from train.sampling.similarity import check_embedder, check_not_empty
 
 if TYPE_CHECKING:
     from curate.embed import Embedder
@@ -151,12 +151,13 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
         embedder: name or file; empty takes the index's own.
 
     Raises:
-        UserError: no index there, or it was built with another embedder.
+        UserError: no index there, an empty one, or it was built with another embedder.
     """
     from curate.embed import load_embedder
     from curate.index import TrainingIndex
 
     index = TrainingIndex.load(path)
+    check_not_empty(index, path)
     if embedder:
         check_embedder(index, embedder)
     return index, load_embedder(embedder or index.embedder)
