@@ -139,7 +139,7 @@ class GuidedLoop:
         guided = self._guided(
             step, t, x_t, output_uncond, output_cond, output, embeds_uncond, embeds_cond, guidance_scale
         )
-        self._finite.append((float(t), *(torch.isfinite(one).flatten(1).all(1) for one in (output, guided))))
+        self._finite.append((float(t), _finite(output), _finite(guided)))
         return guided
 
     def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
@@ -215,6 +215,11 @@ class GuidedLoop:
             return to_eps(output.float(), x_t, alpha_bar, prediction_type)
 
         return denoise
+
+
+def _finite(output: Tensor) -> Tensor:
+    """``[n]`` bool: whether all of an image's numbers are."""
+    return torch.isfinite(output).flatten(1).all(1)
 
 
 def _add(output: Tensor, parts: dict[str, Part], factor: float, channels: int) -> Tensor:

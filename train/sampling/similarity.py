@@ -79,6 +79,7 @@ class ObjectLevel:
     def __init__(self, index: TrainingIndex, embedder: Embedder) -> None:
         check_embedder(index, embedder.name)
         check_not_empty(index)
+        index.hold()
         self.index, self.embedder = index, embedder
         self.captions, self.counts = index.captions, index.counts
 
