@@ -84,7 +84,7 @@ METHODS: dict[str, Method] = {
     "none": Method("none"),
     "curated model": Method("curated model", model="curated"),
     "AMG, main": amg(strength="floor 1"),
-    "AMG, floor −1": amg(strength="−1", floor=-1.0),
+    "AMG, floor −1": amg(strength="floor −1", floor=-1.0),
     "AMG, strong": amg("AMG, strong", "floor 1", preset="strong"),
     "prompt, target 1": term("prompt", "prompt", "1", prompt={"target": 1.0}),
     "basin": term("basin", "basin"),
@@ -94,33 +94,30 @@ METHODS: dict[str, Method] = {
     "tokens, 4": term("tokens", "tokens", "4"),
     "numbers, 4": term("numbers", "numbers", "4", tokens={"number": 4}),
     "rejection": term("rejection", "rejection", "5"),
-    "scale 1": Method("lower scale", {"scale": 1.0}, "1"),
-    "scale 2": Method("lower scale", {"scale": 2.0}, "2"),
+    "scale 1": Method("scale", {"scale": 1.0}, "1"),
+    "scale 2": Method("scale", {"scale": 2.0}, "2"),
     "tokens + AMG": amg("tokens + AMG", guidance="tokens+amg"),
     "basin + AMG": amg("basin + AMG", guidance="basin+amg"),
     "prompt, target 1.5": term("prompt", "prompt", "1.5"),
     "prompt, target 0.7": term("prompt", "prompt", "0.7", prompt={"target": 0.7}),
     "prompt, target 0.5": term("prompt", "prompt", "0.5", prompt={"target": 0.5}),
-    "AMG, floor 0": amg(strength="0", floor=0.0),
-    "AMG, floor −2": amg(strength="−2", floor=-2.0),
-    "AMG, strong, floor −1": amg("AMG, strong", "−1", preset="strong", floor=-1.0),
+    "AMG, floor 0": amg(strength="floor 0", floor=0.0),
+    "AMG, floor −2": amg(strength="floor −2", floor=-2.0),
+    "AMG, strong, floor −1": amg("AMG, strong", "floor −1", preset="strong", floor=-1.0),
     "tokens, 2": term("tokens", "tokens", "2", tokens={"number": 2}),
     "tokens, 8": term("tokens", "tokens", "8", tokens={"number": 8}),
     "numbers, 2": term("numbers", "numbers", "2", tokens={"number": 2}),
     "numbers, 8": term("numbers", "numbers", "8", tokens={"number": 8}),
-    # The paper's tables 4 and 5, in its own form and in the form with the floor of −1.
-    **{
-        f"{name}{suffix}": amg("ablation", **changes, **floor)
-        for suffix, floor in (("", {}), (", floor −1", {"floor": -1.0}))
-        for name, changes in {
-            "without G_sim": {"dissimilarity": False},
-            "without G_spe": {"despecification": False},
-            "without G_dup": {"deduplication": False},
-            "at every step": {"schedule": "constant", "lambda_b": -1.0},
-            "constant schedule": {"schedule": "constant"},
-            "parabolic schedule": {"schedule": "parabolic"},
-        }.items()
-    },
+    "basin, until 800": term("basin until", "basin", "800", basin={"until": 800.0}),
+    "basin, until 600": term("basin until", "basin", "600", basin={"until": 600.0}),
+    "basin, until 400": term("basin until", "basin", "400", basin={"until": 400.0}),
+    # The paper's tables 4 and 5, in its own form.
+    "without G_sim": amg("ablation", dissimilarity=False),
+    "without G_spe": amg("ablation", despecification=False),
+    "without G_dup": amg("ablation", deduplication=False),
+    "at every step": amg("ablation", schedule="constant", lambda_b=-1.0),
+    "constant schedule": amg("ablation", schedule="constant"),
+    "parabolic schedule": amg("ablation", schedule="parabolic"),
 }
 NEURONS = {  # with --neurons
     "neurons, each prompt's own": Method("neurons", {"neurons_of": "own"}),
@@ -332,8 +329,14 @@ def value(row: dict[str, Any], key: str) -> float:
     return row[kind][name]
 
 
-def draw_figure(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Copies and similarity over alignment: a marker a method, a line a family whose strength differs."""
+def draw_figure(path: Path, rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """Copies and similarity over alignment: a marker a method, a line a family whose strength differs.
+
+    Args:
+        path: of the image.
+        rows: of the table.
+        reference: the row of images that were never trained on, whose values are dotted lines.
+    """
     from matplotlib.figure import Figure
 
     families: dict[str, list[dict[str, Any]]] = {}
@@ -351,20 +354,23 @@ def draw_figure(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 style["markeredgecolor"] = "black"
             panel.plot(*zip(*at, strict=True), **style, linewidth=1, markersize=7, label=family, alpha=0.85)
             points += at
-            labels += [row["strength"] for row in some] if len(some) > 1 else [family]
+            labels += [f"{family} {row['strength']}".strip() if len(some) > 1 else family for row in some]
         panel.set(xlabel=x_label, ylabel=y_label)
         panel.margins(0.12)
         panel.spines[["top", "right"]].set_visible(False)
         if y.endswith("independent"):
             panel.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-            panel.axhline(0.05, color="#999", linewidth=0.8, linestyle=":")
+        panel.axhline(value(reference, y), color="#888", linewidth=0.9, linestyle=":")
         place_labels(figure, panel, points, labels)
     panels[0].set_title("repeated captions", loc="left")
     panels[1].set_title("repeated captions", loc="left")
     panels[2].set_title("what held-out captions pay", loc="left")
     panels[3].axis("off")
     handles, names = panels[0].get_legend_handles_labels()
-    panels[3].legend(handles, names, loc="center left", frameon=False, fontsize=10, title="better: right and down")
+    handles.append(panels[0].lines[-1])
+    names.append("real images, never trained on")
+    title = "better: to the right and down"
+    panels[3].legend(handles, names, loc="center left", frameon=False, fontsize=10, title=title)
     figure.savefig(path)
 
 
@@ -429,7 +435,7 @@ def main() -> None:
     for title, some in (("methods", False), ("ablations", True)):
         chosen = [row for row in rows if (row["family"] == "ablation") == some]
         print(f"\n{title}\n\n{as_markdown(chosen if some else [bench.reference(), *chosen])}")
-    draw_figure(args.out / "mitigation.png", rows)
+    draw_figure(args.out / "mitigation.png", rows, bench.reference())
 
 
 if __name__ == "__main__":
