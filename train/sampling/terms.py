@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg": lambda c: c.amg,
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
+    "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
     "basin": lambda c: c.basin,
     "opposite": lambda c: replace(c.basin, before=-c.scale),
@@ -42,7 +43,7 @@ TERMS: dict[str, Callable[[Any], Guidance]] = {
     "tokens": RandomTokens,
     "numbers": RandomTokens,
 }
-INDEXED = ("amg", "amg-strong", "rejection")
+INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
 
 
 def names(guidance: str) -> list[str]:
