@@ -6,8 +6,9 @@
 
 Pipelines are run in turn, stock and guided, and each pair gives a ratio: of the process's CPU time in one thread, and
 of wall time, which other programs lengthen. The median pair is printed, with the share of guidance's CPU time that its
-parts take: *decode* and *embed* the predicted image, *search* the index, the *e_N* pass of the UNet (deduplication),
-and the *gradient*, which decodes, embeds and searches again. A new setting is a line of SETTINGS.
+parts take: *decode* the predicted image, or its linear *preview*, *embed* it, *search* the index, the *e_N* pass of the
+UNet (deduplication), and the *gradient*, which decodes, embeds and searches again. A VAE's preview is fitted once, by a
+step that is not counted, and its seconds are printed. A new setting is a line of SETTINGS.
 
 On the sample model, *triggers* are repeated captions of the raw model at which guidance acts, and *quiet* are held-out
 captions at which it does not; both are looked for first, for each setting. On the random model nothing is memorized:
@@ -41,13 +42,15 @@ from train.sampling.amg import AMG
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Guidance
 from train.sampling.pipeline import GuidedStableDiffusion
+from train.sampling.preview import LinearDecoder
 
 SETTINGS: dict[str, dict[str, Any]] = {  # fields of AMGConfig
     "AMG, main": {},
     "AMG, floor −1": {"floor": -1.0},
-    "AMG, every 2nd step": {"every": 2},
+    "AMG, main, every 2nd step": {"every": 2},
+    "AMG, early": {"preset": "early"},
 }
-PARTS = ("decode", "embed", "search", "e_N pass", "gradient")
+PARTS = ("decode", "preview", "embed", "search", "e_N pass", "gradient")
 TRIGGERS = Calibration((-1.0, 1.0), (0.41, 0.43))
 
 
@@ -103,6 +106,7 @@ def clocked(embedder: Any, index: TrainingIndex) -> Iterator[Counter[str]]:
 
     places = [
         (pipelines._Decoder, "__call__", "decode", None),
+        (LinearDecoder, "__call__", "preview", None),
         (type(embedder), "features", "embed", None),
         (type(index), "search", "search", None),
         (pipelines._Denoiser, "__call__", "e_N pass", lambda self, x, t, embeds, rows=None: rows is not None),
@@ -140,6 +144,15 @@ def timed(case: Case, pipe: Any, prompts: Sequence[str], **options: Any) -> Time
     cpu_step, wall_step = ((column[-1] - column[0]) / (len(column) - 1) for column in zip(*marks, strict=True))
     fired = {row["image"] for row in getattr(output, "trace", ()) if row["fired"]}
     return Times(cpu, wall, cpu_step, wall_step, parts, fired)
+
+
+def fit_preview(case: Case) -> None:
+    """Let the guided pipeline fit its VAE's preview now, by one step of guidance."""
+    began = time.process_time()
+    amg = AMG(case.index, case.embedder, decoder="linear")
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    case.guided("", generator=torch.Generator().manual_seed(0), guidance=[amg], **options)  # type: ignore[arg-type]
+    print(f"{case.name}: {time.process_time() - began:.1f} s to fit the preview, with one step", flush=True)
 
 
 def compare(case: Case, prompts: Sequence[str], guidance: Guidance, rounds: int) -> dict[str, Any]:
@@ -231,6 +244,7 @@ def chosen_settings(pattern: str) -> dict[str, dict[str, Any]]:
 def measure_sample_model(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each setting and kind of prompt."""
     case, repeated, held_out = sample_case(args.run, args.steps or 25, args.scale)
+    fit_preview(case)
     rows = []
     for name, settings in chosen_settings(args.only).items():
         amg = AMG(case.index, case.embedder, AMGConfig(**settings))
@@ -258,7 +272,8 @@ def choose(case: Case, amg: AMG, prompts: Sequence[str], fires: bool, number: in
 
 def measure_stable_diffusion(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The same, for one image."""
-    case = stable_diffusion_case(args.pixels, 4000, args.steps or 3, args.scale)
+    case = stable_diffusion_case(args.pixels, 4000, args.steps or 4, args.scale)
+    fit_preview(case)
     rows = []
     for name, settings in chosen_settings(args.only).items():
         for kind in ("triggers", "quiet"):
@@ -320,7 +335,7 @@ def main() -> None:
     what.add_argument("--search", action="store_true", help="the search alone: 2 GB of memory, 0.5 GB of disk")
     parser.add_argument("--only", default="", help="settings whose name this pattern fits, whole")
     parser.add_argument("--rounds", type=int, default=3, help="pairs, of which the median is printed")
-    parser.add_argument("--steps", type=int, default=0, help="denoising steps; 0 is 25, and with --sd 3")
+    parser.add_argument("--steps", type=int, default=0, help="denoising steps; 0 is 25, and with --sd 4")
     parser.add_argument("--scale", type=float, default=7.5, help="of classifier-free guidance")
     parser.add_argument("--batch", type=int, default=8, help="images drawn together, of the sample model")
     parser.add_argument("--pixels", type=int, default=512, help="side of the images, with --sd")
