@@ -179,14 +179,15 @@ class PromptConfig:
 
     Args:
         target: ``l_target``, the magnitude at which an image stops. The paper sweeps 1 to 5; the released code's 3 for
-            four images together is 1.5 an image.
+            four images together is 1.5 an image. auto is the first step's threshold that ``train detect --calibrate``
+            left with the model.
         form: of the magnitude: l2, the paper's, or rms, which does not depend on the size of the latents.
         steps: the most steps.
         lr: of AdamW.
         slice: images whose gradients are computed at a time (bounds memory).
     """
 
-    target: float = 1.5
+    target: float | Literal["auto"] = 1.5
     form: Literal["l2", "rms"] = "l2"
     steps: int = 10
     lr: float = 0.05
@@ -204,13 +205,14 @@ class BasinConfig:
     Args:
         before: guidance scale before it: 0 without the prompt, 1 with the prompt but unguided, below 0 opposite.
         until: a static transition point: the timestep, of 1000, at which guidance begins; null finds the dynamic one.
-        least: images whose first magnitude is below this are left alone from the start; 0 leaves none alone.
+        least: images whose first magnitude is below this are left alone from the start; 0 leaves none alone. auto is
+            the first step's threshold that ``train detect --calibrate`` left with the model.
         form: of that magnitude: l2 or rms.
     """
 
     before: float = 0.0
     until: float | None = None
-    least: float = 0.0
+    least: float | Literal["auto"] = 0.0
     form: Literal["l2", "rms"] = "l2"
 
     def check(self) -> None:
@@ -224,7 +226,8 @@ class NoiseConfig:
 
     Args:
         method: sample, by gradients, or batch, without.
-        target: sample: the magnitude at which an image stops.
+        target: sample: the magnitude at which an image stops; auto is the first step's threshold that ``train detect
+            --calibrate`` left with the model.
         form: of the magnitude: l2, the paper's, or rms, which does not depend on the size of the latents.
         steps: sample: the most steps.
         lr: sample: of AdamW.
@@ -236,7 +239,7 @@ class NoiseConfig:
     """
 
     method: Literal["sample", "batch"] = "sample"
-    target: float = 0.9
+    target: float | Literal["auto"] = 0.9
     form: Literal["l2", "rms"] = "l2"
     steps: int = 10
     lr: float = 0.01
@@ -308,8 +311,20 @@ def configured(kind: type[Settings], config: Settings | None, overrides: dict[st
 
 def _least(term: str, config: object, **least: float) -> None:
     for option, bound in least.items():
-        if not getattr(config, option) >= bound:
-            raise ValueError(f"{term}.{option} is {getattr(config, option)}: it is at least {bound}")
+        value = getattr(config, option)
+        if value != "auto" and not value >= bound:
+            raise ValueError(f"{term}.{option} is {value}: it is at least {bound}")
+
+
+def number(option: str, value: float | str) -> float:
+    """A setting that ``train sample`` may find by itself, once it is known.
+
+    Raises:
+        UsageError: it is still ``auto``.
+    """
+    if isinstance(value, str):
+        raise UsageError(f"{option} is {value}, which train sample reads from a calibrated model: give a number here")
+    return value
 
 
 @dataclass
@@ -335,8 +350,14 @@ class SampleConfig:
         noise: of noise and noise-batch.
         tokens: of tokens and numbers.
         rejection: of rejection.
+        compare: guidances by the names above, in the place of guidance: they draw the same prompts from the same seeds,
+            each into a folder of its own below out, beside a picture, a table and a summary of all.
+        never_above: similarity to the nearest training image above which no image is written: such a one is drawn again
+            from another seed and with stronger guidance, and in the end withheld; null writes all. Needs index.
+        tries: of never_above: drawings of an image at most, the first included.
         index: training-set index: the output folder of curate dedup, or its index folder.
         embedder: image embedder; empty takes the one that the index was built with.
+        judge_index: of never_above: a second index, of another embedder, by which no image may be above it either.
         seeds: images per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first image.
         steps: denoising steps.
@@ -367,8 +388,12 @@ class SampleConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    compare: list[str] = field(default_factory=list)
+    never_above: float | None = None
+    tries: int = 5
     index: str = ""
     embedder: str = ""
+    judge_index: str = ""
     seeds: int = 4
     first_seed: int = 0
     steps: int = 50
