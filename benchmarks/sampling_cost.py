@@ -5,10 +5,10 @@
     python -m benchmarks.sampling_cost --search                       the exact search, up to a million rows of 256
 
 Pipelines are run in turn, stock and guided, and each pair gives a ratio: of the process's CPU time in one thread, and
-of wall time, which other programs lengthen. The median pair is printed, with the share of guidance's CPU time that its
-parts take: *decode* the predicted image, or its linear *preview*, *embed* it, *search* the index, the *e_N* pass of the
-UNet (deduplication), and the *gradient*, which decodes, embeds and searches again. A VAE's preview is fitted once, by a
-step that is not counted, and its seconds are printed. A new setting is a line of SETTINGS.
+of wall time, which other programs lengthen. The median pair is printed, with what each part of guidance adds to the
+ratio of CPU times: to *decode* the predicted image, or its linear *preview*, to *embed* it, to *search* the index, the
+*e_N* pass of the UNet (deduplication), and the *gradient*, which decodes, embeds and searches again. A VAE's preview is
+fitted once, by a step that is not counted, and its seconds are printed. A new setting is a line of SETTINGS.
 
 On the sample model, *triggers* are repeated captions of the raw model at which guidance acts, and *quiet* are held-out
 captions at which it does not; both are looked for first, for each setting. On the random model nothing is memorized:
@@ -156,7 +156,7 @@ def fit_preview(case: Case) -> None:
 
 
 def compare(case: Case, prompts: Sequence[str], guidance: Guidance, rounds: int) -> dict[str, Any]:
-    """Ratios guided to stock, the median of pairs drawn in turn, and the parts' shares of what guidance adds."""
+    """Ratios guided to stock, the median of pairs drawn in turn; of the parts, CPU time to that of all of stock."""
     pairs = []
     for _ in range(rounds):
         stock = timed(case, case.stock, prompts)
@@ -166,7 +166,7 @@ def compare(case: Case, prompts: Sequence[str], guidance: Guidance, rounds: int)
         row[name] = statistics.median(getattr(guided, name) / getattr(stock, name) for stock, guided in pairs)
     row["stock_seconds"] = statistics.median(stock.cpu / len(prompts) for stock, _ in pairs)
     for part in PARTS:
-        row[part] = statistics.median(guided.parts[part] / (guided.cpu - stock.cpu) for stock, guided in pairs)
+        row[part] = statistics.median(guided.parts[part] / stock.cpu for stock, guided in pairs)
     return row
 
 
@@ -321,7 +321,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [str(row[name]) for name in heads[:4]]
         cells += [f"{row[name]:.2f} ×" for name in ("cpu", "wall", "cpu_step", "wall_step")]
-        cells += [f"{row[part]:.0%}".replace("%", " %") for part in PARTS]
+        cells += [f"+ {row[part]:.2f}" if row[part] else "" for part in PARTS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -225,7 +225,7 @@ class TrainingIndex:
         For who searches at every step: a search reads all rows, and reading them in half precision from the file and
         normalising them takes ten times as long as comparing them.
         """
-        if "_small" in self.__dict__ or 4 * self.embeddings.size > most:
+        if self._small is not None or 4 * self.embeddings.size > most:
             return
         held = np.empty(self.embeddings.shape, np.float32)
         step = max(1, _BLOCK_ELEMENTS // max(self.dim, 1))

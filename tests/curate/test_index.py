@@ -51,6 +51,7 @@ def test_an_index_held_in_memory_answers_the_same(index, monkeypatch):
     monkeypatch.setattr("curate.index._BLOCK_ELEMENTS", 500)
     queries = np.random.default_rng(1).standard_normal((7, 24)).astype(np.float32)
     held, not_held = replace(index), replace(index)
+    held.search(queries, 1)  # from the file
     held.hold()
     not_held.hold(most=300 * 24 * 4 - 1)
     assert held._small is not None and not_held._small is None
