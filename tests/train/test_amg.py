@@ -48,6 +48,9 @@ class Index:
         self.captions, self.counts, self.slope = captions, np.array(counts), slope
         self.embedder = "linear"
 
+    def hold(self) -> None:
+        """It is in memory as it is."""
+
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         cosine = np.asarray(vectors, np.float32) @ self.embeddings.T
         rows = np.argsort(-cosine, axis=1, kind="stable")[:, :k]

@@ -41,7 +41,7 @@ from train.sampling.records import (
     write_table,
 )
 from train.sampling.rejection import Accepted, NeverAbove, Rejection, unjudged
-from train.sampling.similarity import check_embedder
+from train.sampling.similarity import check_embedder, check_not_empty
 
 if TYPE_CHECKING:
     from curate.embed import Embedder
@@ -262,12 +262,13 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
         embedder: name or file; empty takes the index's own.
 
     Raises:
-        UserError: no index there, or it was built with another embedder.
+        UserError: no index there, an empty one, or it was built with another embedder.
     """
     from curate.embed import load_embedder
     from curate.index import TrainingIndex
 
     index = TrainingIndex.load(path)
+    check_not_empty(index, path)
     if embedder:
         check_embedder(index, embedder)
     return index, load_embedder(embedder or index.embedder)

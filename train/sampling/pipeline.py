@@ -256,6 +256,7 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
                 if i == len(timesteps) - 1 or due:
                     progress_bar.update()
 
+        loop.warn_of_broken(_repeated(prompt, num_images_per_prompt))
         nsfw = None
         if output_type == "latent":
             images = latents
