@@ -4,7 +4,8 @@
 #   ./launch.sh CONFIG [--processes N] [--accelerate FILE] [--dry-run] [--key value]...
 #   ./launch.sh test [pytest arguments]
 #
-# SIGTERM and SIGUSR1 sent to this script stop a training job after its step, with a checkpoint, and exit 0.
+# SIGTERM and SIGUSR1 sent to this script stop a training job after its step, with a checkpoint, and exit 0; several
+# processes that sample stop after their batches.
 #
 # The environment is the active one ($VIRTUAL_ENV, or $CONDA_PREFIX unless that is conda's base), and .venv beside
 # this file where none is active. Installation is skipped while a stamp in the environment says that
@@ -29,7 +30,7 @@ usage: ./launch.sh CONFIG [--processes N] [--accelerate FILE] [--dry-run] [--key
        ./launch.sh test [pytest arguments]
 
 CONFIG                a YAML file whose `job:` line names the command, as `job: train finetune`
---processes N         processes of a training job on this machine; by default one per accelerator
+--processes N         processes that train or sample on this machine; by default one per accelerator
 --accelerate FILE     how they share the work: a config of Accelerate, as those in configs/accelerate
 --machine_rank R      which of several machines this is, from 0; by default $MACHINE_RANK or $SLURM_NODEID
 --main_process_ip IP  address of machine 0; by default $MASTER_ADDR
@@ -174,10 +175,10 @@ build_command() {
   local package="${1%% *}" verb="${1#* }" accelerators n
   shift
   launcher=""
-  if [[ "$package $verb" != "train finetune" ]]; then # the one job that shares its work among processes
+  if [[ ! "$package $verb" =~ ^train\ (finetune|sample)$ ]]; then # the jobs that share their work among processes
     local option
     for option in processes accelerate machine_rank main_process_ip; do
-      [[ -z "${!option}" ]] || usage_error "--$option is for train finetune; this config's job is $package $verb"
+      [[ -z "${!option}" ]] || usage_error "--$option is for train finetune and train sample; this config's job is $package $verb"
     done
     command=("$python" -m "$package" "$verb" "$@")
     return

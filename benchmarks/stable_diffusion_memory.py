@@ -27,6 +27,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 GB = 1e9
 STEPS = 2  # the second one has gradients, optimizer state and activations side by side
@@ -39,15 +43,15 @@ RUNS = {  # name: (LoRA rank, samples in one forward pass)
 }
 
 
-def build(folder: str, pixels: int) -> None:
-    """Save a pipeline of Stable Diffusion 1.x's architecture with random weights, float32."""
+def random_pipeline(pixels: int) -> StableDiffusionPipeline:
+    """A pipeline of Stable Diffusion 1.x's architecture with random weights, float32."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from train.components import train_tokenizer
 
     tokenizer = train_tokenizer(["a photograph of an astronaut riding a horse"], 600, 77)
-    pipe = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         unet=UNet2DConditionModel(sample_size=pixels // 8, cross_attention_dim=768, attention_head_dim=8),
         vae=AutoencoderKL(
             sample_size=512,
@@ -77,7 +81,6 @@ def build(folder: str, pixels: int) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.save_pretrained(folder)
 
 
 def write_images(folder: Path) -> None:
@@ -247,7 +250,7 @@ def main() -> None:
     parser.add_argument("--build", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.build:
-        build(arguments.build, arguments.pixels)
+        random_pipeline(arguments.pixels).save_pretrained(arguments.build)
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as temporary:

@@ -26,6 +26,7 @@ from curate.place import Place
 FORMAT = 1
 FILES = ("embeddings.npy", "samples.parquet", "index.json")  # in the order in which they are written
 _BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at a time: 64 MB
+_HELD_BYTES = 1 << 30  # what a sampler may keep in memory of an index: a million rows of 256
 _CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
 _CALIBRATION_ELEMENTS = 1 << 21  # float32 similarities of theirs that are held at a time: 8 MB
 
@@ -217,6 +218,20 @@ class TrainingIndex:
             rows = np.broadcast_to(np.arange(start, start + similarity.shape[1]), similarity.shape)
             best, best_rows = _nearest(np.concatenate([best, similarity], 1), np.concatenate([best_rows, rows], 1), k)
         return best, best_rows
+
+    def hold(self, most: int = _HELD_BYTES) -> None:
+        """Keep the unit rows in memory in float32, if they take at most ``most`` bytes.
+
+        For who searches at every step: a search reads all rows, and reading them in half precision from the file and
+        normalising them takes ten times as long as comparing them.
+        """
+        if self._small is not None or 4 * self.embeddings.size > most:
+            return
+        held = np.empty(self.embeddings.shape, np.float32)
+        step = max(1, _BLOCK_ELEMENTS // max(self.dim, 1))
+        for start in range(0, len(self), step):
+            held[start : start + step] = self.vectors(np.arange(start, min(start + step, len(self))))
+        self.__dict__["_small"] = held  # the place of the cached property
 
     def calibrate(self, cosine: Any) -> Any:
         """Cosines of this embedder → SSCD's scale; numpy or torch (differentiable)."""

@@ -408,9 +408,10 @@ def test_dry_run_takes_one_process_per_accelerator(launch, config, tmp_path):
     assert done.returncode == 2 and "4 accelerator(s)" in done.stderr
 
 
-def test_several_processes_without_accelerators_go_through_torchrun(launch, config, tmp_path):
+@pytest.mark.parametrize("verb", ["finetune", "sample"])
+def test_several_processes_without_accelerators_go_through_torchrun(launch, config, tmp_path, verb):
     env = stand_in_environment(tmp_path / "env", accelerators=0)
-    words = shlex.split(launch("--processes=2", config("train finetune"), "--dry-run", **env).stdout)
+    words = shlex.split(launch("--processes=2", config(f"train {verb}"), "--dry-run", **env).stdout)
     assert words[:2] == ["env", "ACCELERATE_USE_CPU=true"]
     torchrun = words.index(str(tmp_path / "env/bin/torchrun"))
     assert words[torchrun + 1 : torchrun + 7] == [
@@ -419,7 +420,7 @@ def test_several_processes_without_accelerators_go_through_torchrun(launch, conf
         "2",
         "-m",
         "train",
-        "finetune",
+        verb,
     ]
 
 
@@ -496,7 +497,7 @@ def test_condas_base_is_not_taken_for_an_active_environment(launch, config, tmp_
         ([], "usage: ./launch.sh CONFIG"),
         (["quick.yaml", "--processes", "two"], "got 'two'"),
         (["quick.yaml", "--processes"], "--processes needs a value"),
-        (["quick.yaml", "--processes", "2"], "--processes is for train finetune"),
+        (["quick.yaml", "--processes", "2"], "--processes is for train finetune and train sample"),
         (["quick.yaml", "--accelerate", "quick.yaml"], "--accelerate is for train finetune"),
         (["quick.yaml", "--accelerate", "none.yaml"], "none.yaml: there is no such file"),
         (["jobless.yaml"], "jobless.yaml: no line 'job:"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,9 +244,11 @@ def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
 
 
 def chosen_device(device: str) -> str:
-    """A job's ``device``; ``auto`` is a GPU where there is one."""
+    """A job's ``device``; ``auto`` is a GPU where there is one. Of several processes on a machine each has its own."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and os.environ.get("LOCAL_RANK"):
+        return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
 
 

@@ -47,6 +47,19 @@ def test_search_finds_what_brute_force_finds(index, monkeypatch):
             np.testing.assert_allclose(np.take_along_axis(cosine, found, 1), similarity, atol=1e-6)
 
 
+def test_an_index_held_in_memory_answers_the_same(index, monkeypatch):
+    monkeypatch.setattr("curate.index._BLOCK_ELEMENTS", 500)
+    queries = np.random.default_rng(1).standard_normal((7, 24)).astype(np.float32)
+    held, not_held = replace(index), replace(index)
+    held.search(queries, 1)  # from the file
+    held.hold()
+    not_held.hold(most=300 * 24 * 4 - 1)
+    assert held._small is not None and not_held._small is None
+    (similarity, rows), (expected, found) = held.search(queries, 10), not_held.search(queries, 10)
+    np.testing.assert_array_equal(rows, found)
+    np.testing.assert_allclose(similarity, expected, atol=1e-6)
+
+
 def test_equal_rows_come_in_their_order(index):
     similarity, found = index.search(index.vectors([5, 17]), 2)
     assert found.tolist() == [[5, 205], [17, 217]]

@@ -48,6 +48,9 @@ class Index:
         self.captions, self.counts, self.slope = captions, np.array(counts), slope
         self.embedder = "linear"
 
+    def hold(self) -> None:
+        """It is in memory as it is."""
+
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         cosine = np.asarray(vectors, np.float32) @ self.embeddings.T
         rows = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
@@ -128,6 +131,9 @@ def test_presets_and_schedules_of_a_config():
         assert schedule(replace(main, schedule="parabolic"))(t) == parabolic(t)
         assert schedule(replace(main, schedule="constant"))(t) == constant(t) == 0.4
     assert AMGConfig(preset="strong", c_3=1.5, lambda_a=0.25).resolved().c_3 == 1.5
+    early = AMGConfig(preset="early", release=0.1).resolved()
+    assert (early.decoder, early.floor, early.release, early.normalise) == ("linear", 0.0, 0.1, True)
+    assert (main.decoder, main.release, main.t_range) == ("full", 0.0, (0.0, 1000.0))
 
 
 def test_strengths_keep_a_scale_of_one_between_them():
@@ -332,6 +338,51 @@ def test_quiet_images_are_watched_every_kth_step_and_guided_ones_at_each():
         columns = step(replace(state, step=i)).columns
         watched.append([similarity is not None for similarity in columns["similarity"]])
     assert watched == [[True, True], [True, False], [True, False], [True, True], [True, False]]
+
+
+def test_what_is_guided_is_let_go_lower_than_where_guidance_began():
+    state = make_state(["red apple", "car"])
+    options = {"schedule": "constant", "lambda_b": 0.5, "release": 0.2, **only(despecification=True)}
+    amg = AMG(index_near(state, 0, 0.75), Embedder(), **options)
+    step = amg.start(state.run)
+    assert 0 in step(state).parts["despecification"].rows  # 0.75
+    later = replace(state, step=1)
+    for cosine, fires in ((0.4, True), (0.25, False), (0.4, False)):  # let go at 0.25, it has to reach 0.5 again
+        amg.similarity.index = index_near(state, 0, cosine)
+        correction = step(later)
+        assert ("despecification" in correction.parts) == fires
+        assert correction.columns["similarity"][0] == pytest.approx(cosine, abs=1e-4)
+    assert correction.columns["threshold"] == pytest.approx([0.5, 0.5])
+    assert step(replace(state, step=2)) and AMGConfig().resolved().release == 0
+
+
+def test_the_linear_decoder_is_watched_and_steered_through_instead_of_the_full_one():
+    def broken(latents: Tensor) -> Tensor:
+        raise AssertionError("decoded in full")
+
+    state = make_state(["red apple", "car"])
+    index = index_near(state, 0, 0.75)
+    expected = act(state, AMG(index, Embedder()))[0]
+    state = replace(state, run=replace(state.run, decode=broken, preview=decode))
+    assert torch.equal(act(state, AMG(index, Embedder(), decoder="linear"))[0], expected)
+    with pytest.raises(AssertionError, match="in full"):
+        act(state, AMG(index, Embedder()))
+
+
+def test_the_prediction_under_the_nearest_caption_is_known_where_the_prompt_is_that_caption():
+    state = make_state(["a known cat", "car"])
+    asked = []
+
+    def watched(x_t: Tensor, embeds: Tensor, rows: Tensor) -> Tensor:
+        asked.append(rows.tolist())
+        return denoise(x_t, embeds)
+
+    options = {"schedule": "constant", "lambda_b": -1.0, **only(deduplication=True)}
+    index = index_near(state, 0, 0.75)
+    _, parts, columns = act(replace(state, denoise=watched), AMG(index, Embedder(), **options))
+    delta = -columns["s_2"][0] * (state.eps_cond[:1] - state.eps_uncond[:1])
+    torch.testing.assert_close(parts["deduplication"].delta[:1], delta)
+    assert all(rows == [1] for rows in asked) and asked  # only the image whose prompt is another caption
 
 
 def test_without_classifier_free_guidance_only_the_dissimilarity_term_acts():

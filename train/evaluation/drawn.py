@@ -46,7 +46,7 @@ class Measured:
 
 
 def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> Drawn:
-    """What ``train sample`` wrote into a folder.
+    """What ``train sample`` wrote into a folder, without the images that it withheld.
 
     Raises:
         UserError: the folder holds no ``samples.parquet``, or an image is missing.
@@ -59,7 +59,7 @@ def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> D
     table = folder / "samples.parquet"
     if not table.is_file():
         raise UserError(f"{table}: missing; train sample writes it")
-    rows = parquet.read_table(table, columns=["file", "prompt", "seconds"]).to_pylist()
+    rows = [row for row in parquet.read_table(table).to_pylist() if not row.get("withheld")]
     try:
         images = [decode_image((folder / row["file"]).read_bytes()) for row in rows]
     except OSError as error:

@@ -1,7 +1,7 @@
 """Thresholds of the magnitude: by timestep band, at a wanted false-positive rate, and as a file beside a model.
 
 ``train detect --calibrate`` writes them from prompts known not to be memorized, a training run whose filter calibrates
-itself from samples known to be unique; the filter reads either.
+itself from samples known to be unique; the filter reads either, the sampler the model's.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class Thresholds:
         """``[BANDS]`` float32, infinite where nothing is judged."""
         return torch.tensor([math.inf if one is None else one for one in self.by_band], dtype=torch.float32)
 
+    def at(self, t: float, timesteps: int = 1000) -> float | None:
+        """The threshold at timestep ``t`` in [0, ``timesteps``); None where nothing is judged."""
+        return self.by_band[int(timestep_band(torch.tensor([t]), timesteps))]
+
 
 def read_thresholds(path: str | Path) -> Thresholds:
     """The thresholds of a file that ``train detect --calibrate`` or a training run wrote.
@@ -101,6 +105,16 @@ def read_thresholds(path: str | Path) -> Thresholds:
         return Thresholds.of(by_band, form)
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{path}: not a file of thresholds ({error})") from error
+
+
+def model_thresholds(model: str) -> Thresholds | None:
+    """Those that ``train detect --calibrate`` left in a model's folder; None where there are none.
+
+    Raises:
+        UsageError: the file is no file of thresholds.
+    """
+    path = Path(model) / FILE
+    return read_thresholds(path) if path.is_file() else None
 
 
 def calibrate(

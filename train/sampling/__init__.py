@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from train.sampling.noise import NoiseAdjustment
     from train.sampling.pipeline import GuidedOutput, GuidedStableDiffusion
     from train.sampling.prompt import PromptMinimisation
-    from train.sampling.rejection import Rejection
+    from train.sampling.rejection import NeverAbove, Rejection
     from train.sampling.similarity import PixelIndex
     from train.sampling.tokens import RandomTokens
     from train.sampling.unconditional import GuidedImages, GuidedUnconditional
@@ -33,6 +33,7 @@ __all__ = [
     "GuidedOutput",
     "GuidedStableDiffusion",
     "GuidedUnconditional",
+    "NeverAbove",
     "NoiseAdjustment",
     "Part",
     "PixelIndex",
@@ -57,6 +58,7 @@ _HOME = {
     "GuidedOutput": "pipeline",
     "GuidedStableDiffusion": "pipeline",
     "GuidedUnconditional": "unconditional",
+    "NeverAbove": "rejection",
     "NoiseAdjustment": "noise",
     "Part": "guidance",
     "PixelIndex": "similarity",

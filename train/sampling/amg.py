@@ -75,7 +75,7 @@ def deduplication_strength(
     return torch.minimum(wanted, left).clamp(min=0)
 
 
-def dissimilarity_factor(sigma: Tensor, t: float, alpha_bar: float, threshold: float, config: AMGConfig) -> Tensor:
+def dissimilarity_factor(sigma: Tensor, t: float, alpha_bar: float, threshold: Any, config: AMGConfig) -> Tensor:
     """What ``∇σ`` is multiplied by, ``[k]``; see :class:`AMGConfig` for the forms (``paper`` is eq. 17)."""
     assert config.c_3 is not None and config.sim_offset is not None
     if config.sim_form == "released":
@@ -198,33 +198,40 @@ class AMG:
 
     def _step(self, state: State, memory: _Memory) -> Correction | None:
         t = state.t * TIMESTEPS / state.run.train_timesteps
-        if not self.config.t_range[0] <= t <= self.config.t_range[1]:
+        config = self.config
+        assert config.t_range is not None and config.sim_t_range is not None and config.release is not None
+        if not config.t_range[0] <= t <= config.t_range[1]:
             return None
         trace = _Columns(state.run.batch_size, self.threshold(t), self.similarity.raw_name)
         # Images being guided are measured at every step, the others at each k-th.
-        due = memory.guided | ~memory.measured | (state.step % self.config.every == 0)
+        due = memory.guided | ~memory.measured | (state.step % config.every == 0)
         rows = due.nonzero().flatten().to(state.x_t.device)
         if not len(rows):
             return Correction(columns=trace.values)
         sigma, raw, nearest = self._measure(state, rows)
-        trace.fill(rows, similarity=sigma[:, 0], nearest=nearest[:, 0], **{self.similarity.raw_name: raw[:, 0]})
-        acts = sigma[:, 0] > trace.threshold
+        # Hysteresis: what is guided is let go further down than where guidance began.
+        threshold = torch.full_like(sigma[:, 0], trace.threshold)
+        threshold[memory.guided[due].to(sigma.device)] -= config.release
+        acts = sigma[:, 0] > threshold
+        found = {"similarity": sigma[:, 0], "nearest": nearest[:, 0], self.similarity.raw_name: raw[:, 0]}
+        trace.fill(rows, threshold=threshold, **found)
         memory.measured[due] = True
         memory.guided[due] = acts.cpu()
         if not acts.any():
             return Correction(columns=trace.values)
 
-        near = [row[s > trace.threshold].tolist() for row, s in zip(nearest[acts], sigma[acts], strict=True)]
+        above = sigma > threshold[:, None]
+        near = [row[s].tolist() for row, s in zip(nearest[acts], above[acts], strict=True)]
         zeros = torch.zeros_like(sigma[acts, 0])
-        image = _Guided(rows[acts], sigma[acts, 0], near, s_1=zeros, s_2=zeros)
+        image = _Guided(rows[acts], sigma[acts, 0], threshold[acts], near, s_1=zeros, s_2=zeros)
         parts = {}
         if state.eps_uncond is not None:  # without classifier-free guidance there is nothing to take back
-            if self.config.despecification:
+            if config.despecification:
                 parts["despecification"] = self._despecification(state, image)
-            if self.config.deduplication:
+            if config.deduplication:
                 parts["deduplication"] = self._deduplication(state, image, memory, trace)
         trace.fill(image.rows, s_1=image.s_1, s_2=image.s_2)
-        if self.config.dissimilarity and self.config.sim_t_range[0] <= t <= self.config.sim_t_range[1]:
+        if config.dissimilarity and config.sim_t_range[0] <= t <= config.sim_t_range[1]:
             eps_hat = state.eps_hat
             for part in parts.values():
                 eps_hat = eps_hat.index_add(0, part.rows, part.delta)
@@ -235,13 +242,17 @@ class AMG:
         """The ``k`` nearest training samples of ``x̂_0``."""
         k = self.config.neighbours if self.config.deduplication else 1
         found = [
-            self.similarity.nearest(state.decode(state.x0(chunk)), k) for chunk in rows.split(self.config.decode_slice)
+            self.similarity.nearest(self._decode(state, state.x0(chunk)), k)
+            for chunk in rows.split(self.config.decode_slice)
         ]
         return Nearest(*(torch.cat(columns) for columns in zip(*found, strict=True)))
 
+    def _decode(self, state: State, latents: Tensor) -> Tensor:
+        return state.preview(latents) if self.config.decoder == "linear" else state.decode(latents)
+
     def _despecification(self, state: State, image: _Guided) -> Part:
         """G_spe (eq. 14)."""
-        assert state.eps_uncond is not None
+        assert state.eps_uncond is not None and self.config.floor is not None
         image.s_1 = despecification_strength(image.sigma, state.guidance_scale, self.config.c_1, self.config.floor)
         rows, s_1 = image.rows[image.s_1 > 0], image.s_1[image.s_1 > 0]
         return Part(rows, -_broadcast(s_1) * (state.eps_cond[rows] - state.eps_uncond[rows]))
@@ -250,6 +261,7 @@ class AMG:
         """G_dup (eq. 16)."""
         assert state.eps_uncond is not None and state.embeds_uncond is not None
         config = self.config
+        assert config.floor is not None
         image.s_2 = deduplication_strength(image.sigma, state.guidance_scale, image.s_1, config.c_2, config.floor)
         acts = image.s_2 > 0
         rows, s_2 = image.rows[acts], image.s_2[acts]
@@ -267,8 +279,18 @@ class AMG:
                 memory.embeds[caption] = state.encode_prompts([caption])
         embeds = torch.cat([memory.embeds[caption] for caption in captions])
         image.embeds_near = image.embeds_near.index_put((acts.nonzero().flatten(),), embeds)
-        eps_near = state.denoise(state.x_t[rows], embeds, rows)
+        eps_near = self._near_noise(state, embeds, rows)
         return Part(rows, -_broadcast(s_2) * (eps_near - state.eps_uncond[rows]))
+
+    @staticmethod
+    def _near_noise(state: State, embeds: Tensor, rows: Tensor) -> Tensor:
+        """``ε(x_t, e_N)``: known already where the prompt is that caption, as of a memorized image it mostly is."""
+        assert state.embeds_cond is not None
+        own = (embeds == state.embeds_cond[rows]).reshape(len(rows), -1).all(1)
+        eps_near = state.eps_cond[rows]
+        if not own.all():
+            eps_near[~own] = state.denoise(state.x_t[rows[~own]], embeds[~own], rows[~own])
+        return eps_near
 
     def _dissimilarity(self, state: State, image: _Guided, eps_hat: Tensor, t: float, trace: _Columns) -> Part:
         """G_sim (eq. 17), where ``σ`` measured again after G_spe and G_dup is still above λ_t."""
@@ -281,10 +303,10 @@ class AMG:
             found.append(self._gradient(state, image.take(chunk), eps_hat[chunk], generator))
         sigma, gradient = (torch.cat(columns) for columns in zip(*found, strict=True))
         norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-        factor = dissimilarity_factor(sigma, t, state.alpha_bar, trace.threshold, config)
+        factor = dissimilarity_factor(sigma, t, state.alpha_bar, image.threshold, config)
         trace.fill(image.rows, similarity_after=sigma, factor=factor, gradient_norm=norm)
         # A gradient that is not finite, or nought, says nothing: leave the image to the other terms.
-        acts = (sigma > trace.threshold) & torch.isfinite(norm) & (norm > 0)
+        acts = (sigma > image.threshold) & torch.isfinite(norm) & (norm > 0)
         if config.normalise:
             factor = factor * torch.linalg.vector_norm(eps_hat.flatten(1), dim=1) / norm
         return Part(image.rows[acts], _broadcast(factor[acts]) * gradient[acts])
@@ -299,7 +321,7 @@ class AMG:
             if self.config.through_unet:  # the same value, with its dependence on x_t
                 again = self._text_guided(state, image, x_t)
                 eps_hat = eps_hat + again - again.detach()
-            pixels = state.decode(x0_from_eps(x_t, eps_hat, state.alpha_bar))
+            pixels = self._decode(state, x0_from_eps(x_t, eps_hat, state.alpha_bar))
             sigma, nearest = self.similarity.against(pixels)
             views = [sigma]
             for edited in random_edits(pixels, self.config.edits, generator):
@@ -340,6 +362,8 @@ class _Guided:
     """``[k]``, in the batch."""
     sigma: Tensor
     """``[k]``, above the threshold."""
+    threshold: Tensor
+    """``[k]``: λ_t, less what the config's ``release`` takes off."""
     near: list[list[int]]
     """Of each, the training samples nearer than the threshold, nearest first: rows of the index."""
     s_1: Tensor
@@ -354,6 +378,7 @@ class _Guided:
         return _Guided(
             self.rows[positions],
             self.sigma[positions],
+            self.threshold[positions],
             near,
             self.s_1[positions],
             self.s_2[positions],

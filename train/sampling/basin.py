@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from train.memorization.magnitude import magnitude
-from train.sampling.config import BasinConfig, configured
+from train.sampling.config import BasinConfig, configured, number
 from train.sampling.guidance import Correction, Part, Run, State, StepFunction
 
 
@@ -40,6 +40,7 @@ class AttractionBasin:
     def start(self, run: Run) -> StepFunction:
         """Begin one run; see :class:`~train.sampling.guidance.Guidance`."""
         c = self.config
+        least = number("basin.least", c.least)
         seen: list[Tensor] = []
         outside = torch.zeros(run.batch_size, dtype=torch.bool)
 
@@ -53,7 +54,7 @@ class AttractionBasin:
             else:
                 seen.append(magnitude(state.eps_cond, state.eps_uncond))
                 if len(seen) == 1:  # a prompt of little weight is in no basin
-                    outside = outside | (magnitude(state.eps_cond, state.eps_uncond, form=c.form) < c.least)
+                    outside = outside | (magnitude(state.eps_cond, state.eps_uncond, form=c.form) < least)
                 outside = outside | local_minimum(seen[-3:])
             rows = (~outside).nonzero().flatten()
             delta = (c.before - state.guidance_scale) * (state.eps_cond[rows] - state.eps_uncond[rows])

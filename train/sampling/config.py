@@ -10,11 +10,28 @@ from curate.console import UsageError
 # What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion
 # sampler. The paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5)
 # and its means (more guidance): here the dissimilarity term is doubled and everything starts 0.1 earlier.
+# ``early`` is ours (docs/sampling.md shows why). It watches and steers through a linear preview of the decoder, at the
+# published threshold, but not in the first steps, where every image is near some training image; it holds on to what it
+# guides, and steers while layout is open.
 # ``pixels`` is for similarities that are minus a normalised L2 distance: the schedule of the authors' released CIFAR
 # sampler, whose t of 250 is a quarter of ours. Their c_3 is not published; this form and strength are ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "main": {"lambda_a": 0.3, "lambda_b": 0.4, "lambda_c": 0.005, "sim_offset": 0.3, "gain": 1.0},
     "strong": {"lambda_a": 0.2, "lambda_b": 0.3, "lambda_c": 0.005, "sim_offset": 0.2, "gain": 2.0},
+    "early": {
+        "lambda_a": 0.3,
+        "lambda_b": 0.4,
+        "lambda_c": 0.005,
+        "sim_offset": 0.3,
+        "sim_form": "excess",
+        "normalise": True,
+        "gain": 1.0,
+        "decoder": "linear",
+        "release": 0.25,
+        "floor": 0.0,
+        "t_range": (0.0, 900.0),
+        "sim_t_range": (500.0, 900.0),
+    },
     "pixels": {
         "lambda_a": -1.95,
         "lambda_b": -1.5,
@@ -24,6 +41,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalise": True,
         "gain": 1.0,
     },
+}
+# Where a preset says nothing.
+DEFAULTS: dict[str, Any] = {
+    "sim_form": "released",
+    "normalise": False,
+    "floor": 1.0,
+    "decoder": "full",
+    "release": 0.0,
+    "through_unet": False,
+    "t_range": (0.0, 1000.0),
+    "sim_t_range": (0.0, 1000.0),
 }
 # c_3 of each form of the dissimilarity term, for raw and for normalised gradients. Only the first is
 # published.
@@ -42,7 +70,8 @@ class AMGConfig:
     pixels, minus a normalised L2 distance (unrelated near −2, copies above −1.4).
 
     Args:
-        preset: where the values left at None come from.
+        preset: where the values left at None come from: main and strong are published, early is ours, pixels is for
+            pixels.
         despecification: use G_spe, which lowers the guidance scale.
         deduplication: use G_dup, which steers away from the nearest training sample's caption.
         dissimilarity: use G_sim, which steers down the gradient of the similarity.
@@ -64,6 +93,9 @@ class AMGConfig:
         edits: average ∇σ over this many random edits (shift, crop, colour) beside the image itself, so that
             the image has to change and not only its score.
         through_unet: let the gradient run through the denoiser too (slow, and more memory).
+        decoder: what images are watched and steered through: full is the VAE's own, linear a convolution that is
+            fitted to it and costs next to nothing.
+        release: an image that is guided is let go only when σ falls below λ_t less this.
         t_range: timesteps, of 1000, at which images are watched and guided.
         sim_t_range: timesteps at which G_sim acts.
         every: watch images that are not being guided at each k-th step only.
@@ -73,7 +105,7 @@ class AMGConfig:
         seed: of the random edits.
     """
 
-    preset: Literal["main", "strong", "pixels"] = "main"
+    preset: Literal["main", "strong", "early", "pixels"] = "main"
     despecification: bool = True
     deduplication: bool = True
     dissimilarity: bool = True
@@ -84,14 +116,16 @@ class AMGConfig:
     c_1: float = 13.0
     c_2: float | None = None
     c_3: float | None = None
-    floor: float = 1.0
+    floor: float | None = None
     sim_form: Literal["released", "paper", "excess"] | None = None
     sim_offset: float | None = None
     normalise: bool | None = None
     edits: int = 0
-    through_unet: bool = False
-    t_range: tuple[float, float] = (0.0, 1000.0)
-    sim_t_range: tuple[float, float] = (0.0, 1000.0)
+    through_unet: bool | None = None
+    decoder: Literal["full", "linear"] | None = None
+    release: float | None = None
+    t_range: tuple[float, float] | None = None
+    sim_t_range: tuple[float, float] | None = None
     every: int = 1
     neighbours: int = 50
     min_count: int = 20
@@ -105,13 +139,14 @@ class AMGConfig:
             ValueError: names the option and the values it takes.
         """
         _choice("amg.preset", self.preset, tuple(PRESETS))
-        preset = {"sim_form": "released", "normalise": False, **PRESETS[self.preset]}
+        preset = {**DEFAULTS, **PRESETS[self.preset]}
         if self.normalise is None and self.sim_form == "released":
             preset["normalise"] = False
         filled = {name: preset[name] for name in preset if name != "gain" and getattr(self, name) is None}
         config = replace(self, **filled)
         _choice("amg.schedule", config.schedule, ("exponential", "parabolic", "constant"))
         _choice("amg.sim_form", config.sim_form, ("released", "paper", "excess"))
+        _choice("amg.decoder", config.decoder, ("full", "linear"))
         if config.normalise and config.sim_form == "released":
             raise ValueError("amg.normalise needs amg.sim_form paper or excess: released is a factor for raw gradients")
         for option, least in (
@@ -120,11 +155,12 @@ class AMGConfig:
             ("decode_slice", 1),
             ("edits", 0),
             ("min_count", 0),
+            ("release", 0),
         ):
-            if getattr(self, option) < least:
-                raise ValueError(f"amg.{option} is {getattr(self, option)}: it is at least {least}")
+            if getattr(config, option) < least:
+                raise ValueError(f"amg.{option} is {getattr(config, option)}: it is at least {least}")
         for option in ("t_range", "sim_t_range"):
-            low, high = getattr(self, option)
+            low, high = getattr(config, option)
             if not low <= high:
                 raise ValueError(f"amg.{option} is {low} to {high}: the lower timestep comes first")
         if config.c_3 is None:
@@ -143,14 +179,15 @@ class PromptConfig:
 
     Args:
         target: ``l_target``, the magnitude at which an image stops. The paper sweeps 1 to 5; the released code's 3 for
-            four images together is 1.5 an image.
+            four images together is 1.5 an image. auto is the first step's threshold that ``train detect --calibrate``
+            left with the model.
         form: of the magnitude: l2, the paper's, or rms, which does not depend on the size of the latents.
         steps: the most steps.
         lr: of AdamW.
         slice: images whose gradients are computed at a time (bounds memory).
     """
 
-    target: float = 1.5
+    target: float | Literal["auto"] = 1.5
     form: Literal["l2", "rms"] = "l2"
     steps: int = 10
     lr: float = 0.05
@@ -168,13 +205,14 @@ class BasinConfig:
     Args:
         before: guidance scale before it: 0 without the prompt, 1 with the prompt but unguided, below 0 opposite.
         until: a static transition point: the timestep, of 1000, at which guidance begins; null finds the dynamic one.
-        least: images whose first magnitude is below this are left alone from the start; 0 leaves none alone.
+        least: images whose first magnitude is below this are left alone from the start; 0 leaves none alone. auto is
+            the first step's threshold that ``train detect --calibrate`` left with the model.
         form: of that magnitude: l2 or rms.
     """
 
     before: float = 0.0
     until: float | None = None
-    least: float = 0.0
+    least: float | Literal["auto"] = 0.0
     form: Literal["l2", "rms"] = "l2"
 
     def check(self) -> None:
@@ -188,7 +226,8 @@ class NoiseConfig:
 
     Args:
         method: sample, by gradients, or batch, without.
-        target: sample: the magnitude at which an image stops.
+        target: sample: the magnitude at which an image stops; auto is the first step's threshold that ``train detect
+            --calibrate`` left with the model.
         form: of the magnitude: l2, the paper's, or rms, which does not depend on the size of the latents.
         steps: sample: the most steps.
         lr: sample: of AdamW.
@@ -200,7 +239,7 @@ class NoiseConfig:
     """
 
     method: Literal["sample", "batch"] = "sample"
-    target: float = 0.9
+    target: float | Literal["auto"] = 0.9
     form: Literal["l2", "rms"] = "l2"
     steps: int = 10
     lr: float = 0.01
@@ -272,8 +311,20 @@ def configured(kind: type[Settings], config: Settings | None, overrides: dict[st
 
 def _least(term: str, config: object, **least: float) -> None:
     for option, bound in least.items():
-        if not getattr(config, option) >= bound:
-            raise ValueError(f"{term}.{option} is {getattr(config, option)}: it is at least {bound}")
+        value = getattr(config, option)
+        if value != "auto" and not value >= bound:
+            raise ValueError(f"{term}.{option} is {value}: it is at least {bound}")
+
+
+def number(option: str, value: float | str) -> float:
+    """A setting that ``train sample`` may find by itself, once it is known.
+
+    Raises:
+        UsageError: it is still ``auto``.
+    """
+    if isinstance(value, str):
+        raise UsageError(f"{option} is {value}, which train sample reads from a calibrated model: give a number here")
+    return value
 
 
 @dataclass
@@ -289,7 +340,7 @@ class SampleConfig:
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet).
         out: folder to write; images that it already holds are kept.
-        guidance: none; amg, or amg-strong (AMG's stronger preset); prompt (embedding minimisation); basin (guidance
+        guidance: none; amg, amg-strong or amg-early (presets of AMG); prompt (embedding minimisation); basin (guidance
             from the dynamic transition point) or opposite (the same, with opposite guidance before it); noise or
             noise-batch (initial-noise adjustment, per sample or batch-wise); tokens or numbers (random words or numbers
             in the prompt); rejection (draw copies again). Several joined by + act in that order.
@@ -299,8 +350,14 @@ class SampleConfig:
         noise: of noise and noise-batch.
         tokens: of tokens and numbers.
         rejection: of rejection.
+        compare: guidances by the names above, in the place of guidance: they draw the same prompts from the same seeds,
+            each into a folder of its own below out, beside a picture, a table and a summary of all.
+        never_above: similarity to the nearest training image above which no image is written: such a one is drawn again
+            from another seed and with stronger guidance, and in the end withheld; null writes all. Needs index.
+        tries: of never_above: drawings of an image at most, the first included.
         index: training-set index: the output folder of curate dedup, or its index folder.
         embedder: image embedder; empty takes the one that the index was built with.
+        judge_index: of never_above: a second index, of another embedder, by which no image may be above it either.
         seeds: images per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first image.
         steps: denoising steps.
@@ -331,8 +388,12 @@ class SampleConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    compare: list[str] = field(default_factory=list)
+    never_above: float | None = None
+    tries: int = 5
     index: str = ""
     embedder: str = ""
+    judge_index: str = ""
     seeds: int = 4
     first_seed: int = 0
     steps: int = 50

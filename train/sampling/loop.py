@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curate.console import get_logger
 from train.memorization.magnitude import to_eps
 from train.sampling.guidance import (
     MIN_ALPHA_BAR,
@@ -22,6 +23,8 @@ from train.sampling.guidance import (
     guide,
     output_per_eps,
 )
+
+log = get_logger(__name__)
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """``(x_t, t, conditioning, rows)`` → the model's output: for all images, or for the images ``rows``."""
@@ -59,6 +62,7 @@ class GuidedLoop:
         self.trace = Trace()
         self._tensors = trace_tensors
         self._columns: dict[str, Any] = {}
+        self._finite: list[tuple[float, Tensor, Tensor]] = []  # t, and of each image the model's output and the guided
 
     def prepare(
         self,
@@ -132,6 +136,46 @@ class GuidedLoop:
             embeds_uncond, embeds_cond: conditioning of each image.
             guidance_scale: ``s_0``.
         """
+        guided = self._guided(
+            step, t, x_t, output_uncond, output_cond, output, embeds_uncond, embeds_cond, guidance_scale
+        )
+        self._finite.append((float(t), _finite(output), _finite(guided)))
+        return guided
+
+    def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
+        """Name the images whose prediction was no number at some step: they come out black, and the others as ever.
+
+        Args:
+            prompts: of each image, where they are known.
+        """
+        if not self._finite:
+            return
+        times = [t for t, _, _ in self._finite]
+        own, guided = (torch.stack(flags).cpu() for flags in list(zip(*self._finite, strict=True))[1:])
+        for image in (~guided.all(0)).nonzero().flatten().tolist():
+            first = int((~guided[:, image]).nonzero()[0])
+            log.warning(
+                "image %d of the batch%s: %s is not finite at t = %g, and the image is lost. Half precision overflows "
+                "in some models: try bfloat16 or float32",
+                image + 1,
+                f" ({prompts[image]!r})" if prompts is not None else "",
+                "the guided prediction" if own[first, image] else "the model's output",
+                times[first],
+            )
+
+    def _guided(
+        self,
+        step: int,
+        t: Tensor,
+        x_t: Tensor,
+        output_uncond: Tensor | None,
+        output_cond: Tensor,
+        output: Tensor,
+        embeds_uncond: Tensor | None,
+        embeds_cond: Tensor | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        """See :meth:`correct`."""
         alpha_bar = alpha_bar_at(self.scheduler, t)
         if alpha_bar is None or alpha_bar < MIN_ALPHA_BAR:
             return output
@@ -171,6 +215,11 @@ class GuidedLoop:
             return to_eps(output.float(), x_t, alpha_bar, prediction_type)
 
         return denoise
+
+
+def _finite(output: Tensor) -> Tensor:
+    """``[n]`` bool: whether all of an image's numbers are."""
+    return torch.isfinite(output).flatten(1).all(1)
 
 
 def _add(output: Tensor, parts: dict[str, Part], factor: float, channels: int) -> Tensor:

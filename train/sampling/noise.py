@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from train.memorization.magnitude import magnitude
-from train.sampling.config import NoiseConfig, configured
+from train.sampling.config import NoiseConfig, configured, number
 from train.sampling.guidance import Change, Correction, Part, Run, Start, State, StepFunction
 from train.sampling.prompt import descend
 
@@ -100,5 +100,5 @@ def adjusted(start: Start, rows: Tensor, c: NoiseConfig) -> tuple[Tensor, Tensor
         def m(x: Tensor) -> Tensor:
             return magnitude(*text_direction(start, x, rows), form=c.form)
 
-        x, before, after, _ = descend(m, x, c.target, c.steps, c.lr)
+        x, before, after, _ = descend(m, x, number("noise.target", c.target), c.steps, c.lr)
     return x, before, after

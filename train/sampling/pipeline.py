@@ -25,6 +25,7 @@ from torch import Tensor
 
 from train.sampling.guidance import Guidance, Run
 from train.sampling.loop import GuidedLoop
+from train.sampling.preview import preview_of
 
 
 @dataclass
@@ -195,12 +196,14 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
             ).to(device=device, dtype=latents.dtype)
         denoiser = _Denoiser(self, batch_size, timestep_cond, added_cond_kwargs)
 
+        decode = _Decoder(self.vae, device)
         run = Run(
             batch_size=batch_size,
             train_timesteps=self.scheduler.config.num_train_timesteps,
-            decode=_Decoder(self.vae, device),
+            decode=decode,
             encode_prompts=lambda texts: self.encode_prompt(list(texts), device, 1, False, clip_skip=clip_skip)[0],
             tokenizer=self.tokenizer,
+            preview=lambda latents: preview_of(self.vae, decode, device)(latents),
         )
         first = torch.as_tensor(timesteps[0])
         loop = GuidedLoop(self.scheduler, denoiser, run, guidance, first, trace_tensors)
@@ -253,6 +256,7 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
                 if i == len(timesteps) - 1 or due:
                     progress_bar.update()
 
+        loop.warn_of_broken(_repeated(prompt, num_images_per_prompt))
         nsfw = None
         if output_type == "latent":
             images = latents

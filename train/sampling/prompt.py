@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from train.memorization.magnitude import magnitude
-from train.sampling.config import PromptConfig, configured
+from train.sampling.config import PromptConfig, configured, number
 from train.sampling.guidance import Change, Run, Start, StepFunction
 
 
@@ -70,7 +70,7 @@ def minimise(start: Start, rows: Tensor, c: PromptConfig) -> tuple[Tensor, Tenso
             embeds = torch.cat([first, rest], 1).to(start.embeds_cond.dtype)  # type: ignore[union-attr]
             return magnitude(start.denoise(x_t, embeds, rows), eps_uncond, form=c.form)
 
-        rest, before, after, steps = descend(m, rest, c.target, c.steps, c.lr)
+        rest, before, after, steps = descend(m, rest, number("prompt.target", c.target), c.steps, c.lr)
     return torch.cat([first, rest], 1), before, after, steps
 
 

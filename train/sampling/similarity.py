@@ -78,8 +78,8 @@ class ObjectLevel:
 
     def __init__(self, index: TrainingIndex, embedder: Embedder) -> None:
         check_embedder(index, embedder.name)
-        if len(index.captions) == 0:
-            raise UserError("the training-set index is empty: there is nothing to steer away from")
+        check_not_empty(index)
+        index.hold()
         self.index, self.embedder = index, embedder
         self.captions, self.counts = index.captions, index.counts
 
@@ -179,3 +179,17 @@ def check_embedder(index: TrainingIndex, name: str) -> None:
             f"the index was built with the embedder {index.embedder!r}, not with {name!r}: "
             "use that one, or build the index again"
         )
+
+
+def check_not_empty(index: TrainingIndex, where: str = "") -> None:
+    """Refuse an index without rows, before anything is drawn.
+
+    Args:
+        index: it.
+        where: its path, for the message.
+
+    Raises:
+        UserError: it has none.
+    """
+    if len(index.captions) == 0:
+        raise UserError(f"{where or 'the training-set index'} is empty: there is nothing to compare images with")

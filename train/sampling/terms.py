@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.console import UsageError
+from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.sampling.amg import AMG
 from train.sampling.basin import AttractionBasin
 from train.sampling.config import AMGConfig, SampleConfig, configured
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg": lambda c: c.amg,
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
+    "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
     "basin": lambda c: c.basin,
     "opposite": lambda c: replace(c.basin, before=-c.scale),
@@ -42,7 +45,14 @@ TERMS: dict[str, Callable[[Any], Guidance]] = {
     "tokens": RandomTokens,
     "numbers": RandomTokens,
 }
-INDEXED = ("amg", "amg-strong", "rejection")
+INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
+# Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
+AUTO = {
+    "prompt": ("prompt", "target"),
+    "basin": ("basin", "least"),
+    "opposite": ("basin", "least"),
+    "noise": ("noise", "target"),
+}
 
 
 def names(guidance: str) -> list[str]:
@@ -68,14 +78,21 @@ def needs_index(guidance: str) -> bool:
     return any(name in INDEXED for name in names(guidance))
 
 
+def used(config: SampleConfig) -> list[str]:
+    """The names in ``config.guidance``, and AMG where it joins them because of ``never_above``."""
+    found = names(config.guidance)
+    joins = config.never_above is not None and not any(isinstance(SETTINGS[name](config), AMGConfig) for name in found)
+    return [*found, "amg"] if joins else found
+
+
 def settings(config: SampleConfig) -> dict[str, dict[str, Any]]:
-    """The settings of each name in ``config.guidance``, and no others."""
-    return {name: asdict(SETTINGS[name](config)) for name in names(config.guidance)}
+    """The settings of each name that is used, and no others."""
+    return {name: asdict(SETTINGS[name](config)) for name in used(config)}
 
 
 def check(config: SampleConfig) -> None:
     """Raise UsageError if a name is unknown, or a setting of one that is used makes no sense."""
-    for name in names(config.guidance):
+    for name in used(config):
         chosen = SETTINGS[name](config)
         if not isinstance(chosen, AMGConfig):
             configured(type(chosen), chosen, {})
@@ -84,6 +101,49 @@ def check(config: SampleConfig) -> None:
             chosen.resolved()
         except ValueError as error:
             raise UsageError(str(error)) from error
+        if chosen.preset == "pixels":
+            raise UsageError("amg.preset pixels is not on the scale of an index: choose main, strong or early")
+
+
+def automatic(config: SampleConfig) -> list[tuple[str, str]]:
+    """``(term, setting)`` of each setting that is used and ``auto``, checked against the model's thresholds.
+
+    Raises:
+        UsageError: the model has none, or none of the setting's form.
+    """
+    found = [AUTO[name] for name in names(config.guidance) if name in AUTO]
+    found = [(term, name) for term, name in dict.fromkeys(found) if getattr(getattr(config, term), name) == "auto"]
+    thresholds = model_thresholds(config.model) if found else None
+    for term, name in found:
+        if thresholds is None:
+            raise UsageError(
+                f"--{term}.{name} auto: {config.model} has no {FILE}; `train detect --calibrate 0.01` writes it, "
+                "or give a number"
+            )
+        form = getattr(config, term).form
+        if form != thresholds.form:
+            raise UsageError(
+                f"--{term}.{name} auto: {Path(config.model) / FILE} has thresholds of the form {thresholds.form}, "
+                f"but {term}.form is {form}"
+            )
+    return found
+
+
+def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: float, timesteps: int) -> SampleConfig:
+    """``config`` with a number in the place of every ``auto`` that is used: the threshold at timestep ``t``.
+
+    Raises:
+        UsageError: nothing was calibrated at ``t``.
+    """
+    for term, name in automatic(config):
+        value = None if thresholds is None else thresholds.at(t, timesteps)
+        if value is None:
+            raise UsageError(
+                f"--{term}.{name} auto: nothing in {Path(config.model) / FILE} is for timestep {t:g}, the first here: "
+                "calibrate with as many num_inference_steps, or give a number"
+            )
+        config = replace(config, **{term: replace(getattr(config, term), **{name: value})})
+    return config
 
 
 def make(

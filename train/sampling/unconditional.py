@@ -158,6 +158,7 @@ class GuidedUnconditional(DiffusionPipeline):
             output = loop.correct(i, t, x_t, output_uncond, output_cond, output, null, labels, guidance_scale)
             image = self.scheduler.step(output, t, image, **step_kwargs).prev_sample
 
+        loop.warn_of_broken()
         image = (image / 2 + 0.5).clamp(0, 1)
         images: Any = image
         if output_type != "pt":

@@ -1,0 +1,445 @@
+"""Every mitigation on one memorizing model: the same prompts, seeds and scheduler, measured by all judges.
+
+    python -m benchmarks.mitigation runs/quickstart --out runs/mitigation             all of METHODS: an hour or two
+    python -m benchmarks.mitigation runs/quickstart --out runs/mitigation --only 'none|AMG.*'
+    python -m benchmarks.mitigation runs/quickstart --out runs/mitigation --neurons neurons.json
+                                                           also with the neurons blocked that train localize wrote
+
+The model is the raw one of a finished quickstart. Its repeated captions, which it memorizes, and held-out captions,
+which it should draw as before, are drawn under each of METHODS. A method's images and ``row.json`` stay in its folder,
+and it is not drawn again; a row that was measured with other sizes is refused. A new method is a new line of METHODS.
+
+Columns of repeated captions:
+
+- *own*: memorized by the embedder that AMG and rejection follow: for them it is no evidence that a copy is gone;
+- *judge*: copies by the dual encoder, which nothing follows; *pixels*: by correlation above 0.9 at 16 × 16 pixels;
+- *any*: by at least one of the three. *independent* (in the figure): by judge or pixels;
+- *similarity*: mean, of the own embedder, on SSCD's scale; *alignment* with the caption, of the judge.
+
+Of held-out captions: *any*; *alignment*; *FD*, the Fréchet distance of the judge's features to images that were never
+trained on, which with these few images compares rows and no more; *fired*, the share of images at which guidance acted,
+or which were drawn again or from another start; *same*, the share that is bit for bit the unguided image.
+
+Cost, repeated and held-out: *passes* are latents through the UNet per image, both halves of classifier-free guidance
+and passes that a gradient runs through counted as one each; *CPU* is the process's time per image, in one thread, with
+loading the model and writing the files, and grows when the machine does other things.
+
+The first rows are no methods: real images that were never trained on (what the measures say where nothing is copied),
+and the model that was trained on the curated set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from curate.console import get_logger, write_json
+from train.evaluation.drawn import Drawn, read_drawn
+from train.evaluation.dual_encoder import DualEncoder
+from train.evaluation.protocol import PIXEL_COPY, Judge, evaluate_images, read_images, read_protocol
+from train.memorization.config import MEMORIZED
+from train.prompts import read_prompts
+from train.sampling.config import SampleConfig
+from train.sampling.job import open_index, run_sample
+
+log = get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    family: str
+    """Colour of the figure; of one family, the rows with a ``strength`` are joined to a curve."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of :class:`SampleConfig`; a term's own, as in ``{"amg": {"floor": -1.0}}``, under its key."""
+    strength: str = ""
+    """What the figure writes beside a point of a curve."""
+    model: str = "raw"
+
+
+def amg(family: str = "AMG", strength: str = "", guidance: str = "amg", **settings: Any) -> Method:
+    """AMG with some of its settings changed."""
+    return Method(family, {"guidance": guidance, "amg": settings}, strength)
+
+
+def term(family: str, guidance: str, strength: str = "", **settings: Any) -> Method:
+    """Another guidance by name, with its own settings under their key."""
+    return Method(family, {"guidance": guidance, **settings}, strength)
+
+
+METHODS: dict[str, Method] = {
+    "none": Method("none"),
+    "curated model": Method("curated model", model="curated"),
+    "AMG, main": amg(strength="floor 1"),
+    "AMG, floor −1": amg(strength="floor −1", floor=-1.0),
+    "AMG, strong": amg("AMG, strong", "floor 1", preset="strong"),
+    "AMG, early": amg("AMG, early", "floor 0", preset="early"),
+    "prompt, target 1": term("prompt", "prompt", "1", prompt={"target": 1.0}),
+    "basin": term("basin", "basin"),
+    "opposite": term("opposite", "opposite"),
+    "noise": term("noise", "noise"),
+    "noise-batch": term("noise-batch", "noise-batch"),
+    "tokens, 4": term("tokens", "tokens", "4"),
+    "numbers, 4": term("numbers", "numbers", "4", tokens={"number": 4}),
+    "rejection": term("rejection", "rejection", "5"),
+    "scale 1": Method("scale", {"scale": 1.0}, "1"),
+    "scale 2": Method("scale", {"scale": 2.0}, "2"),
+    "tokens + AMG": amg("tokens + AMG", guidance="tokens+amg"),
+    "basin + AMG": amg("basin + AMG", guidance="basin+amg"),
+    "prompt, target 1.5": term("prompt", "prompt", "1.5"),
+    "prompt, target 0.7": term("prompt", "prompt", "0.7", prompt={"target": 0.7}),
+    "prompt, target 0.5": term("prompt", "prompt", "0.5", prompt={"target": 0.5}),
+    "AMG, floor 0": amg(strength="floor 0", floor=0.0),
+    "AMG, floor −2": amg(strength="floor −2", floor=-2.0),
+    "AMG, strong, floor −1": amg("AMG, strong", "floor −1", preset="strong", floor=-1.0),
+    "AMG, early, floor 1": amg("AMG, early", "floor 1", preset="early", floor=1.0),
+    "AMG, early, floor −1": amg("AMG, early", "floor −1", preset="early", floor=-1.0),
+    "tokens, 2": term("tokens", "tokens", "2", tokens={"number": 2}),
+    "tokens, 8": term("tokens", "tokens", "8", tokens={"number": 8}),
+    "numbers, 2": term("numbers", "numbers", "2", tokens={"number": 2}),
+    "numbers, 8": term("numbers", "numbers", "8", tokens={"number": 8}),
+    "basin, until 800": term("basin until", "basin", "800", basin={"until": 800.0}),
+    "basin, until 600": term("basin until", "basin", "600", basin={"until": 600.0}),
+    "basin, until 400": term("basin until", "basin", "400", basin={"until": 400.0}),
+    # The paper's tables 4 and 5, in its own form.
+    "without G_sim": amg("ablation", dissimilarity=False),
+    "without G_spe": amg("ablation", despecification=False),
+    "without G_dup": amg("ablation", deduplication=False),
+    "at every step": amg("ablation", schedule="constant", lambda_b=-1.0),
+    "constant schedule": amg("ablation", schedule="constant"),
+    "parabolic schedule": amg("ablation", schedule="parabolic"),
+}
+NEURONS = {  # with --neurons
+    "neurons, each prompt's own": Method("neurons", {"neurons_of": "own"}),
+    "neurons, all": Method("neurons", {"neurons_of": "all"}),
+}
+KINDS = ("repeated", "held_out")
+COLUMNS: dict[str, tuple[str, str]] = {  # head of the table → key of a row, format
+    "own": ("repeated.own", "{:.0%}"),
+    "judge": ("repeated.judge", "{:.0%}"),
+    "pixels": ("repeated.pixels", "{:.0%}"),
+    "any": ("repeated.any", "{:.0%}"),
+    "similarity": ("repeated.similarity", "{:.2f}"),
+    "alignment": ("repeated.alignment", "{:.3f}"),
+    "any, held-out": ("held_out.any", "{:.0%}"),
+    "alignment, held-out": ("held_out.alignment", "{:.3f}"),
+    "FD, held-out": ("held_out.fd", "{:.1f}"),
+    "fired": ("held_out.fired", "{:.0%}"),
+    "same": ("held_out.same", "{:.0%}"),
+    "passes": ("passes", "{:.0f} / {:.0f}"),
+    "CPU": ("cpu", "{:.2f} / {:.2f} s"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def sample_config(settings: dict[str, Any], **common: Any) -> SampleConfig:
+    """A job's settings, with those of terms given as mappings."""
+    terms = {field.name: field.default_factory for field in dataclasses.fields(SampleConfig)}
+    made = {name: terms[name](**value) if isinstance(value, dict) else value for name, value in settings.items()}  # type: ignore[operator, misc]
+    return SampleConfig(**{**common, **made})
+
+
+@contextlib.contextmanager
+def counted_passes() -> Iterator[list[int]]:
+    """A list to which each call of a UNet adds the number of latents that it was given."""
+    from diffusers import UNet2DConditionModel
+
+    passes: list[int] = []
+
+    def count(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            passes.append(len(inputs[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def draw(config: SampleConfig) -> dict[str, float]:
+    """Draw a folder of images anew; ``passes`` and ``cpu`` seconds per image."""
+    shutil.rmtree(config.out, ignore_errors=True)  # of a run that was stopped: its cost would be that of the rest
+    began = time.process_time()
+    with counted_passes() as passes:
+        images = run_sample(config)["images"]
+    return {"passes": sum(passes) / images, "cpu": (time.process_time() - began) / images}
+
+
+def write_prompts(path: Path, file: str, number: int) -> None:
+    """The first captions of a prompt file, as a prompt file without originals."""
+    rows = [{"caption": prompt.caption, "label": prompt.label} for prompt in read_prompts(file)[:number]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+class Bench:
+    """What all methods share: prompts, the model's folder, and the judges (opened when first needed).
+
+    Args:
+        run: a finished quickstart.
+        args: the command line's sizes.
+    """
+
+    def __init__(self, run: Path, args: argparse.Namespace) -> None:
+        self.protocol = read_protocol(run / "protocol.yaml")
+        self.out, self.neurons = args.out, args.neurons
+        self.sizes = {name: getattr(args, name) for name in ("captions", "held_out", "seeds", "steps", "scale")}
+        self.out.mkdir(parents=True, exist_ok=True)
+        for kind, number in zip(KINDS, (args.captions, args.held_out), strict=True):
+            write_prompts(self.out / f"{kind}.jsonl", self.protocol.prompts[kind], number)
+        self._measures: tuple[Any, Any, Judge, list[Image.Image]] | None = None
+
+    def measures(self) -> tuple[Any, Any, Judge, list[Image.Image]]:
+        """Index, its embedder, the judge, and the images that were never trained on."""
+        if self._measures is None:
+            index, embedder = open_index(self.protocol.index)
+            training, captions = read_images(self.protocol.training)
+            held_out, more = read_images(self.protocol.held_out)
+            judge = Judge(DualEncoder.load(), training, held_out, captions + more)
+            self._measures = index, embedder, judge, held_out
+        return self._measures
+
+    def file(self, name: str) -> Path:
+        """Where a method's row is kept, beside its images."""
+        folder = re.sub(r"[^a-z0-9.]+", "-", name.lower().replace("−", "minus ")).strip("-")
+        return self.out / folder / "row.json"
+
+    def row(self, name: str, method: Method) -> dict[str, Any]:
+        """A method's row; drawn and measured now, unless it has been."""
+        found = self.file(name)
+        folder, settings = found.parent, {"model": method.model, **self.sizes, **method.settings}
+        shown = {"name": name, "family": method.family, "strength": method.strength}
+        if found.is_file():
+            row = json.loads(found.read_text(encoding="utf-8"))
+            if row.pop("settings") != settings:
+                raise SystemExit(f"{folder}: drawn with other settings: remove it, or choose another --out")
+            return shown | row
+        log.info("%s", name)
+        row: dict[str, Any] = {}
+        for kind in KINDS:
+            # Own neurons are those of prompts that were localized: others are drawn as ever.
+            blocked = self.neurons if "neurons_of" in method.settings else ""
+            if kind == "held_out" and method.settings.get("neurons_of") == "own":
+                blocked = ""
+            config = sample_config(
+                method.settings,
+                model=self.protocol.models[method.model],
+                prompts=str(self.out / f"{kind}.jsonl"),
+                out=str(folder / kind),
+                index=self.protocol.index,
+                neurons=blocked,
+                seeds=self.sizes["seeds"] if kind == "repeated" else 1,
+                steps=self.sizes["steps"],
+                scale=self.sizes["scale"],
+            )
+            cost = draw(config)
+            row[kind] = {**self.measured(read_drawn(folder / kind, method.model, name, kind)), **cost}
+            row[kind].update(self.changed(folder / kind, kind))
+        write_json(found, {"settings": settings, **row})
+        return shown | row
+
+    def measured(self, drawn: Drawn) -> dict[str, float]:
+        """The measures of some images."""
+        index, embedder, judge, _ = self.measures()
+        (result,) = evaluate_images([drawn], judge, index, embedder)
+        own, pixels = result.similarity > MEMORIZED, result.pixel > PIXEL_COPY
+        return {
+            "own": float(own.mean()),
+            "judge": float(result.copied.mean()),
+            "pixels": float(pixels.mean()),
+            "independent": float((result.copied | pixels).mean()),
+            "any": float((own | result.copied | pixels).mean()),
+            "similarity": result.row["similarity"],
+            "alignment": result.row["alignment"],
+            "fd": result.row["quality"],
+        }
+
+    def changed(self, folder: Path, kind: str) -> dict[str, float]:
+        """Shares of the images at which guidance acted, and that are the unguided ones bit for bit."""
+        import pyarrow.parquet
+
+        columns = ["file", "steps_fired", "tries"]
+        rows = pyarrow.parquet.read_table(folder / "samples.parquet", columns=columns).to_pylist()
+        same = [same_pixels(folder / row["file"], self.out / "none" / kind / row["file"]) for row in rows]
+        # What changes only the start of an image leaves no step in the trace at which it acted.
+        fired = [row["steps_fired"] > 0 or row["tries"] > 1 or not one for row, one in zip(rows, same, strict=True)]
+        return {"same": float(np.mean(same)), "fired": float(np.mean(fired))}
+
+    def reference(self) -> dict[str, Any]:
+        """The row of real images that were never trained on; alignment and FD have no meaning there."""
+        found = self.out / "reference.json"
+        if not found.is_file():
+            held_out = self.measures()[3]
+            measured = self.measured(Drawn("", "", "", held_out, [""] * len(held_out)))
+            kept = {name: share for name, share in measured.items() if name not in ("alignment", "fd")}
+            write_json(found, {"name": "real images, never trained on", "repeated": kept, "held_out": {}})
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def same_pixels(a: Path, b: Path) -> bool:
+    """Whether two images are equal bit for bit."""
+    with Image.open(a) as one, Image.open(b) as other:
+        return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, a row a method."""
+    lines = [f"| method | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    for row in rows:
+        cells = []
+        for key, form in COLUMNS.values():
+            kind, _, name = key.partition(".")
+            values = [row[kind].get(name)] if name else [row[kind].get(key) for kind in KINDS]
+            cells.append("" if None in values else form.format(*values).replace("%", " %"))
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- figure
+
+PANELS = (  # of x and of y: key of a row, label
+    (("repeated.alignment", "alignment with the caption"), ("repeated.independent", "copies by judge or pixels")),
+    (("repeated.alignment", "alignment with the caption"), ("repeated.similarity", "similarity, own embedder")),
+    (("held_out.alignment", "alignment, held-out captions"), ("repeated.independent", "copies by judge or pixels")),
+)
+MARKERS = "osD^vPX*<>ph8d"
+
+
+def value(row: dict[str, Any], key: str) -> float:
+    """What a row has under ``kind.name``."""
+    kind, _, name = key.partition(".")
+    return row[kind][name]
+
+
+def draw_figure(path: Path, rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """Copies and similarity over alignment: a marker a method, a line a family whose strength differs.
+
+    Args:
+        path: of the image.
+        rows: of the table.
+        reference: the row of images that were never trained on, whose values are dotted lines.
+    """
+    from matplotlib.figure import Figure
+
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["family"] != "ablation":
+            families.setdefault(row["family"], []).append(row)
+    figure = Figure(figsize=(12, 10.5), layout="constrained", dpi=110)
+    panels = figure.subplots(2, 2).flatten()
+    for panel, ((x, x_label), (y, y_label)) in zip(panels, PANELS, strict=False):
+        points, labels = [], []
+        for number, (family, some) in enumerate(families.items()):
+            at = [(value(row, x), value(row, y)) for row in some]
+            style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
+            if number >= 10:
+                style["markeredgecolor"] = "black"
+            panel.plot(*zip(*at, strict=True), **style, linewidth=1, markersize=7, label=family, alpha=0.85)
+            points += at
+            labels += [f"{family} {row['strength']}".strip() if len(some) > 1 else family for row in some]
+        panel.set(xlabel=x_label, ylabel=y_label)
+        panel.margins(0.12)
+        panel.spines[["top", "right"]].set_visible(False)
+        if y.endswith("independent"):
+            panel.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        panel.axhline(value(reference, y), color="#888", linewidth=0.9, linestyle=":")
+        place_labels(figure, panel, points, labels)
+    panels[0].set_title("repeated captions", loc="left")
+    panels[1].set_title("repeated captions", loc="left")
+    panels[2].set_title("what held-out captions pay", loc="left")
+    panels[3].axis("off")
+    handles, names = panels[0].get_legend_handles_labels()
+    handles.append(panels[0].lines[-1])
+    names.append("real images, never trained on")
+    title = "better: to the right and down"
+    panels[3].legend(handles, names, loc="center left", frameon=False, fontsize=10, title=title)
+    figure.savefig(path)
+
+
+def place_labels(figure: Any, panel: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Write each label near its point where it covers the least of other labels and points; a line leads there."""
+    figure.draw_without_rendering()  # the layout decides where points are
+    at = panel.transData.transform(points)
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    frame = panel.get_window_extent()
+    pixels = figure.dpi / 72
+    for (x, y), point, label in zip(at, points, labels, strict=True):
+        if not label:
+            continue
+        width, height = (0.56 * 8 * len(label) + 2) * pixels, 10 * pixels
+        best: tuple[float, float, float, float] | None = None
+        for radius in (9, 18, 30, 44, 60):
+            for angle in np.linspace(0, 2 * np.pi, 16, endpoint=False):
+                # The label's nearest edge, not its middle, is ``radius`` away.
+                cx = x + np.cos(angle) * (radius * pixels + width / 2)
+                cy = y + np.sin(angle) * (radius * pixels + height / 2)
+                box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+                outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
+                cost = sum(overlap(box, other) for other in taken) + radius + 1e4 * outside
+                if best is None or cost < best[0]:
+                    best = (cost, cx, cy, radius)
+        assert best is not None
+        _, cx, cy, radius = best
+        taken.append((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))
+        line = {"arrowstyle": "-", "color": "#aaa", "linewidth": 0.6, "shrinkB": 4} if radius > 9 else None
+        panel.annotate(
+            label, point, xytext=panel.transData.inverted().transform((cx, cy)),
+            ha="center", va="center", fontsize=8, arrowprops=line,
+        )  # fmt: skip
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Area that two boxes ``(x0, y0, x1, y1)`` share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished quickstart")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="methods whose name this pattern fits, whole")
+    parser.add_argument("--captions", type=int, default=24, help="repeated captions")
+    parser.add_argument("--held_out", type=int, default=32, help="held-out captions, drawn once each")
+    parser.add_argument("--seeds", type=int, default=2, help="images of each repeated caption")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--scale", type=float, default=4.0, help="of classifier-free guidance")
+    parser.add_argument("--neurons", default="", help="file of train localize for this model")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    methods = METHODS | (NEURONS if args.neurons else {})
+    bench = Bench(args.run, args)
+    for name, method in methods.items():
+        if name == "none" or not args.only or re.fullmatch(args.only, name):  # none: all are compared with it
+            bench.row(name, method)
+    rows = [bench.row(name, method) for name, method in methods.items() if bench.file(name).is_file()]
+    write_json(args.out / "table.json", {"rows": rows, "reference": bench.reference(), "sizes": bench.sizes})
+    for title, some in (("methods", False), ("ablations", True)):
+        chosen = [row for row in rows if (row["family"] == "ablation") == some]
+        print(f"\n{title}\n\n{as_markdown(chosen if some else [bench.reference(), *chosen])}")
+    draw_figure(args.out / "mitigation.png", rows, bench.reference())
+
+
+if __name__ == "__main__":
+    main()
