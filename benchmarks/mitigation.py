@@ -14,11 +14,12 @@ Columns of repeated captions:
 - *own*: memorized by the embedder that AMG and rejection follow: for them it is no evidence that a copy is gone;
 - *judge*: copies by the dual encoder, which nothing follows; *pixels*: by correlation above 0.9 at 16 × 16 pixels;
 - *any*: by at least one of the three. *independent* (in the figure): by judge or pixels;
-- *similarity*: mean, of the own embedder, on SSCD's scale; *alignment* with the caption, of the judge.
+- *similarity*: mean, of the own embedder, on SSCD's scale; *alignment* with the caption, of the judge;
+- *FD*: Fréchet distance of the judge's features to images that were never trained on, which with these few images
+  compares rows and no more.
 
-Of held-out captions: *any*; *alignment*; *FD*, the Fréchet distance of the judge's features to images that were never
-trained on, which with these few images compares rows and no more; *fired*, the share of images at which guidance acted,
-or which were drawn again or from another start; *same*, the share that is bit for bit the unguided image.
+Of held-out captions: *any*; *alignment*; *FD*; *fired*, the share of images at which guidance acted, or which were
+drawn again or from another start; *same*, the share that is bit for bit the unguided image.
 
 Cost, repeated and held-out: *passes* are latents through the UNet per image, both halves of classifier-free guidance
 and passes that a gradient runs through counted as one each; *CPU* is the process's time per image, in one thread, with
@@ -134,6 +135,7 @@ COLUMNS: dict[str, tuple[str, str]] = {  # head of the table → key of a row, f
     "any": ("repeated.any", "{:.0%}"),
     "similarity": ("repeated.similarity", "{:.2f}"),
     "alignment": ("repeated.alignment", "{:.3f}"),
+    "FD": ("repeated.fd", "{:.1f}"),
     "any, held-out": ("held_out.any", "{:.0%}"),
     "alignment, held-out": ("held_out.alignment", "{:.3f}"),
     "FD, held-out": ("held_out.fd", "{:.1f}"),
@@ -351,6 +353,7 @@ def draw_figure(path: Path, rows: Sequence[dict[str, Any]], reference: dict[str,
     for panel, ((x, x_label), (y, y_label)) in zip(panels, PANELS, strict=False):
         points, labels = [], []
         for number, (family, some) in enumerate(families.items()):
+            some = sorted(some, key=lambda row: value(row, y))  # a line from the strongest to the weakest
             at = [(value(row, x), value(row, y)) for row in some]
             style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
             if number >= 10:
