@@ -51,7 +51,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "noisy_one_in_k_caption": {"policy": "noisy_one_in_k", "k": 2, "verdict_of": "caption"},
 }
 RUNS = [
-    *(("noisy_caption_window", quantile) for quantile in (0.9, 0.8, 0.95, 0.99)),
+    *(("noisy_caption_window", quantile) for quantile in (0.9, 0.8, 0.7, 0.95, 0.99)),
     *(("noisy_caption_window_plain", quantile) for quantile in (0.9, 0.8)),
     *(("noisy_caption", quantile) for quantile in (0.8, 0.7, 0.9, 0.95)),
     *(("every_step", quantile) for quantile in (0.8, 0.7, 0.95)),
@@ -114,8 +114,10 @@ def run_one(out: Path, name: str, size: Size) -> dict[str, Any]:
     elif name != "off":
         policy, quantile = name.rsplit("-", 1)
         calibration = Calibration(size.calibrate, float(quantile), window=size.window, unique=str(out / "curated"))
+        # A fifth of the visits, of all timesteps: ten bands would have too few magnitudes each.
+        calibration = dataclasses.replace(calibration, per_band=policy != "one_in_k")
         if policy.endswith("_plain"):  # without a release of its own
-            calibration.release = calibration.quantile
+            calibration = dataclasses.replace(calibration, release=calibration.quantile)
         changes = {"filter": FilterConfig(**POLICIES[policy], calibrate=calibration)}
     log.info("run %s", name)
     summary = run_finetune(finetune_settings(out, folder / "finetune", size, **changes))
@@ -177,7 +179,7 @@ def draw_figure(path: Path, results: list[dict[str, Any]]) -> None:
     """Memorized share, held-out alignment and dropped visits over the quantile, a curve a policy."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=130)
+    figure = Figure(figsize=(12, 4), layout="constrained", dpi=130)
     panels = figure.subplots(1, 3)
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in results:
@@ -199,7 +201,7 @@ def draw_figure(path: Path, results: list[dict[str, Any]]) -> None:
     for panel, title in zip(panels, titles, strict=True):
         panel.set(title=title, xlabel="share of unique samples above the threshold", ylim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=8, frameon=False, fontsize=8)
     panels[2].text(0.98, 0.02, "solid: repeated, dotted: unique", transform=panels[2].transAxes, ha="right", fontsize=7)
     figure.savefig(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import signal
@@ -214,7 +215,10 @@ def test_a_run_that_is_stopped_within_its_only_shard_goes_on_to_the_same_bytes(l
     write_shard(shard, samples)
     command = [sys.executable, "-m", "curate", "dedup", str(shard), str(out), "--workers", "3"]
     root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # What a shell starts in the background ignores SIGINT, and so would its children.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=root, preexec_fn=heard, **pipes)
     deadline = time.monotonic() + 60
     while not list(out.glob("work/read/.tmp-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
