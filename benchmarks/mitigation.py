@@ -67,7 +67,7 @@ class Method:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of :class:`SampleConfig`; a term's own, as in ``{"amg": {"floor": -1.0}}``, under its key."""
     strength: str = ""
-    """What the figure writes beside a point of a curve."""
+    """What the figure writes beside a point of a curve; its number says where along the curve it lies."""
     model: str = "raw"
 
 
@@ -124,8 +124,8 @@ METHODS: dict[str, Method] = {
     "parabolic schedule": amg("ablation", schedule="parabolic"),
 }
 NEURONS = {  # with --neurons
-    "neurons, each prompt's own": Method("neurons", {"neurons_of": "own"}),
-    "neurons, all": Method("neurons", {"neurons_of": "all"}),
+    "neurons, each prompt's own": Method("neurons", {"neurons_of": "own"}, "own"),
+    "neurons, all": Method("neurons", {"neurons_of": "all"}, "all"),
 }
 KINDS = ("repeated", "held_out")
 COLUMNS: dict[str, tuple[str, str]] = {  # head of the table → key of a row, format
@@ -328,6 +328,12 @@ PANELS = (  # of x and of y: key of a row, label
 MARKERS = "osD^vPX*<>ph8d"
 
 
+def strength(row: dict[str, Any]) -> float:
+    """Where a row lies on its curve: by the number in its strength, largest first."""
+    number = re.search(r"[−\d.]+", row["strength"])
+    return -float(number[0].replace("−", "-")) if number else 0.0
+
+
 def value(row: dict[str, Any], key: str) -> float:
     """What a row has under ``kind.name``."""
     kind, _, name = key.partition(".")
@@ -348,19 +354,22 @@ def draw_figure(path: Path, rows: Sequence[dict[str, Any]], reference: dict[str,
     for row in rows:
         if row["family"] != "ablation":
             families.setdefault(row["family"], []).append(row)
-    figure = Figure(figsize=(12, 10.5), layout="constrained", dpi=110)
+    for some in families.values():
+        some.sort(key=strength)
+    figure = Figure(figsize=(12.5, 11.5), layout="constrained", dpi=110)
     panels = figure.subplots(2, 2).flatten()
     for panel, ((x, x_label), (y, y_label)) in zip(panels, PANELS, strict=False):
         points, labels = [], []
         for number, (family, some) in enumerate(families.items()):
-            some = sorted(some, key=lambda row: value(row, y))  # a line from the strongest to the weakest
             at = [(value(row, x), value(row, y)) for row in some]
             style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
             if number >= 10:
                 style["markeredgecolor"] = "black"
             panel.plot(*zip(*at, strict=True), **style, linewidth=1, markersize=7, label=family, alpha=0.85)
             points += at
-            labels += [f"{family} {row['strength']}".strip() if len(some) > 1 else family for row in some]
+            first, *others = some
+            labels += [f"{family} {first['strength']}".strip() if others else family]
+            labels += [row["strength"] for row in others]  # the colour tells the family
         panel.set(xlabel=x_label, ylabel=y_label)
         panel.margins(0.12)
         panel.spines[["top", "right"]].set_visible(False)
