@@ -122,6 +122,14 @@ METHODS: dict[str, Method] = {
     "at every step": amg("ablation", schedule="constant", lambda_b=-1.0),
     "constant schedule": amg("ablation", schedule="constant"),
     "parabolic schedule": amg("ablation", schedule="parabolic"),
+    # The same of the preset early: what it has and what it could have.
+    "early, full decoder": amg("ablation", preset="early", decoder="full"),
+    "early, no release": amg("ablation", preset="early", release=0.0),
+    "early, from the first step": amg("ablation", preset="early", t_range=(0.0, 1000.0)),
+    "early, G_sim to the end": amg("ablation", preset="early", sim_t_range=(0.0, 900.0)),
+    "early, without G_sim": amg("ablation", preset="early", dissimilarity=False),
+    "early, through the UNet": amg("ablation", preset="early", through_unet=True),
+    "early, with edits": amg("ablation", preset="early", edits=3),
 }
 NEURONS = {  # with --neurons
     "neurons, each prompt's own": Method("neurons", {"neurons_of": "own"}, "own"),

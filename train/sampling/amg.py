@@ -75,7 +75,7 @@ def deduplication_strength(
     return torch.minimum(wanted, left).clamp(min=0)
 
 
-def dissimilarity_factor(sigma: Tensor, t: float, alpha_bar: float, threshold: Any, config: AMGConfig) -> Tensor:
+def dissimilarity_factor(sigma: Tensor, t: float, alpha_bar: float, threshold: Tensor, config: AMGConfig) -> Tensor:
     """What ``∇σ`` is multiplied by, ``[k]``; see :class:`AMGConfig` for the forms (``paper`` is eq. 17)."""
     assert config.c_3 is not None and config.sim_offset is not None
     if config.sim_form == "released":

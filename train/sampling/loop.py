@@ -136,49 +136,9 @@ class GuidedLoop:
             embeds_uncond, embeds_cond: conditioning of each image.
             guidance_scale: ``s_0``.
         """
-        guided = self._guided(
-            step, t, x_t, output_uncond, output_cond, output, embeds_uncond, embeds_cond, guidance_scale
-        )
-        self._finite.append((float(t), _finite(output), _finite(guided)))
-        return guided
-
-    def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
-        """Name the images whose prediction was no number at some step: they come out black, and the others as ever.
-
-        Args:
-            prompts: of each image, where they are known.
-        """
-        if not self._finite:
-            return
-        times = [t for t, _, _ in self._finite]
-        own, guided = (torch.stack(flags).cpu() for flags in list(zip(*self._finite, strict=True))[1:])
-        for image in (~guided.all(0)).nonzero().flatten().tolist():
-            first = int((~guided[:, image]).nonzero()[0])
-            log.warning(
-                "image %d of the batch%s: %s is not finite at t = %g, and the image is lost. Half precision overflows "
-                "in some models: try bfloat16 or float32",
-                image + 1,
-                f" ({prompts[image]!r})" if prompts is not None else "",
-                "the guided prediction" if own[first, image] else "the model's output",
-                times[first],
-            )
-
-    def _guided(
-        self,
-        step: int,
-        t: Tensor,
-        x_t: Tensor,
-        output_uncond: Tensor | None,
-        output_cond: Tensor,
-        output: Tensor,
-        embeds_uncond: Tensor | None,
-        embeds_cond: Tensor | None,
-        guidance_scale: float,
-    ) -> Tensor:
-        """See :meth:`correct`."""
         alpha_bar = alpha_bar_at(self.scheduler, t)
         if alpha_bar is None or alpha_bar < MIN_ALPHA_BAR:
-            return output
+            return self._watched(t, output, output)
         prediction_type = self.scheduler.config.prediction_type
         dtype, channels, x_t = x_t.dtype, x_t.shape[1], x_t.float()
 
@@ -203,7 +163,34 @@ class GuidedLoop:
         if self._columns:  # of the preparation: beside the first step's own
             columns, self._columns = {**self._columns, **columns}, {}
         self.trace.add(state, eps_hat, parts, columns, tensors=self._tensors)
-        return _add(output, parts, output_per_eps(prediction_type, alpha_bar), channels)
+        guided = _add(output, parts, output_per_eps(prediction_type, alpha_bar), channels)
+        return self._watched(t, output, guided)
+
+    def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
+        """Name the images whose prediction was no number at some step: they come out black, and the others as ever.
+
+        Args:
+            prompts: of each image, where they are known.
+        """
+        if not self._finite:
+            return
+        times = [t for t, _, _ in self._finite]
+        own, guided = (torch.stack(flags).cpu() for flags in list(zip(*self._finite, strict=True))[1:])
+        for image in (~guided.all(0)).nonzero().flatten().tolist():
+            first = int((~guided[:, image]).nonzero()[0])
+            log.warning(
+                "image %d of the batch%s: %s is not finite at t = %g, and the image is lost. Half precision overflows "
+                "in some models: try bfloat16 or float32",
+                image + 1,
+                f" ({prompts[image]!r})" if prompts is not None else "",
+                "the guided prediction" if own[first, image] else "the model's output",
+                times[first],
+            )
+
+    def _watched(self, t: Tensor, output: Tensor, guided: Tensor) -> Tensor:
+        """``guided``; remembers which images are numbers, before guidance and after it."""
+        self._finite.append((float(t), _finite(output), _finite(guided)))
+        return guided
 
     def _in_eps(self, t: Tensor, dtype: torch.dtype, alpha_bar: float) -> Callable[[Tensor, Any, Tensor], Tensor]:
         prediction_type = self.scheduler.config.prediction_type
