@@ -235,7 +235,8 @@ class Bench:
     def row(self, name: str, method: Method) -> dict[str, Any]:
         """A method's row; drawn and measured now, unless it has been."""
         found = self.file(name)
-        folder, settings = found.parent, {"model": method.model, **self.sizes, **method.settings}
+        folder = found.parent
+        settings = json.loads(json.dumps({"model": method.model, **self.sizes, **method.settings}))  # as it is kept
         shown = {"name": name, "family": method.family, "strength": method.strength}
         if found.is_file():
             row = json.loads(found.read_text(encoding="utf-8"))
