@@ -54,7 +54,7 @@ def test_an_index_held_in_memory_answers_the_same(index, monkeypatch):
     held.search(queries, 1)  # from the file
     held.hold()
     not_held.hold(most=300 * 24 * 4 - 1)
-    assert held._small is not None and not_held._small is None
+    assert held._held is not None and not_held._held is None
     (similarity, rows), (expected, found) = held.search(queries, 10), not_held.search(queries, 10)
     np.testing.assert_array_equal(rows, found)
     np.testing.assert_allclose(similarity, expected, atol=1e-6)
@@ -64,6 +64,34 @@ def test_equal_rows_come_in_their_order(index):
     similarity, found = index.search(index.vectors([5, 17]), 2)
     assert found.tolist() == [[5, 205], [17, 217]]
     np.testing.assert_allclose(similarity, 1, atol=1e-6)
+
+
+def test_equal_rows_of_many_blocks_come_in_their_order(monkeypatch):
+    monkeypatch.setattr("curate.index._BLOCK_ELEMENTS", 500)
+    axes = np.random.default_rng(2).integers(0, 5, 3000)
+    rows = np.eye(5, dtype=np.float16)[axes]
+    index = TrainingIndex.build(rows, *[["x"] * 3000] * 3, np.ones(3000, bool), np.arange(3000), "layout")
+    queries = np.random.default_rng(3).standard_normal((7, 5)).astype(np.float32)
+    for k in (40, 2000):  # fewer than are equal, and more
+        _, found = index.search(queries, k)
+        for query, numbers in zip(queries, found, strict=True):
+            np.testing.assert_array_equal(numbers, np.lexsort((np.arange(3000), -query[axes]))[:k])
+
+
+def test_the_process_keeps_its_precision_of_products(index):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        index.search(index.vectors(3), 1)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_what_is_no_number_is_answered_as_that(index):
+    queries = np.stack([np.full(24, np.nan, np.float32), index.vectors(3)])
+    similarity, rows = index.search(queries, 2)
+    assert np.isnan(similarity[0]).all()
+    assert rows[1, 0] == 3
 
 
 def test_search_takes_torch_and_single_vectors(index):

@@ -48,7 +48,7 @@ class Index:
         self.captions, self.counts, self.slope = captions, np.array(counts), slope
         self.embedder = "linear"
 
-    def hold(self) -> None:
+    def hold(self, device: object = None) -> None:
         """It is in memory as it is."""
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

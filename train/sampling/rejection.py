@@ -79,6 +79,7 @@ class Judges:
                 raise UsageError("an index of embeddings judges with the embedder that it was built with")
             else:
                 self.levels.append(ObjectLevel(index, embedder))
+                index.hold()
 
     @property
     def memorized(self) -> float:

@@ -79,7 +79,6 @@ class ObjectLevel:
     def __init__(self, index: TrainingIndex, embedder: Embedder) -> None:
         check_embedder(index, embedder.name)
         check_not_empty(index)
-        index.hold()
         self.index, self.embedder = index, embedder
         self.captions, self.counts = index.captions, index.counts
 
@@ -97,7 +96,8 @@ class ObjectLevel:
         return self.index.calibrate((features * target).sum(1)), rows
 
     def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        similarity, rows = self.index.search(features.detach().float().cpu().numpy(), min(k, len(self.captions)))
+        self.index.hold(features.device)
+        similarity, rows = self.index.search(features.detach(), min(k, len(self.captions)))
         cosine = torch.as_tensor(similarity, dtype=torch.float32, device=features.device)
         return cosine, torch.as_tensor(rows, device=features.device)
 
