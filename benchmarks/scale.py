@@ -35,7 +35,7 @@ from curate.config import DedupConfig, ReportConfig
 from curate.dedup import settings_of
 from curate.engine import LocalEngine, cpu_count
 from curate.join import Joined, decide_stage
-from curate.neighbors import Crowd, Pairs
+from curate.pairs import Crowd, Pairs
 from curate.place import Place
 from curate.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.read import READ_COLUMNS, Rows, cached_embedder

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from curate.neighbors import BLOCK, Pairs, assembled, check_arguments, cores, join_blocks, one_blas_thread, unit_rows
+from curate.neighbors import BLOCK, assembled, check_arguments, cores, join_blocks, one_blas_thread
+from curate.pairs import Pairs, unit_rows
 
 if TYPE_CHECKING:
     from curate.console import Progress

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from curate.neighbors import Crowd, Pairs
+from curate.pairs import Crowd, Pairs
 
 Rule = Literal["greedy", "components"]
 OnCaptionDiffers = Literal["pool", "keep"]
@@ -104,7 +104,7 @@ def decide(
     and its caption pooled, or judged a sample of its own (``keep``). What shows an image of its own is then
     held against the caption quota.
 
-    Time grows with the rows and their near pairs alone, but for a crowd (:class:`~curate.neighbors.Crowd`) of which
+    Time grows with the rows and their near pairs alone, but for a crowd (:class:`~curate.pairs.Crowd`) of which
     many are kept beside each other (``keep`` under captions that all differ): each is compared with all of these.
 
     Args:

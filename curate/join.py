@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from curate.decide import Verdicts
     from curate.embed import CaptionEmbedder, Embedder
     from curate.index import TrainingIndex
-    from curate.neighbors import Pairs
+    from curate.pairs import Pairs
 
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CAPTION_BLOCK = 1 << 13  # captions embedded at a time
@@ -135,7 +135,8 @@ def _joined(
 ) -> tuple[Pairs, float]:
     """Near pairs and their measured recall: from the cache, or found and put there."""
     from curate.cells import find_pairs_in_cells
-    from curate.neighbors import Crowd, Pairs, find_pairs, recall
+    from curate.neighbors import find_pairs, recall
+    from curate.pairs import Crowd, Pairs
 
     if cache.is_file():
         table = pq.read_table(cache)

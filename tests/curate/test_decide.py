@@ -8,7 +8,8 @@ import pytest
 
 import curate.decide
 from curate.decide import REASONS, decide, sweep
-from curate.neighbors import Pairs, find_pairs
+from curate.neighbors import find_pairs
+from curate.pairs import Pairs
 
 
 @dataclass

@@ -5,7 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from curate.neighbors import Crowd, Pairs, _as_float32, _Screen, find_nearest, find_pairs, recall
+from curate.neighbors import find_nearest, find_pairs, recall
+from curate.pairs import Crowd, Pairs, as_float32
+from curate.screen import Screen
 
 
 def clustered(n: int, d: int, seed: int, dtype=np.float32) -> np.ndarray:
@@ -112,18 +114,18 @@ def test_a_screen_takes_no_more_memory_than_it_is_reckoned_with():
     embeddings = clustered(100_000, 24, seed=10, dtype=np.float16)
     axes = np.eye(24, dtype=np.float32)
     tracemalloc.start()
-    screen = _Screen.of(embeddings, axes, 0.9, 256, 0, len(embeddings))
+    screen = Screen.of(embeddings, axes, 0.9, 256, 0, len(embeddings))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(screen.rows) == len(embeddings)
-    assert peak <= len(embeddings) * _Screen.bytes_a_row(24) + 4_000_000  # what is turned at a time
+    assert peak <= len(embeddings) * Screen.bytes_a_row(24) + 4_000_000  # what is turned at a time
 
 
 def test_float16_is_widened_to_the_same_numbers():
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
     finite = every[np.isfinite(every).all(axis=1)]
-    assert _as_float32(finite).tobytes() == finite.astype(np.float32).tobytes()
-    np.testing.assert_array_equal(_as_float32(every), every.astype(np.float32))  # with infinities and NaN
+    assert as_float32(finite).tobytes() == finite.astype(np.float32).tobytes()
+    np.testing.assert_array_equal(as_float32(every), every.astype(np.float32))  # with infinities and NaN
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
