@@ -13,17 +13,17 @@ from curate.console import UsageError, UserError
 from tests.train.known_denoisers import SHAPE, KnownDenoiser, mixture_eps, with_denoiser
 from train.components import tokenize
 from train.memorization import magnitude, score
-from train.memorization.signals import Seen
+from train.memorization.signals import SIGNALS, Seen
 
 PROMPTS = ["red apple, food fruit", "grinning face", "flag"]
-ALL = ["magnitude", "consistency", "agreement", "anisotropy", "attention_entropy"]
+ALL = list(SIGNALS)
 
 
 class Latents:
     """A signal of one's own, which keeps the latents that it sees."""
 
-    name, every_step = "latents", True
-    unconditional = low_noise = attention = compares_seeds = False
+    name, looks_at, noise_level = "latents", "every step", None
+    unconditional = attention = compares_seeds = False
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from curate.console import UserError
 from tests.train.known_denoisers import KnownDenoiser, with_denoiser
+from train.components import encode_captions, initial_noise
 from train.memorization import score
 from train.memorization.agreement import Agreement
 from train.memorization.anisotropy import Anisotropy
@@ -46,8 +47,8 @@ def test_a_prompt_whose_data_is_one_image_is_consistent_and_one_with_wide_data_i
     assert memorized > 0.8 > 0.4 > wide
 
 
-def seen_at(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, low_noise: bool) -> Seen:
-    return Seen(torch.zeros_like(eps_cond), 41, 0.9, eps_cond, eps_uncond, {}, low_noise)
+def seen_at(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, on_noise: bool) -> Seen:
+    return Seen(torch.zeros_like(eps_cond), 41, 0.9, eps_cond, eps_uncond, {}, on_noise)
 
 
 def test_anisotropy_adds_the_magnitude_at_high_noise_and_the_angle_at_low_noise():
@@ -127,6 +128,28 @@ def test_a_denoiser_without_cross_attention_is_refused_by_name(tiny_pipe):
     pipe = with_denoiser(tiny_pipe, KnownDenoiser(tiny_pipe, {"flag": torch.zeros(4, 16, 16)}, 1.0))
     with pytest.raises(UserError, match="KnownDenoiser has no cross-attention layer"):
         score(pipe, ["flag"], signals=["attention_entropy"])
+
+
+def test_agreement_on_noise_takes_one_evaluation_a_seed_and_no_step(tiny_pipe):
+    scores = score(tiny_pipe, ["flag", "horse"], steps=3, seeds=[4, 9], signals=["noise_agreement"])
+    assert (scores.evaluations, scores.timesteps.tolist()) == (4, [])
+    noise = torch.stack([initial_noise((4, 16, 16), seed) for seed in (4, 9)])
+    for caption, found in zip(["flag", "horse"], scores.per_prompt("noise_agreement"), strict=True):
+        embeds = encode_captions(tiny_pipe, [caption]).expand(2, -1, -1)
+        with torch.no_grad():
+            eps = tiny_pipe.unet(noise, 800, encoder_hidden_states=embeds, return_dict=False)[0]
+        one, other = rescaled(noise - (1 - tiny_pipe.scheduler.alphas_cumprod[800]) ** 0.5 * eps).split(1)
+        assert found == pytest.approx(ms_ssim(one, other).item(), rel=1e-4)
+
+
+def test_agreement_on_noise_is_whole_where_one_image_is_known_and_low_where_any_may_come(tiny_pipe):
+    known = {"flag": torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(3)), "any": torch.zeros(4, 16, 16)}
+    unet = KnownDenoiser(tiny_pipe, known, s=0.0)
+    unet.known[-1] = (unet.known[-1][0], unet.known[-1][1], 1.5)
+    scores = score(with_denoiser(tiny_pipe, unet), list(known), seeds=4, signals=["noise_agreement"])
+    memorized, free = scores.per_prompt("noise_agreement")
+    assert memorized == pytest.approx(1, abs=1e-5)
+    assert free < 0.5
 
 
 def test_agreement_is_the_similarity_of_the_predicted_images_at_the_last_step(tiny_pipe):

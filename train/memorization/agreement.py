@@ -3,11 +3,15 @@
 Consistency (NeMo) compares ``ε(x_T, e_p) − x_T`` among seeds, which is all but ``x̂_0``: at t ≈ T, where
 ``√(1−ᾱ_t) ≈ 1``, ``x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t`` is its negative, scaled. Taking ``x̂_0`` itself carries the
 comparison over to any step. The form is this project's own.
+
+The first step is not where noise tells most. At t ≈ T little of the output is image. Told that the same noise is a
+latent of t = 0.8 T, the denoiser has to find an image in it, and for a memorized prompt finds the same one in any noise
+(:class:`NoiseAgreement`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -15,7 +19,7 @@ from train.memorization.consistency import highest_with_another
 from train.memorization.ssim import rescaled
 
 if TYPE_CHECKING:
-    from train.memorization.signals import Seen
+    from train.memorization.signals import LooksAt, Seen
 
 
 class Agreement:
@@ -26,8 +30,10 @@ class Agreement:
     """
 
     name = "agreement"
-    every_step = compares_seeds = True
-    unconditional = low_noise = attention = False
+    looks_at: ClassVar[LooksAt] = "every step"
+    noise_level: ClassVar[float | None] = None
+    compares_seeds = True
+    unconditional = attention = False
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n, c, h, w]``: ``x̂_0`` with each channel brought to [0, 1], which makes its factor ``√ᾱ_t`` idle."""
@@ -40,3 +46,13 @@ class Agreement:
     def of_prompt(self, values: Tensor) -> Tensor:
         """The highest."""
         return values.max()
+
+
+class NoiseAgreement(Agreement):
+    """MS-SSIM among a prompt's seeds of the images ``x̂_0`` that the prompt alone predicts from pure noise taken for a
+    latent of ``t = 0.8 T``. No step of a trajectory is needed, and no unconditional prediction.
+    """
+
+    name = "noise_agreement"
+    looks_at: ClassVar[LooksAt] = "no step"
+    noise_level: ClassVar[float | None] = 0.8

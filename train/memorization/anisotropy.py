@@ -8,7 +8,7 @@ direction. There the magnitude tells little, but the guidance ``ε(x, e_p) − �
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from train.memorization.magnitude import magnitude
 
 if TYPE_CHECKING:
-    from train.memorization.signals import Seen
+    from train.memorization.signals import LooksAt, Seen
 
 LOW_NOISE = 0.041
 """Where on the schedule the angle is taken: the released code's third last of 50 steps, t = 41 of 1,000."""
@@ -43,13 +43,15 @@ class Anisotropy:
     per_latent: bool = True
 
     name = "anisotropy"
-    unconditional = low_noise = True
-    every_step = attention = compares_seeds = False
+    looks_at: ClassVar[LooksAt] = "first step"
+    noise_level: ClassVar[float | None] = LOW_NOISE
+    unconditional = True
+    attention = compares_seeds = False
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n]``: the magnitude at the first step, the cosine at low noise."""
         assert seen.eps_uncond is not None
-        if not seen.low_noise:
+        if not seen.on_noise:
             m = magnitude(seen.eps_cond, seen.eps_uncond, form="rms")
             return m * PUBLISHED_ELEMENTS**0.5
         guidance, unconditional = seen.eps_cond - seen.eps_uncond, seen.eps_uncond

@@ -7,13 +7,13 @@ trajectory, a memorized one keeps attending to others, so its entropy stays high
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from train.memorization.signals import Seen
+    from train.memorization.signals import LooksAt, Seen
 
 
 class AttentionEntropy:
@@ -23,8 +23,10 @@ class AttentionEntropy:
     """
 
     name = "attention_entropy"
-    every_step = attention = True
-    unconditional = low_noise = compares_seeds = False
+    looks_at: ClassVar[LooksAt] = "every step"
+    noise_level: ClassVar[float | None] = None
+    attention = True
+    unconditional = compares_seeds = False
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n]``, in nats: from 0 to ln tokens."""

@@ -7,7 +7,7 @@ Source: Hintersdorf et al., "Finding NeMo: Localizing Neurons Responsible For Me
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from train.memorization.ssim import ms_ssim, rescaled
 
 if TYPE_CHECKING:
-    from train.memorization.signals import Seen
+    from train.memorization.signals import LooksAt, Seen
 
 
 class Consistency:
@@ -27,7 +27,9 @@ class Consistency:
 
     name = "consistency"
     compares_seeds = True
-    every_step = unconditional = low_noise = attention = False
+    looks_at: ClassVar[LooksAt] = "first step"
+    noise_level: ClassVar[float | None] = None
+    unconditional = attention = False
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n, c, h, w]``: δ with each channel brought to [0, 1]."""

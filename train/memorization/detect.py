@@ -103,7 +103,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     steps = len(scores.timesteps)
     if "auc" in summary:
         chart = out.with_suffix(".png")
-        note = f", {steps} step{'s' * (steps > 1)}, {config.seeds} seed{'s' * (config.seeds > 1)}"
+        looked_at = f"{steps} step{'s' * (steps > 1)}" if steps else "pure noise"
+        note = f", {looked_at}, {config.seeds} seed{'s' * (config.seeds > 1)}"
         draw_chart(chart, labels, scores.of_prompt, note)
         summary["chart"] = str(chart)
     curves = {name: seen.mean(axis=1) for name, seen in scores.observed.items() if seen.shape[2] == steps > 1}

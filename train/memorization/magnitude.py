@@ -7,13 +7,13 @@ Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from train.memorization.signals import Seen
+    from train.memorization.signals import LooksAt, Seen
 
 Form = Literal["l2", "rms"]
 
@@ -85,8 +85,10 @@ class MeanMagnitude:
     form: Form = "l2"
 
     name = "magnitude"
-    every_step = unconditional = True
-    low_noise = attention = compares_seeds = False
+    looks_at: ClassVar[LooksAt] = "every step"
+    noise_level: ClassVar[float | None] = None
+    unconditional = True
+    attention = compares_seeds = False
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n]``."""

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from curate.console import Progress, UsageError, UserError
 from train.components import encode_captions, initial_noise, latent_shape
-from train.memorization.anisotropy import LOW_NOISE
 from train.memorization.attention import recorded_attention
 from train.memorization.magnitude import Form, to_eps
 from train.memorization.signals import Seen, Signal, find_signals
@@ -55,7 +54,7 @@ class Scores:
     seeds: NDArray[np.int64]
     """``[prompts, seeds]``: the seed of every initial noise."""
     timesteps: NDArray[np.int64]
-    """``[steps]``: the steps of the trajectory that were looked at."""
+    """``[steps]``: the steps of the trajectory that were looked at; none if every signal looks at noise alone."""
     values: Mapping[str, NDArray[np.float32]]
     """Signal → ``[prompts, seeds]``."""
     of_prompt: Mapping[str, NDArray[np.float32]]
@@ -189,10 +188,12 @@ class Scoring:
 
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(num_inference_steps)
-        if not any(signal.every_step for signal in self.signals):
-            steps = 1
+        if not any(signal.looks_at == "every step" for signal in self.signals):
+            steps = int(any(signal.looks_at == "first step" for signal in self.signals))
         self.timesteps: list[int] = scheduler.timesteps[:steps].tolist()
-        self.low_noise = round(LOW_NOISE * scheduler.config.num_train_timesteps)
+        levels = {signal.noise_level for signal in self.signals if signal.noise_level is not None}
+        last = scheduler.config.num_train_timesteps - 1
+        self.noise_levels = {level: min(round(level * (last + 1)), last) for level in sorted(levels, reverse=True)}
         self.alphas_cumprod: list[float] = scheduler.alphas_cumprod.tolist()
         self.noise_sigma = float(scheduler.init_noise_sigma)
         self.prediction_type: str = scheduler.config.prediction_type
@@ -203,8 +204,8 @@ class Scoring:
         # All of them in one batch, the same at every start; more would be work for prompts that are not scored.
         self.shared_seeds = shared if len(shared) <= batch_size and self.seeds.size > len(shared) else []
         self._shared: dict[int, Tensor] = {}
-        moments = [any(signal.unconditional for signal in self.signals) or len(self.timesteps) > 1]
-        moments += [any(signal.low_noise for signal in self.signals)]
+        moments = [len(self.timesteps) > 1 or bool(self.timesteps) and needs_unconditional(self._watching(0))]
+        moments += [needs_unconditional(self._on_noise(level)) for level in self.noise_levels]
         self.shared_evaluations = len(self.shared_seeds) * sum(moments)
 
     def groups(self, start: int = 0) -> Iterator[list[PromptScore]]:
@@ -265,10 +266,10 @@ class Scoring:
         observed: dict[str, list[Tensor]] = {signal.name: [] for signal in self.signals}
         evaluations = 0
 
-        def look(t: int, watching: Sequence[Signal], first: bool, guided: bool, low_noise: bool = False) -> Tensor:
+        def look(t: int, watching: Sequence[Signal], first: bool, guided: bool, on_noise: bool = False) -> Tensor:
             """Evaluate at ``t``, show the signals, and return the guided output (the conditional one without need)."""
             nonlocal evaluations
-            unconditional = guided or any(signal.unconditional for signal in watching)
+            unconditional = guided or needs_unconditional(watching)
             shared = self._unconditional(t, seeds) if unconditional and first else None
             maps = any(signal.attention for signal in watching)
             double = unconditional and shared is None
@@ -288,21 +289,29 @@ class Scoring:
                 self._eps(cond, x_t, t),
                 None if uncond is None else self._eps(uncond, x_t, t),
                 {} if recorded is None else recorded.layers,
-                low_noise,
+                on_noise,
             )
             for signal in watching:
                 observed[signal.name].append(signal.observe(seen).float())
             return cond if uncond is None else uncond + self.guidance_scale * (cond - uncond)
 
+        noise = x_t
         for step, t in enumerate(self.timesteps):
-            watching = [signal for signal in self.signals if signal.every_step or step == 0]
             last = step + 1 == len(self.timesteps)
-            output = look(t, watching, first=step == 0, guided=not last)
-            if step == 0 and (low := [signal for signal in self.signals if signal.low_noise]):
-                look(self.low_noise, low, first=True, guided=False, low_noise=True)
+            output = look(t, self._watching(step), first=step == 0, guided=not last)
             if not last:
                 x_t = self._step(output, x_t.float(), t, self.timesteps[step + 1]).to(unet.dtype)
+        x_t = noise
+        for level, t in self.noise_levels.items():
+            look(t, self._on_noise(level), first=True, guided=False, on_noise=True)
         return {name: torch.stack(values, dim=1) for name, values in observed.items()}, evaluations
+
+    def _watching(self, step: int) -> list[Signal]:
+        which = ("every step", "first step") if step == 0 else ("every step",)
+        return [signal for signal in self.signals if signal.looks_at in which]
+
+    def _on_noise(self, level: float) -> list[Signal]:
+        return [signal for signal in self.signals if signal.noise_level == level]
 
     def _denoise(self, x_t: Tensor, t: int, embeds: Tensor) -> Tensor:
         return self.pipe.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0].float()
@@ -334,6 +343,11 @@ class Scoring:
         else:
             x_0 = (x_t - (1 - a_t) ** 0.5 * output) / a_t**0.5
         return a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * self._eps(output, x_t, t)
+
+
+def needs_unconditional(signals: Sequence[Signal]) -> bool:
+    """Whether one of them reads the prediction without a prompt."""
+    return any(signal.unconditional for signal in signals)
 
 
 def check(steps: int, num_inference_steps: int, batch_size: int) -> None:

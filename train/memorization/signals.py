@@ -5,8 +5,8 @@ for, hands each what it sees, and has it combine the observations of one prompt.
 sees ``ε``.
 
     class Alignment:
-        name, unconditional = "alignment", True
-        every_step = low_noise = attention = compares_seeds = False
+        name, looks_at, noise_level, unconditional = "alignment", "first step", None, True
+        attention = compares_seeds = False
 
         def observe(self, seen: Seen) -> Tensor:                # one number, or more, for each image
             return torch.cosine_similarity(seen.eps_cond.flatten(1), seen.eps_uncond.flatten(1))
@@ -24,16 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from curate.console import UsageError
-from train.memorization.agreement import Agreement
+from train.memorization.agreement import Agreement, NoiseAgreement
 from train.memorization.anisotropy import Anisotropy
 from train.memorization.attention_entropy import AttentionEntropy
 from train.memorization.consistency import Consistency
 from train.memorization.magnitude import Form, MeanMagnitude
+
+LooksAt = Literal["every step", "first step", "no step"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Seen:
     """One evaluation of the denoiser for some images, in ε-space and float32."""
 
     x_t: Tensor
-    """``[n, c, h, w]``; the initial noise at the first step and at low noise."""
+    """``[n, c, h, w]``; the initial noise at the first step and at a noise level of a signal's own."""
     t: int
     alpha_bar: float
     eps_cond: Tensor
@@ -51,25 +53,33 @@ class Seen:
     attention: Mapping[str, Tensor]
     """Cross-attention layer → ``[n, tokens]``: the attention to each token under the prompt, averaged over heads and
     latents; empty where no signal asked for it."""
-    low_noise: bool = False
-    """Whether this is the initial noise evaluated near t = 0 rather than a step of the trajectory."""
+    on_noise: bool = False
+    """Whether this is the initial noise at a signal's :attr:`~Signal.noise_level` rather than a step."""
 
 
 class Signal(Protocol):
     """What :func:`train.memorization.score` computes; higher means more likely memorized."""
 
     name: str
-    every_step: bool
-    """Observes each step that is scored; otherwise the first alone."""
     unconditional: bool
     """Reads ``eps_uncond``."""
-    low_noise: bool
-    """Observes the initial noise near t = 0 too, after the first step (both predictions)."""
     attention: bool
     """Reads ``attention``."""
 
     compares_seeds: bool
     """Needs at least two seeds."""
+
+    @property
+    def looks_at(self) -> LooksAt:
+        """Which steps of the trajectory it observes, of those that are scored."""
+        ...
+
+    @property
+    def noise_level(self) -> float | None:
+        """Where it observes the initial noise too, after the steps: a share of the schedule, as 0.8 for t = 800 of
+        1,000. The denoiser is told that noise is a half-denoised image, and shows what it would make of it.
+        """
+        ...
 
     def observe(self, seen: Seen) -> Tensor:
         """What is kept of one evaluation: ``[n, …]``."""
@@ -88,6 +98,7 @@ SIGNALS: Mapping[str, Callable[[Form], Signal]] = {
     "magnitude": MeanMagnitude,
     "consistency": lambda form: Consistency(),
     "agreement": lambda form: Agreement(),
+    "noise_agreement": lambda form: NoiseAgreement(),
     "anisotropy": lambda form: Anisotropy(),
     "attention_entropy": lambda form: AttentionEntropy(),
 }
