@@ -152,16 +152,13 @@ def main() -> None:
         if steps_scored > 1:  # the others are those of the first step
             names = [name for name in names if made[name].looks_at == "every step"]
         scores = score(pipe, captions, signals=names, **options)
-        values = {name: (scores.per_prompt(name), [name]) for name in names}
-        if {"magnitude", "agreement"} <= values.keys():
-            both = ["magnitude", "agreement"]
-            values["magnitude × agreement"] = scores.per_prompt(both[0]) * scores.per_prompt(both[1]), both
-        for name, (value, of) in values.items():
-            found, spent = quality(value, labels, clean), cost(pipe, captions, signals=of, **options)
+        for name in names:
+            spent = cost(pipe, captions, signals=[name], **options)
+            found = quality(scores.per_prompt(name), labels, clean)
             print(f"| {name} | {steps_scored} | {seeds} | {found} | {spent} |", flush=True)
         spent = cost(pipe, captions, signals=names, **options)
         print(f"| all of these | {steps_scored} | {seeds} | | | | | {spent} |", flush=True)
-    left_out(captions, labels, clean, {name: value for name, (value, _) in values.items()})
+    left_out(captions, labels, clean, {name: scores.per_prompt(name) for name in names})
     share = trace_share(pipe, captions[:16], steps, scale)
     print(f"\nThe trace's magnitudes take {100 * share:.2f} % of a guided sampling run of 16 images.")
 

@@ -77,18 +77,26 @@ def ours(judge: Blocking, sets: Sequence[Mask], sizes: Sequence[int]) -> tuple[M
 
 
 @torch.no_grad()
-def draw(pipe: Any, localizer: Localizer, captions: Sequence[str], masks: Mask | None, steps: int, scale: float) -> Any:
+def draw(
+    pipe: Any,
+    localizer: Localizer,
+    captions: Sequence[str],
+    masks: Mask | None,
+    steps: int,
+    scale: float,
+    seeds: Sequence[int] = SEEDS,
+) -> Any:
     """Images of all captions and seeds in one batch, each caption with neurons of its own blocked."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
-    x = torch.stack([initial_noise(latent_shape(pipe.unet), seed) for seed in SEEDS] * len(captions))
-    cond = encode_captions(pipe, captions).repeat_interleave(len(SEEDS), 0)
+    x = torch.stack([initial_noise(latent_shape(pipe.unet), seed) for seed in seeds] * len(captions))
+    cond = encode_captions(pipe, captions).repeat_interleave(len(seeds), 0)
     embeds = torch.cat([encode_captions(pipe, [""]).expand_as(cond), cond])
     with gates(localizer.layers) as gate:
         if masks is not None:
-            factors = torch.from_numpy(~masks).float().repeat_interleave(len(SEEDS), 0).repeat(2, 1)[:, None]
+            factors = torch.from_numpy(~masks).float().repeat_interleave(len(seeds), 0).repeat(2, 1)[:, None]
             sizes = list(localizer.sizes.values())
             for name, part in zip(localizer.layers, factors.split(sizes, dim=2), strict=True):
                 gate[name] = part
@@ -110,10 +118,10 @@ class Measure:
         """``[images]``."""
         return self.index.calibrate(self.index.search(self.embedder.embed(list(images)), 1)[0][:, 0])
 
-    def alignment(self, images: Sequence[Image], captions: Sequence[str]) -> float:
-        """Mean cosine."""
-        texts = self.encoder.embed_texts([caption for caption in captions for _ in SEEDS])
-        return float(np.mean(np.sum(self.encoder.embed_images(list(images)) * texts, axis=1)))
+    def alignments(self, images: Sequence[Image], captions: Sequence[str]) -> Any:
+        """Cosine of each image with its caption: ``[images]``."""
+        texts = self.encoder.embed_texts(captions).repeat(len(images) // len(captions), axis=0)
+        return np.sum(self.encoder.embed_images(list(images)) * texts, axis=1)
 
 
 # ----------------------------------------------------------------------------------------------------- the report
@@ -170,7 +178,7 @@ def compare(pipe: Any, measure: Measure, captions: Sequence[str], localizer: Loc
         similarity = measure.similarity(images)
         print(
             f"blocked: {name:<28} memorized {memorized_share(similarity):.2f}  similarity {similarity.mean():.2f}  "
-            f"alignment {measure.alignment(images, taken):.2f}"
+            f"alignment {measure.alignments(images, taken).mean():.2f}"
         )
 
 

@@ -56,6 +56,8 @@ from train.sampling.config import SampleConfig
 from train.sampling.job import open_index, run_sample
 
 log = get_logger(__name__)
+SIZES = ("captions", "held_out", "seeds", "first_seed", "steps", "scale")
+"""Options that every row of a table shares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Bench:
     def __init__(self, run: Path, args: argparse.Namespace) -> None:
         self.protocol = read_protocol(run / "protocol.yaml")
         self.out, self.neurons = args.out, args.neurons
-        self.sizes = {name: getattr(args, name) for name in ("captions", "held_out", "seeds", "steps", "scale")}
+        self.sizes = {name: getattr(args, name) for name in SIZES}
         self.out.mkdir(parents=True, exist_ok=True)
         for kind, number in zip(KINDS, (args.captions, args.held_out), strict=True):
             write_prompts(self.out / f"{kind}.jsonl", self.protocol.prompts[kind], number)
@@ -258,6 +260,7 @@ class Bench:
                 index=self.protocol.index,
                 neurons=blocked,
                 seeds=self.sizes["seeds"] if kind == "repeated" else 1,
+                first_seed=self.sizes["first_seed"],
                 steps=self.sizes["steps"],
                 scale=self.sizes["scale"],
             )
@@ -444,6 +447,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=24, help="repeated captions")
     parser.add_argument("--held_out", type=int, default=32, help="held-out captions, drawn once each")
     parser.add_argument("--seeds", type=int, default=2, help="images of each repeated caption")
+    parser.add_argument("--first_seed", type=int, default=0, help="of each caption's images")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--scale", type=float, default=4.0, help="of classifier-free guidance")
     parser.add_argument("--neurons", default="", help="file of train localize for this model")

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from curate.console import UserError
 from tests.train.known_denoisers import KnownDenoiser, with_denoiser
 from train.components import encode_captions, initial_noise
-from train.memorization import score
+from train.memorization import magnitude, score
 from train.memorization.agreement import Agreement
 from train.memorization.anisotropy import Anisotropy
 from train.memorization.attention import attention_probabilities, cross_attention_layers, recorded_attention
@@ -130,24 +130,40 @@ def test_a_denoiser_without_cross_attention_is_refused_by_name(tiny_pipe):
         score(pipe, ["flag"], signals=["attention_entropy"])
 
 
-def test_agreement_on_noise_takes_one_evaluation_a_seed_and_no_step(tiny_pipe):
-    scores = score(tiny_pipe, ["flag", "horse"], steps=3, seeds=[4, 9], signals=["noise_agreement"])
-    assert (scores.evaluations, scores.timesteps.tolist()) == (4, [])
+def test_joint_is_magnitude_times_agreement(tiny_pipe):
+    names = ["joint", "agreement", "magnitude"]
+    scores = score(tiny_pipe, ["flag", "horse"], steps=3, seeds=3, signals=names)
+    joint, agreement, m = (scores.per_prompt(name) for name in names)
+    assert joint == pytest.approx(agreement * m, rel=1e-5)
+    assert score(tiny_pipe, ["flag"], seeds=3, signals=["joint"], form="rms").per_prompt("joint")[0] < joint[0] / 10
+
+
+def test_joint_on_noise_takes_no_step(tiny_pipe):
+    scores = score(tiny_pipe, ["flag", "horse"], steps=3, seeds=[4, 9], signals=["joint_on_noise"])
+    assert (scores.evaluations, scores.timesteps.tolist()) == (2 + 4, [])  # without a prompt, and with each
     noise = torch.stack([initial_noise((4, 16, 16), seed) for seed in (4, 9)])
-    for caption, found in zip(["flag", "horse"], scores.per_prompt("noise_agreement"), strict=True):
+
+    def eps(caption: str) -> torch.Tensor:
         embeds = encode_captions(tiny_pipe, [caption]).expand(2, -1, -1)
         with torch.no_grad():
-            eps = tiny_pipe.unet(noise, 800, encoder_hidden_states=embeds, return_dict=False)[0]
-        one, other = rescaled(noise - (1 - tiny_pipe.scheduler.alphas_cumprod[800]) ** 0.5 * eps).split(1)
-        assert found == pytest.approx(ms_ssim(one, other).item(), rel=1e-4)
+            return tiny_pipe.unet(noise, 800, encoder_hidden_states=embeds, return_dict=False)[0]
+
+    for caption, found in zip(["flag", "horse"], scores.per_prompt("joint_on_noise"), strict=True):
+        one, other = rescaled(noise - (1 - tiny_pipe.scheduler.alphas_cumprod[800]) ** 0.5 * eps(caption)).split(1)
+        m = magnitude(eps(caption), eps("")).mean()
+        assert found == pytest.approx((m * ms_ssim(one, other)).item(), rel=1e-4)
 
 
 def test_agreement_on_noise_is_whole_where_one_image_is_known_and_low_where_any_may_come(tiny_pipe):
     known = {"flag": torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(3)), "any": torch.zeros(4, 16, 16)}
     unet = KnownDenoiser(tiny_pipe, known, s=0.0)
     unet.known[-1] = (unet.known[-1][0], unet.known[-1][1], 1.5)
-    scores = score(with_denoiser(tiny_pipe, unet), list(known), seeds=4, signals=["noise_agreement"])
-    memorized, free = scores.per_prompt("noise_agreement")
+
+    class OnNoise(Agreement):
+        name, looks_at, noise_level = "on_noise", "no step", 0.8
+
+    scores = score(with_denoiser(tiny_pipe, unet), list(known), seeds=4, signals=[OnNoise()])
+    memorized, free = scores.per_prompt("on_noise")
     assert memorized == pytest.approx(1, abs=1e-5)
     assert free < 0.5
 

@@ -4,18 +4,23 @@ Consistency (NeMo) compares ``ε(x_T, e_p) − x_T`` among seeds, which is all b
 ``√(1−ᾱ_t) ≈ 1``, ``x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t`` is its negative, scaled. Taking ``x̂_0`` itself carries the
 comparison over to any step. The form is this project's own.
 
+Agreement and magnitude err in different ways: a pair of alike noises agrees on any prompt, and a caption of a narrow
+kind has a magnitude of its own. :class:`Joint` is their product.
+
 The first step is not where noise tells most. At t ≈ T little of the output is image. Told that the same noise is a
 latent of t = 0.8 T, the denoiser has to find an image in it, and for a memorized prompt finds the same one in any noise
-(:class:`NoiseAgreement`).
+(:class:`JointOnNoise`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from train.memorization.consistency import highest_with_another
+from train.memorization.magnitude import Form, magnitude
 from train.memorization.ssim import rescaled
 
 if TYPE_CHECKING:
@@ -48,11 +53,34 @@ class Agreement:
         return values.max()
 
 
-class NoiseAgreement(Agreement):
-    """MS-SSIM among a prompt's seeds of the images ``x̂_0`` that the prompt alone predicts from pure noise taken for a
-    latent of ``t = 0.8 T``. No step of a trajectory is needed, and no unconditional prediction.
+class Joint(Agreement):
+    """:class:`Agreement` times the magnitude, averaged over the steps and the prompt's seeds.
+
+    Args:
+        form: of the magnitude.
     """
 
-    name = "noise_agreement"
+    name = "joint"
+    unconditional = True
+
+    def __init__(self, form: Form = "l2") -> None:
+        self.form = form
+
+    def observe(self, seen: Seen) -> Tensor:
+        """``[n, c + 1, h, w]``: what agreement observes, and the magnitude all over one more channel."""
+        assert seen.eps_uncond is not None
+        m = magnitude(seen.eps_cond, seen.eps_uncond, form=self.form)
+        image = super().observe(seen)
+        return torch.cat([image, m[:, None, None, None].expand_as(image[:, :1])], dim=1)
+
+    def combine(self, observed: Tensor) -> Tensor:
+        """``[seeds, steps, c + 1, h, w]`` → ``[seeds]``."""
+        return super().combine(observed[:, :, :-1]) * observed[:, :, -1].mean()
+
+
+class JointOnNoise(Joint):
+    """The same from pure noise taken for a latent of ``t = 0.8 T``: no step of a trajectory is needed."""
+
+    name = "joint_on_noise"
     looks_at: ClassVar[LooksAt] = "no step"
     noise_level: ClassVar[float | None] = 0.8

@@ -29,7 +29,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from curate.console import UsageError
-from train.memorization.agreement import Agreement, NoiseAgreement
+from train.memorization.agreement import Agreement, Joint, JointOnNoise
 from train.memorization.anisotropy import Anisotropy
 from train.memorization.attention_entropy import AttentionEntropy
 from train.memorization.consistency import Consistency
@@ -98,7 +98,8 @@ SIGNALS: Mapping[str, Callable[[Form], Signal]] = {
     "magnitude": MeanMagnitude,
     "consistency": lambda form: Consistency(),
     "agreement": lambda form: Agreement(),
-    "noise_agreement": lambda form: NoiseAgreement(),
+    "joint": Joint,
+    "joint_on_noise": JointOnNoise,
     "anisotropy": lambda form: Anisotropy(),
     "attention_entropy": lambda form: AttentionEntropy(),
 }
