@@ -1,0 +1,266 @@
+"""Do the neurons behind a memorized prompt become few and clean as the UNet becomes wider?
+
+    python -m benchmarks.neuron_width --run runs/quickstart --out runs/neuron_width         widths 1 to 3: 90 minutes
+    python -m benchmarks.neuron_width --run runs/quickstart --out runs/neuron_width --widths 2
+
+Each width is the carried sample model with every channel of its UNet ``width`` times, fine-tuned on the quickstart's
+raw set, where 24 images are repeated 40 times. Widening keeps the function: a channel's copies compute the same at
+first, but what reads them divides its weight among them at random, so that each copy gets a gradient of its own and
+they part in training (after Chen, Goodfellow, Shlens, "Net2Net", ICLR 2016, who divide evenly and add noise). All
+widths have the same data, order, noise and steps; the learning rate is divided by the width.
+
+Then the repeated captions are drawn with the first n neurons of each prompt blocked, by several orders, and held-out
+captions that draw no copy with the neurons of a repeated one: which share is still memorized, and what alignment that
+costs others, and how like their images stay to what they were. Neurons are clean where a tenth of the copies is left,
+nine tenths with as many at random, and others keep their alignment. A finished width is neither trained nor measured
+again; the table and the figure (``width.png``) are of all that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.filter_effect import read_settings
+from benchmarks.localize import Measure, draw, slopes
+from curate.console import get_logger, write_json
+from train.components import load_pipeline
+from train.evaluation.metrics import memorized_share
+from train.finetune.config import FinetuneConfig
+from train.finetune.loop import run_finetune
+from train.memorization.config import MEMORIZED
+from train.memorization.localize import Localizer
+from train.memorization.neurons import Mask, activations, value_layers
+from train.prompts import read_prompts
+from train.quickstart import sample_model_dir
+from train.sampling.job import open_index
+
+log = get_logger(__name__)
+SHARES = (0.1, 0.15, 0.2, 0.3, 0.5)
+"""Of the neurons, blocked; of those in the down and mid blocks all of them too."""
+STEPS, SCALE, SEEDS = 10, 5.0, (100, 101)
+"""Of the images; of others the first seed alone."""
+SPREAD = 0.5
+"""Standard deviation of a copy's share of an outgoing weight, in standard deviations of the layer's weights."""
+
+
+# ------------------------------------------------------------------------------------------------------ widening
+
+
+def widened(unet: nn.Module, width: int, seed: int = 0) -> nn.Module:
+    """A ``UNet2DConditionModel`` with ``width`` times the channels of each layer and the same output.
+
+    Copies of a channel lie side by side, so groups of normalisation and heads of attention hold the copies of what they
+    held. Heads become wider, not more.
+
+    Args:
+        unet: the narrow one, with convolutions in its transformers or without; it is not changed.
+        width: 1 or more.
+        seed: of the division of weights.
+    """
+    from diffusers import UNet2DConditionModel
+
+    config = dict(unet.config)
+    narrow = config["block_out_channels"]
+    config["block_out_channels"] = [width * channels for channels in narrow]
+    wide = UNet2DConditionModel.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    state, weights = unet.state_dict(), {}
+    for name, target in wide.state_dict().items():
+        weight = state[name]
+        if name == "time_embedding.linear_1.weight":
+            # Its input is no channel but the timestep's sines and cosines: every width-th frequency is an old one.
+            spread = weight.new_zeros(target.shape[0] // width, target.shape[1])
+            spread[:, ::width] = weight
+            weight = spread
+        elif weight.dim() > 1 and target.shape[1] != weight.shape[1]:
+            weight = divided(weight, width, generator)
+        if target.shape[0] != weight.shape[0]:
+            weight = weight.repeat_interleave(width, dim=0)
+        if name.endswith("to_q.weight"):
+            weight = weight / width**0.5  # a product of width times the terms, divided by the root of their number
+        weights[name] = weight
+    wide.load_state_dict(weights)
+    return wide
+
+
+def divided(weight: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """``[out, in, …] → [out, width · in, …]``: of each input's copies random parts that add up to its weight."""
+    parts = torch.randn(width, *weight.shape, generator=generator).to(weight) * SPREAD * weight.std()
+    parts = parts - parts.mean(0) + weight / width
+    return torch.stack(list(parts), dim=2).flatten(1, 2)
+
+
+def train(out: Path, run: Path, width: int) -> Path:
+    """The fine-tuned pipeline's folder; that of width 1 is the quickstart's own."""
+    if width == 1:
+        return run / "finetune_raw" / "model"
+    folder = out / f"width-{width}"
+    if not (folder / "untrained" / "model_index.json").is_file():
+        pipe = load_pipeline(str(sample_model_dir()))
+        pipe.unet = widened(pipe.unet, width)
+        pipe.save_pretrained(folder / "untrained")
+    settings = {key: value for key, value in read_settings()["finetune"].items() if key != "filter"}
+    settings["learning_rate"] = float(settings["learning_rate"]) / width
+    log.info("width %d", width)
+    summary = run_finetune(
+        FinetuneConfig(
+            model=str(folder / "untrained"), shards=[str(run / "raw")], out=str(folder / "finetune"), **settings
+        )
+    )
+    if summary.get("stopped"):
+        raise SystemExit("stopped; the same command goes on from there")
+    return folder / "finetune" / "model"
+
+
+# ----------------------------------------------------------------------------------------------------- measurement
+
+
+def copies_cosine(unet: nn.Module, width: int) -> float | None:
+    """Mean cosine of the weights of two copies of a value neuron: 1 before training, less as they part."""
+    if width == 1:
+        return None
+    cosines = []
+    for layer in value_layers(unet, up_blocks=True).values():
+        rows = layer.weight.detach().float().unflatten(0, (-1, width))  # type: ignore[operator,union-attr]
+        rows = nn.functional.normalize(rows, dim=-1)
+        cosines.append((rows @ rows.transpose(1, 2))[:, *np.triu_indices(width, 1)].mean())
+    return float(torch.stack(cosines).mean())
+
+
+def measure(pipe: Any, run: Path, width: int, others: int) -> dict[str, Any]:
+    """Copies left of the repeated captions and alignment left of others, by order and number of blocked neurons."""
+    prompts = read_prompts(run / "prompts" / "detect.jsonl")
+    repeated = [prompt.caption for prompt in prompts if prompt.label == 1]
+    held_out = [prompt.caption for prompt in prompts if prompt.label == 0]
+    judge = Measure(*open_index(str(run / "curated")))
+    localizer = Localizer(pipe, held_out, up_blocks=True)
+    inner = ~np.concatenate([np.full(size, "up_blocks" in name) for name, size in localizer.sizes.items()])
+
+    def memorized(masks: Mask | None) -> float:
+        images = draw(pipe, localizer, repeated, masks, STEPS, SCALE, SEEDS)
+        return memorized_share(judge.similarity(images))
+
+    def images(captions: Sequence[str], masks: Mask | None) -> Any:
+        return draw(pipe, localizer, captions, masks, STEPS, SCALE, SEEDS[:1])
+
+    similarity = judge.similarity(images(held_out, None))
+    clean = [caption for caption, near in zip(held_out, similarity, strict=True) if near <= MEMORIZED][:others]
+
+    def of_others(masks: Mask | None) -> tuple[Any, Any]:
+        """Their alignment, and their embeddings."""
+        own = None if masks is None else masks[np.arange(len(clean)) % len(masks)]
+        drawn = images(clean, own)
+        return judge.alignments(drawn, clean), judge.embedder.embed(drawn)
+
+    unblocked, before = of_others(None)
+    z = localizer.statistics.z(activations(pipe, repeated, localizer.layers))
+    gradient = np.stack([slopes(localizer, caption) for caption in repeated])
+    orders = {
+        "z-score of activations": (z, inner | True),
+        "gradient of the magnitude": (gradient, inner | True),
+        "gradient, down and mid": (gradient, inner),
+        "random": (np.random.default_rng(0).random(z.shape), inner | True),
+    }
+    result: dict[str, Any] = {
+        "width": width,
+        "parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
+        "neurons": len(inner),
+        "neurons_down_mid": int(inner.sum()),
+        "copies_cosine": copies_cosine(pipe.unet, width),
+        "memorized": memorized(None),
+        "alignment": float(unblocked.mean()),
+        "others": len(clean),
+        "orders": {},
+    }
+    for name, (scores, which) in orders.items():
+        rank = np.argsort(np.argsort(-np.where(which, scores, -np.inf), axis=1), axis=1)
+        points = result["orders"][name] = []
+        for share in (*SHARES, 1.0) if which is inner else SHARES:
+            masks = rank < share * which.sum()
+            alignments, after = of_others(masks)
+            change = alignments - unblocked
+            points.append(
+                {
+                    "blocked": int(masks[0].sum()),
+                    "memorized": memorized(masks),
+                    "alignment_change": float(change.mean() / unblocked.mean()),
+                    "standard_error": float(change.std() / len(change) ** 0.5 / unblocked.mean()),
+                    "similarity_to_unblocked": float(judge.index.calibrate((after * before).sum(1)).mean()),
+                }
+            )
+            log.info("width %d, %s: %s", width, name, points[-1])
+    return result
+
+
+def as_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """A row for each width, order and number of blocked neurons."""
+    heads = ["width", "parameters", "neurons", "order", "blocked", "memorized", "others: alignment", "like unblocked"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for result in results:
+        head = f"| {result['width']} | {result['parameters'] / 1e6:.1f} M | {result['neurons']} |"
+        lines.append(f"{head} nothing | 0 | {result['memorized']:.2f} | {result['alignment']:.3f} | 1 |")
+        for name, points in result["orders"].items():
+            for point in points:
+                change = f"{point['alignment_change']:+.0%} ± {point['standard_error']:.0%}"
+                left = f"{point['memorized']:.2f} | {change} | {point['similarity_to_unblocked']:.2f}"
+                lines.append(f"{head} {name} | {point['blocked']} | {left} |")
+    return "\n".join(lines)
+
+
+def draw_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A column for each width: copies left above, others' alignment below, against the share of blocked neurons."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(results), 4.8), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
+    colours = ("#4c78a8", "#d1495b", "#e9a13b", "#999")
+    for (above, below), result in zip(axes.T, results, strict=True):
+        for (name, points), colour in zip(result["orders"].items(), colours, strict=True):
+            x = [0, *(point["blocked"] / result["neurons"] for point in points)]
+            style = {"color": colour, "marker": "o", "markersize": 3, "label": name}
+            above.plot(x, [result["memorized"], *(point["memorized"] for point in points)], **style)
+            below.plot(x, [0, *(point["alignment_change"] for point in points)], **style)
+        above.axhline(0.1 * result["memorized"], color="#bbb", linewidth=0.8, linestyle="--")
+        below.axhline(-0.02, color="#bbb", linewidth=0.8, linestyle="--")
+        above.set_title(f"width {result['width']}: {result['neurons']} neurons", fontsize=10)
+        below.set(xlabel="share of neurons blocked, a prompt", xlim=(-0.01, 0.52), ylim=(-0.4, 0.1))
+        for axis in (above, below):
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(ylabel="memorized share of images", ylim=(-0.02, 1))
+    axes[1, 0].set_ylabel("change of others' alignment")
+    axes[1, 0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    """Read the command line, do what is left to do, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of train quickstart")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the widths' models, figures and measures")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--others", type=int, default=64, help="held-out captions that are drawn, at most")
+    args = parser.parse_args()
+    for width in args.widths:
+        record = args.out / f"width-{width}.json"
+        if not record.is_file():
+            pipe = load_pipeline(str(train(args.out, args.run, width)))
+            pipe.unet.requires_grad_(False)
+            write_json(record, measure(pipe, args.run, width, args.others))
+    results = [json.loads(path.read_text()) for path in args.out.glob("width-*.json")]
+    results.sort(key=lambda result: result["width"])
+    draw_figure(results, args.out / "width.png")
+    print(as_markdown(results))
+
+
+if __name__ == "__main__":
+    main()
