@@ -219,7 +219,7 @@ class TrainingIndex:
         columns = (queries if len(queries) > 1 else queries.repeat(2, 1)).T
         best = queries.new_empty(len(queries), 0)
         best_rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        with torch.no_grad(), _float32_products():
+        with torch.no_grad(), _float32_products(queries.device.type):
             for start, rows in self._blocks(len(queries)):
                 similarity = (rows @ columns)[:, : len(queries)].T
                 best, best_rows = _merge(best, best_rows, similarity, start, k)
@@ -425,13 +425,14 @@ def _merge(best: Tensor, best_rows: Tensor, similarity: Tensor, start: int, k: i
 
 
 @contextmanager
-def _float32_products() -> Iterator[None]:
-    """Full float32 in matrix products, whatever the process chose: nearest rows are exact."""
+def _float32_products(device: str) -> Iterator[None]:
+    """Full float32 in matrix products, whatever the process or an autocast around it chose: nearest rows are exact."""
     import torch
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -78,13 +78,18 @@ def test_equal_rows_of_many_blocks_come_in_their_order(monkeypatch):
             np.testing.assert_array_equal(numbers, np.lexsort((np.arange(3000), -query[axes]))[:k])
 
 
-def test_the_process_keeps_its_precision_of_products(index):
+def test_a_search_is_exact_whatever_precision_the_process_chose_and_leaves_it(index):
+    expected = index.search(index.vectors(np.arange(9)), 5)
     torch.set_float32_matmul_precision("medium")
     try:
-        index.search(index.vectors(3), 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = index.search(index.vectors(np.arange(9)), 5)
+            assert torch.is_autocast_enabled("cpu")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_what_is_no_number_is_answered_as_that(index):
