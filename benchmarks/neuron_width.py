@@ -47,6 +47,8 @@ SHARES = (0.1, 0.15, 0.2, 0.3, 0.5)
 """Of the neurons, blocked; of those in the down and mid blocks all of them too."""
 STEPS, SCALE, SEEDS = 10, 5.0, (100, 101)
 """Of the images; of others the first seed alone."""
+OTHERS = 64
+"""Held-out captions that are drawn, at most."""
 SPREAD = 0.5
 """Standard deviation of a copy's share of an outgoing weight, in standard deviations of the layer's weights."""
 
@@ -54,7 +56,7 @@ SPREAD = 0.5
 # ------------------------------------------------------------------------------------------------------ widening
 
 
-def widened(unet: nn.Module, width: int, seed: int = 0) -> nn.Module:
+def widened(unet: nn.Module, width: int) -> nn.Module:
     """A ``UNet2DConditionModel`` with ``width`` times the channels of each layer and the same output.
 
     Copies of a channel lie side by side, so groups of normalisation and heads of attention hold the copies of what they
@@ -63,15 +65,13 @@ def widened(unet: nn.Module, width: int, seed: int = 0) -> nn.Module:
     Args:
         unet: the narrow one, with convolutions in its transformers or without; it is not changed.
         width: 1 or more.
-        seed: of the division of weights.
     """
     from diffusers import UNet2DConditionModel
 
     config = dict(unet.config)
-    narrow = config["block_out_channels"]
-    config["block_out_channels"] = [width * channels for channels in narrow]
+    config["block_out_channels"] = [width * channels for channels in config["block_out_channels"]]
     wide = UNet2DConditionModel.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     state, weights = unet.state_dict(), {}
     for name, target in wide.state_dict().items():
         weight = state[name]
@@ -95,7 +95,7 @@ def divided(weight: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """``[out, in, …] → [out, width · in, …]``: of each input's copies random parts that add up to its weight."""
     parts = torch.randn(width, *weight.shape, generator=generator).to(weight) * SPREAD * weight.std()
     parts = parts - parts.mean(0) + weight / width
-    return torch.stack(list(parts), dim=2).flatten(1, 2)
+    return parts.movedim(0, 2).flatten(1, 2)
 
 
 def train(out: Path, run: Path, width: int) -> Path:
@@ -135,7 +135,7 @@ def copies_cosine(unet: nn.Module, width: int) -> float | None:
     return float(torch.stack(cosines).mean())
 
 
-def measure(pipe: Any, run: Path, width: int, others: int) -> dict[str, Any]:
+def measure(pipe: Any, run: Path, width: int) -> dict[str, Any]:
     """Copies left of the repeated captions and alignment left of others, by order and number of blocked neurons."""
     prompts = read_prompts(run / "prompts" / "detect.jsonl")
     repeated = [prompt.caption for prompt in prompts if prompt.label == 1]
@@ -152,7 +152,7 @@ def measure(pipe: Any, run: Path, width: int, others: int) -> dict[str, Any]:
         return draw(pipe, localizer, captions, masks, STEPS, SCALE, SEEDS[:1])
 
     similarity = judge.similarity(images(held_out, None))
-    clean = [caption for caption, near in zip(held_out, similarity, strict=True) if near <= MEMORIZED][:others]
+    clean = [caption for caption, near in zip(held_out, similarity, strict=True) if near <= MEMORIZED][:OTHERS]
 
     def of_others(masks: Mask | None) -> tuple[Any, Any]:
         """Their alignment, and their embeddings."""
@@ -163,11 +163,12 @@ def measure(pipe: Any, run: Path, width: int, others: int) -> dict[str, Any]:
     unblocked, before = of_others(None)
     z = localizer.statistics.z(activations(pipe, repeated, localizer.layers))
     gradient = np.stack([slopes(localizer, caption) for caption in repeated])
+    every = np.ones_like(inner)
     orders = {
-        "z-score of activations": (z, inner | True),
-        "gradient of the magnitude": (gradient, inner | True),
+        "z-score of activations": (z, every),
+        "gradient of the magnitude": (gradient, every),
         "gradient, down and mid": (gradient, inner),
-        "random": (np.random.default_rng(0).random(z.shape), inner | True),
+        "random": (np.random.default_rng(0).random(z.shape), every),
     }
     result: dict[str, Any] = {
         "width": width,
@@ -248,18 +249,20 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of train quickstart")
     parser.add_argument("--out", type=Path, required=True, help="folder of the widths' models, figures and measures")
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--others", type=int, default=64, help="held-out captions that are drawn, at most")
     args = parser.parse_args()
     for width in args.widths:
         record = args.out / f"width-{width}.json"
         if not record.is_file():
             pipe = load_pipeline(str(train(args.out, args.run, width)))
             pipe.unet.requires_grad_(False)
-            write_json(record, measure(pipe, args.run, width, args.others))
+            write_json(record, measure(pipe, args.run, width))
     results = [json.loads(path.read_text()) for path in args.out.glob("width-*.json")]
     results.sort(key=lambda result: result["width"])
     draw_figure(results, args.out / "width.png")
     print(as_markdown(results))
+    for result in results:
+        if result["copies_cosine"] is not None:
+            print(f"width {result['width']}: copies of a value neuron have a cosine of {result['copies_cosine']:.3f}")
 
 
 if __name__ == "__main__":

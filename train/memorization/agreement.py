@@ -4,8 +4,7 @@ Consistency (NeMo) compares ``ε(x_T, e_p) − x_T`` among seeds, which is all b
 ``√(1−ᾱ_t) ≈ 1``, ``x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t`` is its negative, scaled. Taking ``x̂_0`` itself carries the
 comparison over to any step. The form is this project's own.
 
-Agreement and magnitude err in different ways: a pair of alike noises agrees on any prompt, and a caption of a narrow
-kind has a magnitude of its own. :class:`Joint` is their product.
+Agreement and magnitude err on different prompts and noises: :class:`Joint` is their product.
 
 The first step is not where noise tells most. At t ≈ T little of the output is image. Told that the same noise is a
 latent of t = 0.8 T, the denoiser has to find an image in it, and for a memorized prompt finds the same one in any noise

@@ -204,7 +204,7 @@ class Scoring:
         # All of them in one batch, the same at every start; more would be work for prompts that are not scored.
         self.shared_seeds = shared if len(shared) <= batch_size and self.seeds.size > len(shared) else []
         self._shared: dict[int, Tensor] = {}
-        moments = [len(self.timesteps) > 1 or bool(self.timesteps) and needs_unconditional(self._watching(0))]
+        moments = [len(self.timesteps) > 1 or needs_unconditional(self._watching(0))]
         moments += [needs_unconditional(self._on_noise(level)) for level in self.noise_levels]
         self.shared_evaluations = len(self.shared_seeds) * sum(moments)
 
