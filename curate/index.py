@@ -223,7 +223,7 @@ class TrainingIndex:
             for start, rows in self._blocks(len(queries)):
                 similarity = (rows @ columns)[:, : len(queries)].T
                 best, best_rows = _merge(best, best_rows, similarity, start, k)
-        return best.cpu().numpy(), best_rows.cpu().numpy()
+        return best.contiguous().cpu().numpy(), best_rows.contiguous().cpu().numpy()
 
     def hold(self, device: Any = None, most: int = _HELD_BYTES) -> None:
         """Keep the unit rows in the memory of a device in float32, if they take at most ``most`` bytes.

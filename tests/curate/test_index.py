@@ -43,6 +43,7 @@ def test_search_finds_what_brute_force_finds(index, monkeypatch):
             similarity, found = fresh.search(queries, k)
             assert similarity.shape == found.shape == (7, min(k, 300))
             assert (similarity.dtype, found.dtype) == (np.float32, np.int64)
+            assert similarity.flags.c_contiguous and found.flags.c_contiguous  # or torch warns of every use
             np.testing.assert_allclose(similarity, np.sort(cosine, 1)[:, ::-1][:, :k], atol=1e-6)
             np.testing.assert_allclose(np.take_along_axis(cosine, found, 1), similarity, atol=1e-6)
 
