@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from train.components import load_pipeline, set_attention
+from train.denoising.attention import set_attention
+from train.denoising.loading import load_pipeline
 from train.quickstart import sample_model_dir
 
 BATCH, ROUNDS = 32, 7

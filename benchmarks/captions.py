@@ -19,10 +19,11 @@ import time
 
 import numpy as np
 
-from curate.embed import NgramEmbedder, normalise_caption
-from curate.engine import cpu_count
-from curate.join import embedded_captions
-from curate.neighbors import find_pairs
+from afresh.cores import cpu_count
+from curate.embed.ngrams import NgramEmbedder
+from curate.neighbors.join import find_pairs
+from curate.reading.captions import normalise_caption
+from curate.stages.join import embedded_captions
 
 PATTERNS = (
     "a {0} {1} beside the {2} {3}, {4}",
@@ -38,7 +39,7 @@ PATTERNS = (
 
 def make_captions(n: int, seed: int = 0) -> tuple[list[str], list[tuple[int, int]]]:
     """``n`` captions, and the pairs (original, edited copy) among them."""
-    from train.sample_set import load_part
+    from train.inputs.sample_set import load_part
 
     parts = ("pretrain", "finetune", "held_out")
     texts = " ".join(sample.caption or "" for part in parts for sample in load_part(part))

@@ -53,13 +53,14 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from afresh.cores import cpu_count
 from benchmarks.embedders import BENCHMARK_EDITS
 from benchmarks.photographs import SHORTER_SIDE, grain, library_photographs, photograph
 from benchmarks.read import cpu_seconds, decoding
-from curate.embed import NgramEmbedder
-from curate.engine import LocalEngine, cpu_count
-from curate.ledger import KEPT, read_ledger
-from curate.shards import write_shard
+from curate.embed.ngrams import NgramEmbedder
+from curate.engines.local import LocalEngine
+from curate.reading.writing import write_shard
+from curate.results.ledger import KEPT, read_ledger
 
 FORMAT = 1  # of the images: those of another one are made again
 PER_SHARD = 500

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from curate.engine import cpu_count
+from afresh.cores import cpu_count
 from train.finetune import loop
 from train.finetune.config import FinetuneConfig
+from train.inputs.sample_set import sample_set_dir
 from train.quickstart import sample_model_dir
-from train.sample_set import sample_set_dir
 
 WARM_UP = 10
 

@@ -28,14 +28,15 @@ import torch
 
 import train.sampling.guidance
 from curate.config import DedupConfig
-from curate.embed import embed_captions
-from train.components import initial_noise, latent_shape, load_pipeline
+from curate.embed.ngrams import embed_captions
+from train.denoising.loading import load_pipeline
+from train.denoising.stable_diffusion import initial_noise, latent_shape
+from train.inputs.prompts import read_prompts
 from train.memorization.config import MEMORIZED
-from train.memorization.detect import labels_of, read_outcomes, separation
-from train.memorization.magnitude import magnitude
-from train.memorization.score import score
-from train.memorization.signals import SIGNALS
-from train.prompts import read_prompts
+from train.memorization.detection.separation import labels_of, read_outcomes, separation
+from train.memorization.scoring import score
+from train.memorization.signals.magnitude import magnitude
+from train.memorization.signals.registry import SIGNALS
 from train.sampling import GuidedStableDiffusion
 
 SETTINGS = ((1, 1), (1, 4), (5, 4))

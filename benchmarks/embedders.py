@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.photographs import library_photographs
-from curate import edits
-from curate.embed import EMBEDDERS, Embedder, load_embedder
-from curate.images import ImageError, decode_image, stack_images
+from curate.embed import edits
+from curate.embed.protocol import Embedder
+from curate.embed.registry import EMBEDDERS, load_embedder
+from curate.reading.images import ImageError, decode_image, stack_images
 
 FALSE_PAIRS = 1e-6
 DIFFERENT = 8  # grey levels of 255
@@ -62,7 +63,7 @@ BENCHMARK_EDITS: dict[str, edits.Edit] = {
 
 def carried_samples() -> list[Image.Image]:
     """The carried emoji."""
-    from train.sample_set import load_part
+    from train.inputs.sample_set import load_part
 
     parts = ("pretrain", "finetune", "held_out")
     return [decode_image(sample.image) for part in parts for sample in load_part(part)]

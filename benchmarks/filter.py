@@ -25,21 +25,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from afresh.progress import progress
 from benchmarks.filter_effect import COPY, POLICIES
-from curate.console import progress
-from curate.images import decode_image
-from curate.shards import read_samples
-from train.components import SmallModel, build_pipeline, encode_captions, load_pipeline, pixel_size, set_attention
-from train.finetune.buckets import bring_to
+from curate.reading.images import decode_image
+from curate.reading.samples import read_samples
+from train.denoising.attention import set_attention
+from train.denoising.loading import load_pipeline
+from train.denoising.stable_diffusion import encode_captions, pixel_size
+from train.finetune.caches.latents import encode_moments
 from train.finetune.config import Calibration, FilterConfig
-from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior
-from train.finetune.filter import MemorizationFilter
-from train.finetune.latents import encode_moments
-from train.finetune.loss import squared_errors, weighted_loss
-from train.finetune.order import SampleOrder
-from train.memorization.magnitude import magnitude
+from train.finetune.data.buckets import bring_to
+from train.finetune.data.order import SampleOrder
+from train.finetune.filter.filter import MemorizationFilter
+from train.finetune.model.diffusion import Diffusion, draw_randomness, sample_posterior
+from train.finetune.model.loss import squared_errors, weighted_loss
+from train.memorization.signals.magnitude import magnitude
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
 from train.quickstart import sample_model_dir
+from train.sample_model.small import SmallModel, build_pipeline
 
 CPU = torch.device("cpu")
 DROPOUT = 0.1

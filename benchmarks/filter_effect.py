@@ -26,14 +26,15 @@ from typing import Any
 
 import yaml
 
+from afresh.files import write_json
+from afresh.progress import get_logger
 from curate.config import DedupConfig
-from curate.console import get_logger, write_json
+from curate.decisions.sample_lists import write_ids
 from curate.dedup import run_dedup
-from curate.idlist import write_ids
-from curate.shards import read_samples
+from curate.reading.samples import read_samples
 from train.config import MessConfig, QuickstartConfig
 from train.evaluation.config import EvaluateConfig
-from train.evaluation.protocol import run_evaluate
+from train.evaluation.evaluate import run_evaluate
 from train.finetune.config import Calibration, FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
 from train.quickstart import make_mess, sample_model_dir

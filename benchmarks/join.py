@@ -39,8 +39,8 @@ from pathlib import Path
 
 import numpy as np
 
-from curate.engine import cpu_count
-from curate.join import CROWD
+from afresh.cores import cpu_count
+from curate.stages.join import CROWD
 
 THRESHOLD = 0.9
 QUERIES = 4096
@@ -66,9 +66,9 @@ def mosaics(rows: int, seed: int = 0) -> np.ndarray:
     """``[rows, 169]`` float16; see the head of this file."""
     from PIL import Image
 
-    from curate.embed import LayoutEmbedder
-    from curate.images import decode_image, stack_images
-    from train.sample_set import load_part
+    from curate.embed.layout import LayoutEmbedder
+    from curate.reading.images import decode_image, stack_images
+    from train.inputs.sample_set import load_part
 
     parts = ("pretrain", "finetune", "held_out")
     images = [decode_image(sample.image) for part in parts for sample in load_part(part)]
@@ -108,8 +108,8 @@ def crowd(rows: int, seed: int = 0) -> np.ndarray:
 def captions(rows: int, seed: int = 0) -> np.ndarray:
     """``[rows, 512]`` float16: the captions of :mod:`benchmarks.captions` as curation's default embedder has them."""
     from benchmarks.captions import make_captions
-    from curate.embed import NgramEmbedder
-    from curate.join import embedded_captions
+    from curate.embed.ngrams import NgramEmbedder
+    from curate.stages.join import embedded_captions
 
     return embedded_captions(NgramEmbedder(), make_captions(rows, seed)[0])
 
@@ -121,7 +121,7 @@ def ours(
     embeddings: np.ndarray, threads: int, crowd: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``(i, j, similarity)``."""
-    from curate.neighbors import find_pairs
+    from curate.neighbors.join import find_pairs
 
     pairs = find_pairs(embeddings, THRESHOLD, crowd=crowd, threads=threads)
     return pairs.i, pairs.j, pairs.similarity
@@ -150,7 +150,7 @@ def brute_force(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.nd
 
 def within_cells(embeddings: np.ndarray, threads: int, probes: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``(i, j, similarity)`` of rows that share one of their ``probes`` nearest cells."""
-    from curate.cells import find_pairs_in_cells
+    from curate.neighbors.cells import find_pairs_in_cells
 
     pairs = find_pairs_in_cells(embeddings, THRESHOLD, probes=probes, threads=threads)
     return pairs.i, pairs.j, pairs.similarity
@@ -170,7 +170,7 @@ def _measure(side: str, path: str, threads: int, out: str) -> None:
     import faiss  # noqa: F401  both sides carry the same libraries
     import threadpoolctl  # noqa: F401
 
-    import curate.neighbors  # noqa: F401
+    import curate.neighbors.join  # noqa: F401
 
     embeddings = np.load(path, mmap_mode="r")
     before = _resident("VmRSS")

@@ -26,16 +26,19 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from curate.console import progress
-from curate.embed import Embedder
-from curate.index import TrainingIndex
-from train.components import encode_captions, initial_noise, latent_shape, load_pipeline
-from train.evaluation.dual_encoder import DualEncoder
-from train.evaluation.metrics import memorized_share
-from train.memorization.localize import Blocking, Localizer, candidate_sets, refine, select
-from train.memorization.neurons import Mask, activations, gates, to_mask
-from train.prompts import read_prompts
-from train.sampling.job import open_index
+from afresh.progress import progress
+from curate.embed.protocol import Embedder
+from curate.index.training_index import TrainingIndex
+from train.denoising.loading import load_pipeline
+from train.denoising.stable_diffusion import encode_captions, initial_noise, latent_shape
+from train.evaluation.judging.dual_encoder import DualEncoder
+from train.evaluation.judging.metrics import memorized_share
+from train.inputs.prompts import read_prompts
+from train.memorization.neurons.blocking import gates
+from train.memorization.neurons.localization import Localizer
+from train.memorization.neurons.search import Blocking, candidate_sets, refine, select
+from train.memorization.neurons.value_neurons import Mask, activations, to_mask
+from train.sampling.pipelines.session import open_index
 
 SEEDS = (100,)
 """Of the images; the searches did not see it."""

@@ -46,14 +46,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from curate.console import get_logger, write_json
-from train.evaluation.drawn import Drawn, read_drawn
-from train.evaluation.dual_encoder import DualEncoder
-from train.evaluation.protocol import PIXEL_COPY, Judge, evaluate_images, read_images, read_protocol
+from afresh.files import write_json
+from afresh.progress import get_logger
+from train.evaluation.judging.drawn import Drawn, read_drawn
+from train.evaluation.judging.dual_encoder import DualEncoder
+from train.evaluation.judging.judge import PIXEL_COPY, Judge
+from train.evaluation.judging.measuring import evaluate_images
+from train.evaluation.judging.originals import read_images
+from train.evaluation.protocol import read_protocol
+from train.inputs.prompts import read_prompts
 from train.memorization.config import MEMORIZED
-from train.prompts import read_prompts
 from train.sampling.config import SampleConfig
-from train.sampling.job import open_index, run_sample
+from train.sampling.job.job import run_sample
+from train.sampling.pipelines.session import open_index
 
 log = get_logger(__name__)
 SIZES = ("captions", "held_out", "seeds", "first_seed", "steps", "scale")

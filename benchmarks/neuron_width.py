@@ -28,19 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from afresh.files import write_json
+from afresh.progress import get_logger
 from benchmarks.filter_effect import read_settings
 from benchmarks.localize import Measure, draw, slopes
-from curate.console import get_logger, write_json
-from train.components import load_pipeline
-from train.evaluation.metrics import memorized_share
+from train.denoising.loading import load_pipeline
+from train.evaluation.judging.metrics import memorized_share
 from train.finetune.config import FinetuneConfig
 from train.finetune.loop import run_finetune
+from train.inputs.prompts import read_prompts
 from train.memorization.config import MEMORIZED
-from train.memorization.localize import Localizer
-from train.memorization.neurons import Mask, activations, value_layers
-from train.prompts import read_prompts
+from train.memorization.neurons.localization import Localizer
+from train.memorization.neurons.value_neurons import Mask, activations, value_layers
 from train.quickstart import sample_model_dir
-from train.sampling.job import open_index
+from train.sampling.pipelines.session import open_index
 
 log = get_logger(__name__)
 SHARES = (0.1, 0.15, 0.2, 0.3, 0.5)

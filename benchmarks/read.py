@@ -30,17 +30,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from afresh.cores import cpu_count
 from benchmarks.photographs import grain
 from curate.config import DedupConfig
-from curate.engine import cpu_count
 
 SIDE = 512
 
 
 def photographs(count: int, seed: int = 0) -> Iterator[bytes]:
     """Encoded images; see the head of this file."""
-    from curate.images import decode_image
-    from train.sample_set import load_part
+    from curate.reading.images import decode_image
+    from train.inputs.sample_set import load_part
 
     images = [decode_image(sample.image) for sample in load_part("pretrain")]
     rng = np.random.default_rng(seed)
@@ -64,7 +64,7 @@ def write_shards(folder: Path, images: int, shards: int, distinct: int | None = 
 
     With ``distinct`` only so many are made, and come again under other names and captions.
     """
-    from curate.shards import write_shard
+    from curate.reading.writing import write_shard
 
     made = photographs(images) if distinct is None else itertools.cycle(list(photographs(distinct)))
     total = 0
@@ -84,9 +84,9 @@ def write_shards(folder: Path, images: int, shards: int, distinct: int | None = 
 
 def _stage(folder: str, changes: dict[str, object], answer: str) -> None:
     """In a process of its own: run the stage and leave its figures in ``answer``."""
-    from curate.engine import LocalEngine
-    from curate.read import cached_embedder, read_stage
-    from curate.shards import expand_shards, shard_names
+    from curate.engines.local import LocalEngine
+    from curate.reading.urls import expand_shards, shard_names
+    from curate.stages.read import cached_embedder, read_stage
 
     config = DedupConfig(shards=[folder], **changes)  # type: ignore[arg-type]
     urls = expand_shards(config.shards)
@@ -158,10 +158,11 @@ def measure(folder: Path, **changes: object) -> dict[str, float]:
 
 def decoding(folder: Path, pixel_hash: bool) -> float:
     """CPU seconds in which all images are decoded on this thread, at the stage's scale."""
-    from curate.embed import LayoutEmbedder
-    from curate.images import decode_scaled
-    from curate.read import SCALE_TO_SPARE
-    from curate.shards import Sample, expand_shards, read_samples
+    from curate.embed.layout import LayoutEmbedder
+    from curate.reading.images import decode_scaled
+    from curate.reading.samples import Sample, read_samples
+    from curate.reading.urls import expand_shards
+    from curate.stages.read import SCALE_TO_SPARE
 
     at_least = None if pixel_hash else SCALE_TO_SPARE * LayoutEmbedder.size
     seconds = 0.0

@@ -35,14 +35,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from curate.console import write_json
-from curate.index import Calibration, TrainingIndex
-from train.sampling import pipeline as pipelines
-from train.sampling.amg import AMG
+from afresh.files import write_json
+from curate.index.calibration import Calibration
+from curate.index.training_index import TrainingIndex
+from train.denoising.preview import LinearDecoder
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Guidance
-from train.sampling.pipeline import GuidedStableDiffusion
-from train.sampling.preview import LinearDecoder
+from train.sampling.pipelines import stable_diffusion as pipelines
+from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
+from train.sampling.terms.amg import AMG
 
 SETTINGS: dict[str, dict[str, Any]] = {  # fields of AMGConfig
     "AMG, main": {},
@@ -178,8 +179,8 @@ def sample_case(run: Path, steps: int, scale: float) -> tuple[Case, list[str], l
     from diffusers import StableDiffusionPipeline
 
     from train.evaluation.protocol import read_protocol
-    from train.prompts import read_prompts
-    from train.sampling.job import open_index
+    from train.inputs.prompts import read_prompts
+    from train.sampling.pipelines.session import open_index
 
     protocol = read_protocol(run / "protocol.yaml")
     stock = StableDiffusionPipeline.from_pretrained(protocol.models["raw"], local_files_only=True)
@@ -197,8 +198,8 @@ def stable_diffusion_case(pixels: int, rows: int, steps: int, scale: float) -> C
     from transformers import ResNetConfig, ResNetModel
 
     from benchmarks.stable_diffusion_memory import random_pipeline
-    from curate.networks import IMAGENET_MEAN, IMAGENET_STD, TorchEmbedder
-    from curate.preprocess import Preprocessing
+    from curate.embed.preprocessing import Preprocessing
+    from curate.embed.torch_embedder import IMAGENET_MEAN, IMAGENET_STD, TorchEmbedder
 
     class Network(torch.nn.Module):
         def __init__(self) -> None:

@@ -31,15 +31,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from afresh.cores import cpu_count
+from afresh.storage import Place
 from curate.config import DedupConfig, ReportConfig
 from curate.dedup import settings_of
-from curate.engine import LocalEngine, cpu_count
-from curate.join import Joined, decide_stage
-from curate.pairs import Crowd, Pairs
-from curate.place import Place
-from curate.publish import publish_index, publish_ledger, publish_report, summarise
-from curate.read import READ_COLUMNS, Rows, cached_embedder
-from curate.rewrite import plan_shards
+from curate.engines.local import LocalEngine
+from curate.neighbors.verify import Crowd, Pairs
+from curate.stages.decide import decide_stage
+from curate.stages.join import Joined
+from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
+from curate.stages.read import cached_embedder
+from curate.stages.rows import READ_COLUMNS, Rows
+from curate.stages.write import plan_shards
 
 PER_SHARD = 1000
 SHARDS = 4  # that stand for all
@@ -145,8 +148,8 @@ def _chained(n: int, pairs: int, rng: np.random.Generator) -> Pairs:
 
 def _shards(folder: Path) -> list[str]:
     """Real shards of carried images, some of which are repeated to fill them."""
-    from curate.shards import write_shard
-    from train.sample_set import load_part
+    from curate.reading.writing import write_shard
+    from train.inputs.sample_set import load_part
 
     images = [sample.image for sample in load_part("pretrain")]
     paths = [folder / f"real-{number}.tar" for number in range(SHARDS)]

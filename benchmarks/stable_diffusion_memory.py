@@ -48,7 +48,7 @@ def random_pipeline(pixels: int) -> StableDiffusionPipeline:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from train.components import train_tokenizer
+    from train.sample_model.small import train_tokenizer
 
     tokenizer = train_tokenizer(["a photograph of an astronaut riding a horse"], 600, 77)
     return StableDiffusionPipeline(
@@ -85,8 +85,8 @@ def random_pipeline(pixels: int) -> StableDiffusionPipeline:
 
 def write_images(folder: Path) -> None:
     """A shard of eight carried samples; the trainer scales them up."""
-    from curate.shards import write_shard
-    from train.sample_set import load_part
+    from curate.reading.writing import write_shard
+    from train.inputs.sample_set import load_part
 
     write_shard(str(folder / "000000.tar"), [(s.key, dict(s.members)) for s in load_part("finetune")[:8]])
 

@@ -30,22 +30,25 @@ import numpy as np
 import torch
 import yaml
 
+from afresh.files import to_json, write_json
+from afresh.progress import progress
 from benchmarks.filter_effect import COPY, Size, finetune_settings, prepare, read_settings
-from curate.console import progress, to_json, write_json
-from curate.images import decode_image
-from curate.shards import read_samples
-from train.components import encode_captions, load_pipeline, pixel_size
-from train.finetune.buckets import bring_to
-from train.finetune.diffusion import sample_posterior
-from train.finetune.latents import encode_moments
-from train.finetune.order import generator
+from curate.reading.images import decode_image
+from curate.reading.samples import read_samples
+from train.denoising.loading import load_pipeline
+from train.denoising.predictions import to_eps
+from train.denoising.stable_diffusion import encode_captions, pixel_size
+from train.finetune.caches.latents import encode_moments
+from train.finetune.data.buckets import bring_to
+from train.finetune.data.order import generator
+from train.finetune.model.diffusion import sample_posterior
 from train.memorization.config import MEMORIZED
-from train.memorization.magnitude import magnitude, to_eps
-from train.memorization.roc import roc_auc, tpr_at_fpr
+from train.memorization.detection.roc import roc_auc, tpr_at_fpr
+from train.memorization.signals.magnitude import magnitude
 from train.memorization.thresholds import BANDS
 from train.quickstart import sample_model_dir
 from train.sampling.config import SampleConfig
-from train.sampling.job import run_sample
+from train.sampling.job.job import run_sample
 
 
 def train(out: Path, every: int, last: int) -> list[Path]:

@@ -32,21 +32,23 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image, ImageDraw
 
-from curate.console import get_logger, write_atomic, write_json
-from curate.embed import load_embedder
-from curate.images import decode_image, stack_images
-from curate.index import TrainingIndex
-from train.evaluation.drawn import Drawn
-from train.evaluation.dual_encoder import DualEncoder
-from train.evaluation.metrics import frechet_distance
-from train.evaluation.protocol import Judge
+from afresh.files import write_atomic, write_json
+from afresh.progress import get_logger
+from curate.embed.registry import load_embedder
+from curate.index.training_index import TrainingIndex
+from curate.reading.images import decode_image, stack_images
+from train.evaluation.judging.drawn import Drawn
+from train.evaluation.judging.dual_encoder import DualEncoder
+from train.evaluation.judging.judge import Judge
+from train.evaluation.judging.metrics import frechet_distance
+from train.inputs.sample_set import load_part
 from train.sample_model.pixels import SIDE, TRAINING_SET, PixelsConfig, PixelSet, pixel_set, run
-from train.sample_set import load_part
-from train.sampling.amg import AMG
 from train.sampling.guidance import Guidance
-from train.sampling.rejection import Rejection, as_pixels
+from train.sampling.pipelines.unconditional import GuidedUnconditional
 from train.sampling.similarity import ObjectLevel, PixelIndex
-from train.sampling.unconditional import GuidedUnconditional
+from train.sampling.terms.amg import AMG
+from train.sampling.terms.judges import as_pixels
+from train.sampling.terms.rejection import Rejection
 
 log = get_logger(__name__)
 EARLY = {"sim_form": "excess", "normalise": True, "lambda_a": 0.0, "lambda_b": 0.3, "c_3": 6.0}

@@ -1,3 +1,3 @@
 """Curation of captioned image sets: finds copies, drops them, and keeps an account of every sample."""
 
-__version__ = "0.1.0"
+from afresh import __version__ as __version__

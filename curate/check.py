@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from afresh.cores import cpu_count, in_order, shares
+from afresh.errors import UsageError
 from curate.config import CheckConfig
-from curate.console import UsageError
-from curate.engine import LocalEngine, cpu_count, in_order, shares
-from curate.shards import BadSample, Sample, expand_shards, read_samples, sample_bytes, shard_bytes, shard_names
+from curate.engines.local import LocalEngine
+from curate.reading.samples import BadSample, Sample, read_samples, sample_bytes
+from curate.reading.urls import expand_shards, shard_bytes, shard_names
 
 LISTED_PER_SHARD = 100_000
 BYTES_AHEAD = 1 << 26  # of samples that are being decoded
@@ -106,7 +108,7 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
 
 def _problems(item: Sample | BadSample, max_pixels: int) -> tuple[str, list[tuple[str, str]]]:
     """The key of a sample, and what is wrong with it: kinds and reasons."""
-    from curate.images import ImageError, decode_image
+    from curate.reading.images import ImageError, decode_image
 
     if isinstance(item, BadSample):
         return item.key, [(item.kind, item.reason)]
@@ -123,3 +125,4 @@ def _problems(item: Sample | BadSample, max_pixels: int) -> tuple[str, list[tupl
         reason = f"{len(item.images)} images ({', '.join(item.images)}): {item.image_ext} is taken"
         found.append(("several_images", reason))
     return item.key, found
+

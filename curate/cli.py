@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from curate.commands import Verb, run
+from afresh.commands import run
+from afresh.configs import Verb
 
 VERBS = {
     "import": Verb(
@@ -49,3 +50,4 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 success, 1 failure, 2 bad usage."""
     return run("curate", "Curate a captioned image set: find its copies and keep one of each.", VERBS, argv)
+

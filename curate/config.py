@@ -207,3 +207,4 @@ class ExportConfig:
     format: Literal["dataset", "parquet", "ids"] = "dataset"
     status: Literal["kept", "dropped", "unreadable"] = "kept"
     file_bytes: int = 500_000_000
+

@@ -4,11 +4,11 @@ Stages, each of which leaves files so that a stopped run is continued where it w
 
 1. read: each shard once; hashes, sizes, captions and image embeddings → ``work/read/*.parquet``,
 2. join: pairs of near images and of near captions → ``work/pairs-*.parquet``,
-3. decide: who is kept, and who stands for whom (:mod:`curate.decide`); cheap, done anew every time,
+3. decide: who is kept, and who stands for whom (:mod:`curate.decisions.rules`); cheap, done anew every time,
 4. write: the kept samples' bytes → ``shards/*.tar``,
 5. publish: ledger, index, report and, last, ``summary.json``. A folder without it is unfinished.
 
-The result may lie at a URL (:mod:`curate.place`): then the caches of the first two stages stay in a local folder, and
+The result may lie at a URL (:mod:`afresh.storage`): then the caches of the first two stages stay in a local folder, and
 everything else is sent there as it is finished, with the marks by which a stopped run is continued.
 
 Of the images, memory holds the few that are being read; what grows with the set are the embeddings and one row
@@ -28,22 +28,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import curate
+from afresh.errors import UsageError, UserError
+from afresh.files import digest
+from afresh.progress import get_logger
+from afresh.runs import locked
+from afresh.storage import Place, open_out
 from curate.config import PREFERENCES, DedupConfig
-from curate.console import UsageError, UserError, digest, get_logger, locked
-from curate.engine import LocalEngine
-from curate.idlist import ids_digest, listed_keys
-from curate.join import against_stage, decide_stage, exclude_stage, join_stage, open_others
-from curate.place import Place, open_out
-from curate.publish import publish_index, publish_ledger, publish_report, summarise
-from curate.read import Rows, cached_embedder, preferred_fields, read_stage
-from curate.rewrite import plan_shards, write_stage
-from curate.shards import expand_shards, fingerprint, shard_names
+from curate.decisions.sample_lists import ids_digest, listed_keys
+from curate.engines.local import LocalEngine
+from curate.reading.urls import expand_shards, fingerprint, shard_names
+from curate.stages.decide import against_stage, decide_stage, exclude_stage, open_others
+from curate.stages.join import join_stage
+from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
+from curate.stages.read import cached_embedder, preferred_fields, read_stage
+from curate.stages.rows import Rows
+from curate.stages.write import plan_shards, write_stage
 
 if TYPE_CHECKING:
-    from curate.embed import CaptionEmbedder, Embedder
+    from curate.embed.protocol import CaptionEmbedder, Embedder
+
 
 log = get_logger(__name__)
-
 CACHE_FORMAT = 6
 
 
@@ -113,9 +118,6 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         clock.lap("publish")
     shown = {key: value for key, value in summary.items() if key != "settings"}
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
-
-
-# ------------------------------------------------------------------------------------------- before the work
 
 
 def _check_settings(config: DedupConfig) -> None:
@@ -210,7 +212,7 @@ def _note_changes(out: Place, config: DedupConfig, inputs: Mapping[str, str]) ->
 
 @lru_cache(maxsize=2)
 def _caption_embedder(name: str) -> CaptionEmbedder:
-    from curate.embed import load_caption_embedder
+    from curate.embed.registry import load_caption_embedder
 
     return load_caption_embedder(name)
 
@@ -240,3 +242,4 @@ class _Clock:
 
     def total(self) -> float:
         return round(time.monotonic() - self.start, 3)
+

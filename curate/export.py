@@ -18,12 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from afresh.errors import UsageError, UserError
+from afresh.files import write_atomic
+from afresh.progress import progress
+from afresh.runs import locked
+from afresh.storage import Place
 from curate.config import ExportConfig
-from curate.console import UsageError, UserError, locked, progress, write_atomic
-from curate.ledger import KEPT, read_ledger
-from curate.place import Place
-from curate.report import read_summary
-from curate.shards import BadSample, Sample, read_samples
+from curate.reading.samples import BadSample, Sample, read_samples
+from curate.results.ledger import KEPT, read_ledger
+from curate.results.report_page import read_summary
 
 ROWS_PER_GROUP = 100  # of a parquet file: what a reader takes at a time
 GROUP_BYTES = 100_000_000
@@ -115,9 +118,6 @@ def _written_aside(dest: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------ the samples
-
-
 def kept_samples(out: str) -> Iterator[dict[str, Any]]:
     """Kept samples in their order, as rows of COLUMNS. Raises ``UserError`` if shards and ledger do not agree."""
     ledger = read_ledger(out, ["shard", "key", "status"])
@@ -165,9 +165,6 @@ def _parsed(data: bytes | None) -> Any:
         return json.loads(data) if data is not None else None
     except (ValueError, RecursionError):
         return None
-
-
-# ------------------------------------------------------------------------------------------------- the formats
 
 
 def _write_ids(out: str, dest: Path, status: str) -> int:
@@ -236,3 +233,4 @@ def _write_parquet(out: str, folder: Path, kept: int, file_bytes: int) -> int:
 
 def _image_bytes(row: Mapping[str, Any]) -> int:
     return len(row["image"]["bytes"])
+

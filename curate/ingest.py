@@ -1,10 +1,10 @@
 """``curate import``: other forms of captioned images into the tar shards that curation reads.
 
-Rows of a source (:mod:`curate.sources`) become samples, and shards are written as they fill: ``000000.tar`` and so
-on, each followed by the account of the rows it took in, ``work/000000.parquet``. A stopped run is continued behind the
-last shard whose account stands there. At the end the accounts become ``import.parquet``, and ``summary.json`` says
-that the folder is finished. Two samples are held in memory at a time, whatever the number of rows. At a URL
-(:mod:`curate.place`) there lies the same, and here the shard that is being written.
+Rows of a source (:mod:`curate.importing.sources`) become samples, and shards are written as they fill: ``000000.tar``
+and so on, each followed by the account of the rows it took in, ``work/000000.parquet``. A stopped run is continued
+behind the last shard whose account stands there. At the end the accounts become ``import.parquet``, and
+``summary.json`` says that the folder is finished. Two samples are held in memory at a time, whatever the number of
+rows. At a URL (:mod:`afresh.storage`) there lies the same, and here the shard that is being written.
 """
 
 from __future__ import annotations
@@ -23,26 +23,21 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afresh.errors import UsageError, UserError
+from afresh.files import to_json, write_atomic
+from afresh.progress import Progress, get_logger, progress
+from afresh.runs import locked, refuse_other_settings
+from afresh.storage import Place, open_out
 from curate.config import ImportConfig
-from curate.console import (
-    Progress,
-    UsageError,
-    UserError,
-    get_logger,
-    locked,
-    progress,
-    refuse_other_settings,
-    to_json,
-    write_atomic,
-)
-from curate.images import CONVERTED_FORMATS, ImageError, image_format, to_png
-from curate.ledger import write_table
-from curate.place import Place, open_out
-from curate.shards import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, write_shard
-from curate.sources import Content, Row, RowError, Source, open_source
+from curate.importing.rows import Content, Row, RowError, Source
+from curate.importing.sources import open_source
+from curate.reading.images import CONVERTED_FORMATS, ImageError, image_format, to_png
+from curate.reading.samples import IMAGE_EXTENSIONS
+from curate.reading.tar import MAX_MEMBER_BYTES
+from curate.reading.writing import write_shard
+from curate.results.ledger import write_table
 
 log = get_logger(__name__)
-
 IMPORTED, SKIPPED = "imported", "skipped"
 SCHEMA = pa.schema(
     [
@@ -100,9 +95,6 @@ def run_import(config: ImportConfig) -> dict[str, Any]:
     return {**summary, "seconds": round(time.monotonic() - start, 3)}
 
 
-# ------------------------------------------------------------------------------------------- before the work
-
-
 def _check_settings(config: ImportConfig) -> None:
     for name in ("max_pixels", "samples_per_shard", "shard_bytes"):
         value = getattr(config, name)
@@ -137,9 +129,6 @@ def _prepare(out: Place, config: ImportConfig, source: Source) -> None:
         (out.made_in / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"out: cannot write to {out.made_in}: {error.strerror or error}") from error
-
-
-# ------------------------------------------------------------------------------------------------- the work
 
 
 def _import(source: Source, out: Place, config: ImportConfig) -> None:
@@ -249,9 +238,6 @@ def _converted(image: bytes, extension: str, config: ImportConfig) -> bytes:
         raise RowError(f"cannot be converted: {extension}: {error}") from error
 
 
-# -------------------------------------------------------------------------------------------------- accounts
-
-
 def _write_account(out: Place, number: int, account: list[Any], size: int) -> None:
     columns = zip(*account, strict=True) if account else [()] * len(SCHEMA)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
@@ -307,3 +293,4 @@ def _publish(out: Place) -> dict[str, Any]:
         "shards": len(shards),
         "bytes": sum(shards),
     }
+

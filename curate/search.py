@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from afresh.errors import UsageError, UserError
 from curate.config import SearchConfig
-from curate.console import UsageError, UserError
 
 _BLOCK = 1 << 14  # captions compared at a time
 
@@ -28,8 +28,8 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         raise UsageError("search takes either --image FILE or --caption TEXT")
     if config.k < 1:
         raise UsageError(f"k must be at least 1, got {config.k}")
-    from curate.index import TrainingIndex
-    from curate.report import read_summary
+    from curate.index.training_index import TrainingIndex
+    from curate.results.report_page import read_summary
 
     read_summary(config.out)  # says so when the curation is unfinished
     index = TrainingIndex.load(config.out)
@@ -55,8 +55,8 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
 
 
 def _by_image(index: Any, file: str, k: int) -> tuple[Any, Any]:
-    from curate.embed import load_embedder
-    from curate.images import ImageError, decode_image
+    from curate.embed.registry import load_embedder
+    from curate.reading.images import ImageError, decode_image
 
     try:
         image = decode_image(Path(file).expanduser().read_bytes())
@@ -71,7 +71,7 @@ def _by_image(index: Any, file: str, k: int) -> tuple[Any, Any]:
 def _by_caption(index: Any, caption: str, embedder_name: str, k: int) -> tuple[Any, Any]:
     import numpy as np
 
-    from curate.embed import load_caption_embedder
+    from curate.embed.registry import load_caption_embedder
 
     embedder = load_caption_embedder(embedder_name)
     wanted = embedder.embed([caption])[0]
@@ -81,3 +81,4 @@ def _by_caption(index: Any, caption: str, embedder_name: str, k: int) -> tuple[A
         similarity[start : start + _BLOCK] = embedder.embed(captions) @ wanted
     rows = np.argsort(-similarity, kind="stable")[:k]
     return similarity[rows], rows
+

@@ -34,7 +34,7 @@ def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def sample_shards() -> list[str]:
     """Paths of the four carried tar shards."""
-    from train.sample_set import sample_shards
+    from train.inputs.sample_set import sample_shards
 
     return sample_shards()
 
@@ -44,8 +44,8 @@ def emoji(sample_shards: list[str]) -> list[tuple]:
     """The first 64 carried samples as (PIL image, caption)."""
     from itertools import islice
 
-    from curate.images import decode_image
-    from curate.shards import read_samples
+    from curate.reading.images import decode_image
+    from curate.reading.samples import read_samples
 
     samples = islice(read_samples(sample_shards[0]), 64)
     return [(decode_image(sample.image), sample.caption) for sample in samples]
@@ -56,7 +56,7 @@ def tiny_pipe():
     """A randomly initialised Stable Diffusion pipeline of 64×64 pixels; do not change it in place."""
     import torch
 
-    from train.components import tiny_pipeline
+    from train.sample_model.small import tiny_pipeline
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
     return tiny_pipeline(seed=0)

@@ -18,8 +18,8 @@ from typing import Literal
 
 import pytest
 
+from afresh import commands, configs, errors, files, progress, summaries
 from curate import cli as curate_cli
-from curate import commands, console
 from train import cli as train_cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +137,7 @@ def job(config: Config) -> dict:
     print("a library talks on stdout")
     os.system("echo a subprocess talks on stdout")
     if config.out == "fail":
-        raise console.UserError("shards/000003.tar: truncated after sample 'cat'")
+        raise errors.UserError("shards/000003.tar: truncated after sample 'cat'")
     if config.out == "defect":
         raise RuntimeError("two\nlines")
     if config.out == "denied":
@@ -153,7 +153,7 @@ def tool(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "project_test_double", sys.modules[__name__])
     verbs = {
-        "dedup": commands.Verb(
+        "dedup": configs.Verb(
             "project_test_double:Config", "project_test_double:job", "try it", positionals=("shards", "out")
         )
     }
@@ -217,7 +217,7 @@ def test_the_summary_is_aligned_without_json(tool):
 
 
 def test_rows_of_a_summary_become_a_table():
-    text = commands.format_summary(
+    text = summaries.format_summary(
         {"rows": [{"model": "raw", "share": 0.61239}, {"model": "curated", "share": 0}]}
     )
     assert text.splitlines() == ["model     share", "raw      0.6124", "curated       0"]
@@ -302,7 +302,7 @@ class Strict:
 
 def test_keys_without_a_default_are_asked_for_together(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "project_test_double", sys.modules[__name__])
-    verbs = {"sample": commands.Verb("project_test_double:Strict", "project_test_double:job", "try it")}
+    verbs = {"sample": configs.Verb("project_test_double:Strict", "project_test_double:job", "try it")}
     assert commands.run("train", "A trial.", verbs, ["sample", "--seed", "1"]) == 2
     line = "error: train sample needs --model, --out: on the command line, or in a --config file\n"
     assert capsys.readouterr().err == line
@@ -318,18 +318,18 @@ def test_an_unknown_verb_is_bad_usage(capsys):
 
 def test_write_atomic_leaves_the_old_file_and_no_remains_when_writing_fails(tmp_path):
     path = tmp_path / "new" / "ledger.json"
-    console.write_json(path, {"b": 1, "a": Path("x")})
+    files.write_json(path, {"b": 1, "a": Path("x")})
     assert path.read_text() == '{\n  "a": "x",\n  "b": 1\n}\n'
-    with pytest.raises(RuntimeError), console.write_atomic(path) as temporary:
+    with pytest.raises(RuntimeError), files.write_atomic(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert os.listdir(path.parent) == ["ledger.json"] and json.loads(path.read_text()) == {"a": "x", "b": 1}
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(console, "LINE_EVERY_SECONDS", 0.0)
-    assert list(console.progress([1, 2, 3], desc="embedding", unit="images")) == [1, 2, 3]
-    with console.progress(total=4, desc="reading", unit="shards") as bar:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    assert list(progress.progress([1, 2, 3], desc="embedding", unit="images")) == [1, 2, 3]
+    with progress.progress(total=4, desc="reading", unit="shards") as bar:
         bar.update(2)
     err = capsys.readouterr().err
     assert "embedding: 3/3 images" in err and "reading: 2/4 shards" in err and "\r" not in err
@@ -337,9 +337,9 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(console, "LINE_EVERY_SECONDS", 0.0)
-    assert list(console.progress(range(3), desc="embedding", unit="images")) == [0, 1, 2]
-    log = console.get_logger("curate.test")
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    assert list(progress.progress(range(3), desc="embedding", unit="images")) == [0, 1, 2]
+    log = progress.get_logger("curate.test")
     log.info("said by all")
     log.warning("seen by one")
     assert capsys.readouterr().err == "warning: seen by one\n"

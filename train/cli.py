@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from curate.commands import Verb, run
+from afresh.commands import run
+from afresh.configs import Verb
 
 VERBS = {
     "quickstart": Verb(
@@ -20,28 +21,28 @@ VERBS = {
     ),
     "verdicts": Verb(
         "train.finetune.config:VerdictsConfig",
-        "train.finetune.verdicts:run_verdicts",
+        "train.finetune.filter.verdicts:run_verdicts",
         "list the samples that a run's filter left out again and again, to exclude them for good",
         positionals=("run", "out"),
     ),
     "sample": Verb(
         "train.sampling.config:SampleConfig",
-        "train.sampling.job:run_sample",
+        "train.sampling.job.job:run_sample",
         "draw images for a file of prompts, with any guidance",
     ),
     "detect": Verb(
         "train.memorization.config:DetectConfig",
-        "train.memorization.detect:run_detect",
+        "train.memorization.detection.job:run_detect",
         "score prompts by how strongly the model has memorized them",
     ),
     "localize": Verb(
         "train.evaluation.config:LocalizeConfig",
-        "train.evaluation.blocking:run_localize",
+        "train.evaluation.localize:run_localize",
         "find the neurons behind memorized prompts, and show what blocking them does",
     ),
     "explain": Verb(
         "train.memorization.config:ExplainConfig",
-        "train.memorization.explain:run_explain",
+        "train.memorization.explaining.job:run_explain",
         "say which words of a prompt its memorization hangs on, and what to change first",
     ),
     "audit": Verb(
@@ -51,7 +52,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "train.evaluation.config:EvaluateConfig",
-        "train.evaluation.protocol:run_evaluate",
+        "train.evaluation.evaluate:run_evaluate",
         "compare models and guidances: copies, alignment, quality, time",
     ),
 }
@@ -62,3 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     # transformers warns at import of every optional package that is missing; none of it is for the user to act on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return run("train", "Fine-tune Stable Diffusion, sample and measure, without memorization.", VERBS, argv)
+

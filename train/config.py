@@ -66,3 +66,4 @@ class QuickstartConfig:
     outcome_steps: int = 10
     columns: int = 10
     batch_size: int = 32
+

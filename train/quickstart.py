@@ -25,12 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from curate.console import claim, get_logger, write_atomic, write_json
-from curate.edits import EDITS, Edit
-from curate.images import decode_image
-from curate.shards import Sample, write_shard
+from afresh.files import write_atomic, write_json
+from afresh.progress import get_logger
+from afresh.runs import claim
+from curate.embed.edits import EDITS, Edit
+from curate.reading.images import decode_image
+from curate.reading.samples import Sample
+from curate.reading.writing import write_shard
 from train.config import MessConfig, QuickstartConfig
-from train.sample_set import load_part
+from train.inputs.sample_set import load_part
 
 log = get_logger(__name__)
 COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
@@ -126,12 +129,12 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
     from curate.dedup import run_dedup
     from train.evaluation.config import EvaluateConfig
-    from train.evaluation.protocol import run_evaluate
+    from train.evaluation.evaluate import run_evaluate
     from train.finetune.loop import run_finetune
     from train.memorization.config import DetectConfig
-    from train.memorization.detect import run_detect
+    from train.memorization.detection.job import run_detect
     from train.sampling.config import SampleConfig
-    from train.sampling.job import run_sample
+    from train.sampling.job.job import run_sample
 
     out = Path(config.out)
     model = config.model or str(sample_model_dir())
@@ -239,3 +242,4 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     }
     write_json(out / "summary.json", summary)
     return summary
+

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.curate.importing import encode, lay_out, picture, png
+from tests.curate.made_sources import encode, lay_out, picture, png
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from afresh.errors import UsageError
 from curate.check import KINDS, USABLE, run_check
 from curate.config import CheckConfig
-from curate.console import UsageError
-from curate.shards import write_shard
+from curate.reading.writing import write_shard
 
 
 def png(colour: str = "red") -> bytes:
@@ -109,7 +109,7 @@ def test_every_kind_has_its_word_and_spoils_nothing_else(every_kind):
 def test_curation_has_a_row_with_its_reason_for_each_problem(every_kind, tmp_path_factory):
     from curate.config import DedupConfig
     from curate.dedup import run_dedup
-    from curate.ledger import read_ledger
+    from curate.results.ledger import read_ledger
 
     out = tmp_path_factory.mktemp("curated") / "out"
     checked = run_check(CheckConfig(shards=[str(every_kind)], workers=1))

@@ -19,18 +19,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from afresh.errors import UsageError, UserError
 from curate.config import DedupConfig, ReportConfig, SearchConfig
-from curate.console import UsageError, UserError
 from curate.dedup import run_dedup
-from curate.embed import load_embedder
-from curate.images import decode_image
-from curate.index import TrainingIndex
-from curate.ledger import SCHEMA, read_ledger
+from curate.embed.registry import load_embedder
+from curate.index.training_index import TrainingIndex
+from curate.reading.captions import MAX_JSON_BYTES
+from curate.reading.images import decode_image
+from curate.reading.samples import Sample, read_samples
+from curate.reading.writing import write_shard
 from curate.report import run_report
-from curate.rewrite import with_account
+from curate.results.ledger import SCHEMA, read_ledger
 from curate.search import run_search
-from curate.shards import MAX_JSON_BYTES, Sample, read_samples, write_shard
-from train.sample_set import load_part
+from curate.stages.write import with_account
+from train.inputs.sample_set import load_part
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -272,7 +274,7 @@ def test_a_key_that_repeats_across_shards_is_two_samples(curated, mess):
 
 
 def test_the_index_holds_kept_and_dropped_samples(curated):
-    from curate.index import TrainingIndex
+    from curate.index.training_index import TrainingIndex
 
     out, summary = curated
     index = TrainingIndex.load(out / "index")

@@ -11,14 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from afresh.errors import UsageError, UserError
 from curate.config import DedupConfig, ExportConfig, ImportConfig
-from curate.console import UsageError, UserError
 from curate.dedup import run_dedup
 from curate.export import run_export
-from curate.images import decode_image
 from curate.ingest import run_import
-from curate.ledger import read_ledger
-from curate.shards import Sample, read_samples, write_shard
+from curate.reading.images import decode_image
+from curate.reading.samples import Sample, read_samples
+from curate.reading.writing import write_shard
+from curate.results.ledger import read_ledger
 
 
 def webp_of(sample: Sample, quality: int) -> bytes:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from afresh.errors import UserError
 from curate.config import DedupConfig, ImportConfig
-from curate.console import UserError
 from curate.dedup import run_dedup
-from curate.index import TrainingIndex
+from curate.index.training_index import TrainingIndex
 from curate.ingest import run_import
-from curate.shards import read_samples, write_shard
+from curate.reading.samples import read_samples
+from curate.reading.writing import write_shard
 
 PAGE = 4096
 SAYS = re.compile(r"(?P<path>\S+) cannot be written: (No space left on device|File too large); make room, and the same")

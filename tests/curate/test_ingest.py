@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.console import UsageError, UserError, locked
-from curate.shards import read_samples
-from tests.curate.importing import accounts, encode, ingest, lay_out, picture, png, written
+from afresh.errors import UsageError, UserError
+from afresh.runs import locked
+from curate.reading.samples import read_samples
+from tests.curate.made_sources import accounts, encode, ingest, lay_out, picture, png, written
 
 
 def test_shards_are_closed_by_count_and_by_bytes(photos, tmp_path):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from curate.console import UserError
-from train.prompts import Prompt, read_prompts, write_prompts
+from afresh.errors import UserError
+from train.inputs.prompts import Prompt, read_prompts, write_prompts
 
 PROMPTS = [
     Prompt("red apple, food fruit", 1, Path("apple.png"), 7),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from afresh.errors import UsageError
 from curate.config import DedupConfig
-from curate.console import UsageError
 from train.config import MessConfig, QuickstartConfig
 from train.finetune.config import FilterConfig, FinetuneConfig
+from train.inputs.sample_set import load_part
 from train.quickstart import plant_copies, run_quickstart, sample_model_dir
-from train.sample_set import load_part
 
 
 def small(out: Path, **changes) -> QuickstartConfig:
@@ -104,13 +104,13 @@ def test_the_sample_model_is_a_small_pipeline_that_diffusers_alone_loads_and_dra
         "assert 'train' not in sys.modules and 'curate' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "apple.png")], check=True, cwd=tmp_path)
-    from curate.images import decode_image
+    from curate.reading.images import decode_image
 
     assert decode_image((tmp_path / "apple.png").read_bytes()).size == (64, 64)
 
 
 def test_the_carried_shards_are_the_ones_the_split_was_made_for():
-    from train.sample_set import sample_set_dir
+    from train.inputs.sample_set import sample_set_dir
 
     split = json.loads((sample_set_dir() / "split.json").read_text())
     keys = sorted(key for part in split.values() for key in part)

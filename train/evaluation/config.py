@@ -217,3 +217,4 @@ class AuditConfig:
     bootstrap: int = 1000
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
+

@@ -1,0 +1,1 @@
+"""Fine-tuning: the loop, and its rooms for data, caches, the filter and state."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from train.denoising.config import LoRAConfig
+
 
 @dataclass(frozen=True)
 class ShardGroup:
@@ -125,23 +127,6 @@ class FilterConfig:
 
 
 @dataclass
-class LoRAConfig:
-    """Low-rank adapters that are trained in place of the weights.
-
-    Args:
-        rank: of each adapter; 0 trains the weights themselves.
-        alpha: the adapters' output is scaled by alpha / rank; 0 takes the rank, so that the scale is 1.
-        dropout: probability of dropping an adapter's input, in [0, 1).
-        targets: names of the UNet's layers that get one, as they end.
-    """
-
-    rank: int = 0
-    alpha: int = 0
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-
-
-@dataclass
 class ValidationConfig:
     """Images of fixed prompts, drawn at intervals from the weights that the run would save at that moment.
 
@@ -213,7 +198,7 @@ class FinetuneConfig:
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        attention: how the UNet computes attention (``train.components.set_attention``).
+        attention: how the UNet computes attention (``train.denoising.attention.set_attention``).
         compile: compile the UNet with torch.compile; the first steps take minutes.
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
@@ -311,3 +296,4 @@ class VerdictsConfig:
     out: str = ""
     min_judged: int = 3
     min_share: float = 1.0
+

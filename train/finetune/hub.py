@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from curate.console import UsageError, UserError
+from afresh.errors import UsageError, UserError
 
 
 def check_hub(repo_id: str) -> None:
@@ -42,3 +42,4 @@ def push_model(folder: Path, repo_id: str) -> str:
             f"push_to_hub: {repo_id}: {reason} (the model is in {folder}; the same command tries again)"
         ) from error
     return f"https://huggingface.co/{repo_id}"
+

@@ -11,32 +11,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from curate.console import UsageError, UserError, claim, get_logger, progress, write_json
-from curate.idlist import ids_digest
-from train.components import set_attention
-from train.finetune.average import Average
-from train.finetune.batches import (
-    FaultLog,
-    batch_positions,
-    cache_folder,
-    dead_workers_named,
-    image_sizes,
-    lay_out,
-    make_batches,
-    upcoming_positions,
-)
-from train.finetune.captions import Captions
-from train.finetune.checkpoint import (
+from afresh.errors import UsageError, UserError
+from afresh.files import write_json
+from afresh.progress import get_logger, progress
+from train.denoising.attention import set_attention
+from train.finetune.batches.batches import batch_positions, dead_workers_named, make_batches, upcoming_positions
+from train.finetune.batches.captions import Captions
+from train.finetune.batches.faults import FaultLog
+from train.finetune.batches.layout import cache_folder, image_sizes, lay_out
+from train.finetune.caches.texts import cache_texts
+from train.finetune.config import FinetuneConfig
+from train.finetune.data.order import derive_seed
+from train.finetune.data.scan import scan_once
+from train.finetune.filter.filter import MemorizationFilter
+from train.finetune.filter.settings import chosen_thresholds, reference_samples
+from train.finetune.model.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
+from train.finetune.model.loss import min_snr_weights, squared_errors, weighted_loss
+from train.finetune.model.trained import load_model
+from train.finetune.model_card import write_cards
+from train.finetune.preparation import begin, check_config, make_accelerator, publish, resolve_precision
+from train.finetune.state.average import Average
+from train.finetune.state.checkpoint import (
     Stateful,
     collect_state,
     list_checkpoints,
@@ -45,13 +48,9 @@ from train.finetune.checkpoint import (
     restore_state,
     save_checkpoint,
 )
-from train.finetune.config import FinetuneConfig
-from train.finetune.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.filter import MemorizationFilter, check_filter, chosen_thresholds, reference_samples
-from train.finetune.hub import check_hub, push_model
-from train.finetune.log import LossBands, Meter, RunLog, Suspects, Tally, check_trackers, flat_numbers
-from train.finetune.loss import min_snr_weights, squared_errors, weighted_loss
-from train.finetune.memory import (
+from train.finetune.state.counts import Counts
+from train.finetune.state.log import LossBands, Meter, RunLog, Suspects, Tally, flat_numbers
+from train.finetune.state.memory import (
     BATCH_FILE,
     is_out_of_memory,
     memory_advice,
@@ -59,26 +58,16 @@ from train.finetune.memory import (
     smaller_batch,
     write_batch,
 )
-from train.finetune.model import load_model
-from train.finetune.model_card import write_cards
-from train.finetune.optimizer import find_optimizer, learning_rate, make_optimizer, set_learning_rate
-from train.finetune.order import derive_seed
-from train.finetune.scan import scan_once
-from train.finetune.sharding import Spread, SpreadOptimizer, check_parallel, prepare, shard_on_cpu, whole_model
-from train.finetune.stop import StopOnSignal
-from train.finetune.texts import cache_texts
-from train.finetune.validation import Validation, check_validation, send_images
+from train.finetune.state.optimizer import learning_rate, make_optimizer, set_learning_rate
+from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
+from train.finetune.state.stop import StopOnSignal
+from train.finetune.validation import Validation, send_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-log = get_logger(__name__)
 
-FREE = (
-    *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
-    *("workers", "trackers", "validation", "push_to_hub", "license", "cache"),
-)
-"""Settings that may change between a run and its resumption: the result does not depend on them."""
+log = get_logger(__name__)
 
 
 def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -342,110 +331,3 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     accelerator.end_training()
     return summary
 
-
-def publish(out: Path, config: FinetuneConfig, summary: dict[str, Any]) -> dict[str, Any]:
-    """Upload a finished run's model where that is asked for and not done yet, and say so in the summary."""
-    if config.push_to_hub and summary["model"] and "hub" not in summary:
-        summary = summary | {"hub": push_model(out / "model", config.push_to_hub)}
-        write_json(out / "summary.json", summary)
-    return summary
-
-
-@dataclass
-class Counts:
-    """How many optimizer steps changed the weights, how many were skipped, and how many just now in a row for a loss or
-    gradient that is not finite.
-    """
-
-    updates: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-
-    def add(self, moved: bool, bad: bool) -> None:
-        """Count one step."""
-        self.updates += moved
-        self.skipped += not moved
-        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint stores."""
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        vars(self).update(state)
-
-
-def check_config(config: FinetuneConfig) -> None:
-    """Raise :class:`UsageError` for what can be seen to be wrong before anything is loaded."""
-    counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "lr_cycles", "max_bad_steps")
-    for name in (*counts, "learning_rate"):
-        if getattr(config, name) <= 0:
-            raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("snr_gamma", "noise_offset", "input_perturbation", "lr_power", "max_grad_norm"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    for name in ("ema_decay", "caption_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    if config.cache_text and config.train_text_encoder:
-        raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
-    lora = config.lora
-    for name in ("rank", "alpha"):
-        if getattr(lora, name) < 0:
-            raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
-    if not 0 <= lora.dropout < 1:
-        raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
-    if lora.rank and not lora.targets:
-        raise UsageError("lora.targets is empty: name the layers that get adapters")
-    if lora.rank and lora.dropout and config.filter.policy != "off":
-        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
-    check_filter(config.filter, config.model)
-    find_optimizer(config.optimizer)
-    check_trackers(config.trackers)
-    check_validation(config.validation)
-    if config.push_to_hub:
-        check_hub(config.push_to_hub)
-
-
-def make_accelerator(config: FinetuneConfig) -> Accelerator:
-    """Accelerate's view of this process and its precision."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.trackers or None,
-        project_dir=config.out if config.trackers else None,
-    )
-    shard_on_cpu(accelerator)
-    check_parallel(accelerator.distributed_type.value, accelerator.is_fsdp2, config)
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # float32 without a word, otherwise
-        raise UsageError("mixed_precision fp16 needs a GPU: take bf16, no, or auto")
-    return accelerator
-
-
-def resolve_precision(name: str) -> Any:
-    """The autocast type that ``auto`` stands for on this machine; any other name is itself."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    # CPUs without matrix instructions for it are slower in bf16 than in float32.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if capabilities.get("amx_bf16") else "no"
-
-
-def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Claim the folder for this configuration; the summary of the run if it is finished already."""
-    run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
-    for free in FREE:
-        run.pop(free)
-    if config.exclude:
-        run["exclude"] = ids_digest(config.exclude)
-    claim(out, run)
-    if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
-        log.info("%s is finished already", out)
-        return json.loads((out / "summary.json").read_text())
-    return None

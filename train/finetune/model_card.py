@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from curate.console import printable, to_json, write_atomic
+from afresh.errors import printable
+from afresh.files import to_json, write_atomic
 from train.finetune.config import FinetuneConfig
 
 ELSEWHERE = (
@@ -282,3 +283,4 @@ def _without_paths(value: Any) -> Any:
 
 def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from curate.console import UsageError, write_atomic
+from afresh.errors import UsageError
+from afresh.files import write_atomic
 from train.finetune.config import ValidationConfig
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from train.sampling.guidance import Guidance
+
 
 TOGETHER = 4  # images drawn in one batch: bounds memory, and changes no image
 
@@ -57,8 +59,8 @@ class Validation:
         self.config, self.autocast = config, autocast
         self.guidance: list[Guidance] = []
         if config.guidance != "none":
-            from train.sampling.amg import AMG
-            from train.sampling.job import open_index
+            from train.sampling.pipelines.session import open_index
+            from train.sampling.terms.amg import AMG
 
             index, embedder = open_index(config.index)
             if hasattr(embedder, "to"):
@@ -72,7 +74,7 @@ class Validation:
             folder: of the images.
             source: the pipeline whose parts are used as they are, in their training modes afterwards again.
         """
-        from train.sampling.pipeline import GuidedStableDiffusion
+        from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
 
         config = self.config
         # A scheduler of its own: drawing sets its timesteps.
@@ -114,3 +116,4 @@ def send_images(trackers: list[Any], images: list[Image.Image], step: int) -> No
             tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
             tracker.log_images({"validation": images}, step=step)
+

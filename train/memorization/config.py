@@ -129,3 +129,4 @@ class ExplainConfig:
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
+

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from curate.console import UsageError
-from train.memorization.magnitude import Form
+from afresh.errors import UsageError
+from train.memorization.signals.magnitude import Form
 
 BANDS = 10
 """Timestep bands of equal width that magnitudes are told apart by: of 1,000 timesteps [0, 100), [100, 200), …"""
-
 FILE = "memorization.json"
 """Where a model's folder keeps its thresholds."""
 
@@ -123,7 +122,7 @@ def calibrate(
     """Thresholds from the trajectories of prompts known not to be memorized.
 
     Args:
-        magnitudes: ``[prompts, seeds, steps]``, see :class:`train.memorization.score.Scores`.
+        magnitudes: ``[prompts, seeds, steps]``, see :class:`train.memorization.scoring.Scores`.
         timesteps: ``[steps]``.
         fpr: share of false positives that is accepted.
         train_timesteps: how many timesteps the model's schedule has.
@@ -140,3 +139,4 @@ def calibrate(
             for band in range(BANDS)
         ],
     }
+

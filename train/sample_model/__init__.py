@@ -1,0 +1,1 @@
+"""Recipes of the small models that are carried along."""

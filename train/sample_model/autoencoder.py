@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from train.finetune.augment import augment, draw
 from train.finetune.config import Augmentation
+from train.finetune.data.augment import augment, draw
 
 
 @dataclass
@@ -55,9 +55,10 @@ class AutoencoderConfig:
 
 def load_pixels(renditions: list[str]) -> torch.Tensor:
     """The pretrain part and the further drawings as ``[n, 3, 64, 64]`` in [0, 1]."""
-    from curate.images import decode_image, stack_images
-    from curate.shards import Sample, expand_shards, read_samples
-    from train.sample_set import load_part
+    from curate.reading.images import decode_image, stack_images
+    from curate.reading.samples import Sample, read_samples
+    from curate.reading.urls import expand_shards
+    from train.inputs.sample_set import load_part
 
     samples = load_part("pretrain")
     if renditions:
@@ -157,3 +158,4 @@ if __name__ == "__main__":
     from jsonargparse import auto_cli
 
     train_autoencoder(auto_cli(AutoencoderConfig, as_positional=False))
+

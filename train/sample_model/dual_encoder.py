@@ -34,10 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curate.console import write_json
-from train.evaluation.dual_encoder import DualEncoder, DualEncoderConfig, word_parts, words
-from train.evaluation.metrics import copy_threshold, pixel_correlation, retrieval_rank, roc_auc
-from train.finetune.augment import Augmentation, augment
+from afresh.files import write_json
+from train.evaluation.judging.dual_encoder import DualEncoder, DualEncoderConfig, word_parts, words
+from train.evaluation.judging.metrics import copy_threshold, pixel_correlation, retrieval_rank
+from train.finetune.config import Augmentation
+from train.finetune.data.augment import augment
+from train.memorization.detection.roc import roc_auc
 
 TWINS = 0.95
 
@@ -176,9 +178,10 @@ def whitening(features: np.ndarray, ridge: float = 0.01) -> dict[str, Tensor]:
 
 def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
     """Train, measure, save; returns what ``metrics.json`` holds."""
-    from curate.images import decode_image, stack_images
-    from curate.shards import Sample, expand_shards, read_samples
-    from train.sample_set import load_part
+    from curate.reading.images import decode_image, stack_images
+    from curate.reading.samples import Sample, read_samples
+    from curate.reading.urls import expand_shards
+    from train.inputs.sample_set import load_part
 
     samples = load_part("pretrain") + load_part("finetune")
     forms = [captions_of(sample) for sample in samples]
@@ -294,9 +297,9 @@ def measure(model: DualEncoder) -> dict[str, Any]:
     is nearer to its original than the copy threshold, itself the 99 % quantile of the held-out images'
     similarity to their nearest training image.
     """
-    from curate.edits import EDITS
-    from curate.images import decode_image
-    from train.sample_set import load_part
+    from curate.embed.edits import EDITS
+    from curate.reading.images import decode_image
+    from train.inputs.sample_set import load_part
 
     result: dict[str, Any] = {}
     copy_space: dict[str, np.ndarray] = {}
@@ -342,3 +345,4 @@ if __name__ == "__main__":
     from jsonargparse import auto_cli
 
     train_dual_encoder(auto_cli(RecipeConfig, as_positional=False))
+

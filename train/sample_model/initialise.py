@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from train.components import SmallModel
+from train.sample_model.small import SmallModel
 
 
 @dataclass
@@ -27,8 +27,8 @@ class InitialiseConfig:
 
 def initialise(config: InitialiseConfig) -> None:
     """Learn the tokenizer from the pretrain captions, draw random weights, save."""
-    from train.components import build_pipeline
-    from train.sample_set import load_part
+    from train.inputs.sample_set import load_part
+    from train.sample_model.small import build_pipeline
 
     captions = [sample.caption for sample in load_part("pretrain") if sample.caption]
     pipe = build_pipeline(config.model, captions, config.vae)
@@ -41,3 +41,4 @@ if __name__ == "__main__":
     from jsonargparse import auto_cli
 
     initialise(auto_cli(InitialiseConfig, as_positional=False))
+

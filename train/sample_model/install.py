@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from train.components import load_pipeline
+from train.denoising.loading import load_pipeline
 from train.quickstart import sample_model_dir
 
 
@@ -30,3 +30,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m train.sample_model.install FOLDER")
     main(sys.argv[1])
+

@@ -9,8 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from curate.shards import Sample, write_shard
-from train.sample_set import PARTS, load_part
+from curate.reading.samples import Sample
+from curate.reading.writing import write_shard
+from train.inputs.sample_set import PARTS, load_part
 
 
 def write_part(name: str, folder: Path, per_shard: int = 500) -> list[str]:
@@ -41,3 +42,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in PARTS:
         sys.exit(f"usage: python -m train.sample_model.part {{{','.join(PARTS)}}} FOLDER")
     write_part(sys.argv[1], Path(sys.argv[2]))
+

@@ -26,14 +26,15 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from curate.console import UserError, get_logger, progress, write_atomic, write_json
-from curate.images import decode_image, stack_images
-from curate.shards import Sample
-from train.sample_set import load_part
+from afresh.errors import UserError
+from afresh.files import write_atomic, write_json
+from afresh.progress import get_logger, progress
+from curate.reading.images import decode_image, stack_images
+from curate.reading.samples import Sample
+from train.inputs.sample_set import load_part
 
 SIDE = 32
 TRAINING_SET = "training_set.json"
-
 log = get_logger(__name__)
 
 
@@ -191,3 +192,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+

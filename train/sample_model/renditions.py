@@ -20,8 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from curate.shards import write_shard
-from train.sample_set import load_part
+from curate.reading.writing import write_shard
+from train.inputs.sample_set import load_part
 
 SIDE = 64
 
@@ -61,3 +61,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: python -m train.sample_model.renditions FOLDER… OUT")
     main(sys.argv[1:-1], sys.argv[-1])
+

@@ -13,9 +13,9 @@ import random
 
 import numpy as np
 
-from curate.images import decode_image
-from curate.shards import Sample, read_samples
-from train.sample_set import PARTS, sample_set_dir, sample_shards
+from curate.reading.images import decode_image
+from curate.reading.samples import Sample, read_samples
+from train.inputs.sample_set import PARTS, sample_set_dir, sample_shards
 
 SIZES = {"pretrain": 1206, "finetune": 500, "held_out": 200}
 TWINS = 0.95
@@ -82,3 +82,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+

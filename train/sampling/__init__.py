@@ -1,26 +1,24 @@
-"""Sampling: the denoising loop, its guidance protocol, and the guidance terms.
-
-Nothing is imported before it is asked for, so ``import train.sampling`` stays free of torch.
-"""
+"""Sampling: the guided pipelines, the protocol of guidance terms, and the terms."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from afresh.lazy import handed_on
 
 if TYPE_CHECKING:
-    from train.sampling.amg import AMG
-    from train.sampling.basin import AttractionBasin
     from train.sampling.config import AMGConfig, SampleConfig
     from train.sampling.guidance import Change, Correction, Guidance, Part, Run, Start, State
-    from train.sampling.job import run_sample
-    from train.sampling.noise import NoiseAdjustment
-    from train.sampling.pipeline import GuidedOutput, GuidedStableDiffusion
-    from train.sampling.prompt import PromptMinimisation
-    from train.sampling.rejection import NeverAbove, Rejection
+    from train.sampling.job.job import run_sample
+    from train.sampling.pipelines.stable_diffusion import GuidedOutput, GuidedStableDiffusion
+    from train.sampling.pipelines.unconditional import GuidedImages, GuidedUnconditional
     from train.sampling.similarity import PixelIndex
-    from train.sampling.tokens import RandomTokens
-    from train.sampling.unconditional import GuidedImages, GuidedUnconditional
+    from train.sampling.terms.amg import AMG
+    from train.sampling.terms.basin import AttractionBasin
+    from train.sampling.terms.initial_noise import NoiseAdjustment
+    from train.sampling.terms.prompt_embedding import PromptMinimisation
+    from train.sampling.terms.random_tokens import RandomTokens
+    from train.sampling.terms.rejection import NeverAbove, Rejection
 
 __all__ = [
     "AMG",
@@ -47,33 +45,30 @@ __all__ = [
     "run_sample",
 ]
 
-_HOME = {
-    "AMG": "amg",
-    "AMGConfig": "config",
-    "AttractionBasin": "basin",
-    "Change": "guidance",
-    "Correction": "guidance",
-    "Guidance": "guidance",
-    "GuidedImages": "unconditional",
-    "GuidedOutput": "pipeline",
-    "GuidedStableDiffusion": "pipeline",
-    "GuidedUnconditional": "unconditional",
-    "NeverAbove": "rejection",
-    "NoiseAdjustment": "noise",
-    "Part": "guidance",
-    "PixelIndex": "similarity",
-    "PromptMinimisation": "prompt",
-    "RandomTokens": "tokens",
-    "Rejection": "rejection",
-    "Run": "guidance",
-    "SampleConfig": "config",
-    "Start": "guidance",
-    "State": "guidance",
-    "run_sample": "job",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = handed_on(
+    __name__,
+    {
+        "AMG": "terms.amg",
+        "AMGConfig": "config",
+        "AttractionBasin": "terms.basin",
+        "Change": "guidance",
+        "Correction": "guidance",
+        "Guidance": "guidance",
+        "GuidedImages": "pipelines.unconditional",
+        "GuidedOutput": "pipelines.stable_diffusion",
+        "GuidedStableDiffusion": "pipelines.stable_diffusion",
+        "GuidedUnconditional": "pipelines.unconditional",
+        "NeverAbove": "terms.rejection",
+        "NoiseAdjustment": "terms.initial_noise",
+        "Part": "guidance",
+        "PixelIndex": "similarity",
+        "PromptMinimisation": "terms.prompt_embedding",
+        "RandomTokens": "terms.random_tokens",
+        "Rejection": "terms.rejection",
+        "Run": "guidance",
+        "SampleConfig": "config",
+        "Start": "guidance",
+        "State": "guidance",
+        "run_sample": "job.job",
+    },
+)

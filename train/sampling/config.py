@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from curate.console import UsageError
+from afresh.errors import UsageError
 
 # What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion
 # sampler. The paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5)
@@ -407,3 +407,4 @@ class SampleConfig:
     batch_size: int = 8
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
+

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from train.memorization.magnitude import magnitude
+from train.denoising.predictions import x0_from_eps
 
 # Below this, x̂_0 = (x_t − √(1−ᾱ_t)·ε̂)/√ᾱ_t has no usable precision (the first step of zero-terminal-SNR
 # models).
@@ -187,29 +187,6 @@ class Guidance(Protocol):
         ...
 
 
-def x0_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
-    """``(x_t − √(1−ᾱ_t)·ε) / √ᾱ_t``."""
-    return (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-
-
-def output_per_eps(prediction_type: str, alpha_bar: float) -> float:
-    """``∂output/∂ε`` at a fixed ``x_t``: what a correction of ε is worth in the model's own parametrisation.
-
-    ``epsilon``: 1; ``v_prediction``, from ``ε = √ᾱ_t·v + √(1−ᾱ_t)·x_t``: ``1/√ᾱ_t``; ``sample``:
-    ``−√(1−ᾱ_t)/√ᾱ_t``.
-
-    Raises:
-        ValueError: another prediction type.
-    """
-    if prediction_type == "epsilon":
-        return 1.0
-    if prediction_type == "v_prediction":
-        return alpha_bar**-0.5
-    if prediction_type == "sample":
-        return -((1 - alpha_bar) ** 0.5) * alpha_bar**-0.5
-    raise ValueError(f"guidance knows epsilon, v_prediction and sample models, not {prediction_type!r}")
-
-
 def guide(
     terms: Iterable[tuple[str, StepFunction]], state: State
 ) -> tuple[Tensor, dict[str, Part], dict[str, Sequence[Any] | Tensor]]:
@@ -239,81 +216,3 @@ def guide(
 def _free(taken: Mapping[str, Any], term: str, name: str) -> str:
     return name if name not in taken else f"{term}.{name}"
 
-
-class Trace:
-    """Collects what happened, step by step, without waiting for the accelerator until it is read."""
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]] = []
-
-    def add(
-        self,
-        state: State,
-        eps_hat: Tensor,
-        parts: Mapping[str, Part],
-        columns: Mapping[str, Sequence[Any] | Tensor],
-        *,
-        tensors: bool = False,
-    ) -> None:
-        """Record one step.
-
-        Args:
-            state: what the first term saw.
-            eps_hat: what the last term left.
-            parts: the addends of ``ε̂``.
-            columns: the terms' columns.
-            tensors: also keep the tensors from which ``ε̂`` can be recomputed.
-        """
-        m: Sequence[None] | Tensor = [None] * state.run.batch_size
-        if state.eps_uncond is not None:
-            m = magnitude(state.eps_cond, state.eps_uncond)
-        kept: dict[str, Any] = {"magnitude": m, **columns}
-        if tensors:
-            kept.update(x_t=state.x_t.cpu(), eps_cond=state.eps_cond.cpu(), eps_hat=eps_hat.cpu())
-            if state.eps_uncond is not None:
-                kept["eps_uncond"] = state.eps_uncond.cpu()
-            for name, part in parts.items():
-                kept[f"delta.{name}"] = torch.zeros_like(state.x_t).index_put((part.rows,), part.delta).cpu()
-        common = {"step": state.step, "t": state.t, "alpha_bar": state.alpha_bar}
-        self._steps.append((common, kept, {name: part.rows for name, part in parts.items()}))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict a step and image, in that order, of plain Python values (and tensors, if asked for)."""
-        out = []
-        for common, columns, fired in self._steps:
-            lists = {
-                name: values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else values
-                for name, values in columns.items()
-            }
-            acted = {name: set(rows.tolist()) for name, rows in fired.items()}
-            for image in range(len(lists["magnitude"])):
-                row = {"image": image, **common}
-                row.update((name, values[image]) for name, values in lists.items())
-                row["fired"] = [name for name, images in acted.items() if image in images]
-                out.append(row)
-        return out
-
-
-def alpha_bar_at(scheduler: Any, t: Tensor | float) -> float | None:
-    """``ᾱ_t`` at the step that ``scheduler`` is about to take; None for flow-matching schedulers, which have
-    none.
-
-    Schedulers that work in ``σ`` know it better than ``t`` does (Karras spacing rounds ``t``): ``ᾱ =
-    1/(1+σ²)``. Call it after ``scale_model_input``.
-    """
-    if getattr(scheduler.config, "use_flow_sigmas", False) or not hasattr(scheduler, "alphas_cumprod"):
-        return None
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None:
-        index = scheduler.step_index
-        if index is None:
-            index = scheduler.index_for_timestep(t)
-        if not getattr(scheduler, "state_in_first_order", True) and hasattr(scheduler, "sigmas_interpol"):
-            sigmas = scheduler.sigmas_interpol
-        return 1.0 / (1.0 + float(sigmas[int(index)]) ** 2)
-    table = scheduler.alphas_cumprod
-    position = min(max(float(t), 0.0), len(table) - 1.0)
-    low = int(position)
-    if low == position:
-        return float(table[low])
-    return float(torch.lerp(table[low], table[low + 1], position - low))

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curate.console import UserError
-from curate.embed import normalise_caption
+from afresh.errors import UserError
+from curate.reading.captions import normalise_caption
 from train.memorization.config import MEMORIZED
 
 if TYPE_CHECKING:
-    from curate.embed import Embedder
-    from curate.index import TrainingIndex
+    from curate.embed.protocol import Embedder
+    from curate.index.training_index import TrainingIndex
 
 
 class Nearest(NamedTuple):
@@ -193,3 +193,4 @@ def check_not_empty(index: TrainingIndex, where: str = "") -> None:
     """
     if len(index.captions) == 0:
         raise UserError(f"{where or 'the training-set index'} is empty: there is nothing to compare images with")
+

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curate.shards import write_shard
-from train.components import tiny_pipeline
-from train.sample_set import load_part
+from curate.reading.writing import write_shard
+from train.inputs.sample_set import load_part
+from train.sample_model.small import tiny_pipeline
 
 
 @pytest.fixture(scope="session")

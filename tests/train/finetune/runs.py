@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.components import load_pipeline
+from train.denoising.loading import load_pipeline
 from train.finetune.config import FinetuneConfig
-from train.finetune.log import MEASURED, RunLog
+from train.finetune.state.log import MEASURED, RunLog
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from curate.console import UsageError
+from afresh.errors import UsageError
 from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.finetune.config import FilterConfig, FinetuneConfig
-from train.finetune.diffusion import Diffusion, draw_randomness, sampling_scheduler
 from train.finetune.loop import run_finetune
+from train.finetune.model.diffusion import Diffusion, draw_randomness, sampling_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (4, 8, 8)

@@ -7,7 +7,7 @@ import json
 import huggingface_hub
 import pytest
 
-from curate.console import UsageError, UserError
+from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import settings
 from train.finetune.hub import check_hub
 from train.finetune.loop import run_finetune

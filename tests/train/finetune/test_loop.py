@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from curate.console import UsageError, UserError
+from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, weights
-from train.components import load_pipeline
+from train.denoising.loading import load_pipeline
 from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
-from train.finetune.loop import resolve_precision, run_finetune
-from train.finetune.order import SampleOrder
-from train.finetune.scan import ShardSet
+from train.finetune.data.order import SampleOrder
+from train.finetune.data.scan import ShardSet
+from train.finetune.loop import run_finetune
+from train.finetune.preparation import resolve_precision
 
 
 @pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "no")])
@@ -99,7 +100,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int], sample: int) -> None
 
 
 def test_a_step_whose_loss_is_not_finite_names_its_sample_and_changes_nothing(model, shards, tmp_path, monkeypatch):
-    from train.finetune.average import Average
+    from train.finetune.state.average import Average
 
     moved, update = [], Average.update
     monkeypatch.setattr(Average, "update", lambda self, updates: (moved.append(updates), update(self, updates)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.finetune.loss import min_snr_weights, weighted_loss
+from train.finetune.model.loss import min_snr_weights, weighted_loss
 
 
 def test_a_kept_sample_weighs_the_same_whatever_else_is_dropped():

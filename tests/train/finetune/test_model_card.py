@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from train.finetune.config import Calibration, FilterConfig, FinetuneConfig, LoRAConfig
+from train.denoising.config import LoRAConfig
+from train.finetune.config import Calibration, FilterConfig, FinetuneConfig
 from train.finetune.model_card import Training, model_card, read_curations
 
 CONFIG = FinetuneConfig(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from curate.console import UsageError
+from afresh.errors import UsageError
 from tests.train.finetune.runs import (
     REPOSITORY,
     launch,
@@ -27,11 +27,12 @@ from tests.train.finetune.runs import (
     weights,
     workers_of,
 )
-from train.finetune.checkpoint import load_latest
-from train.finetune.config import FilterConfig, LoRAConfig, ValidationConfig
+from train.denoising.adapters import WEIGHTS
+from train.denoising.config import LoRAConfig
+from train.finetune.config import FilterConfig, ValidationConfig
 from train.finetune.loop import run_finetune
-from train.finetune.sharding import check_parallel
-from train.lora import WEIGHTS
+from train.finetune.state.checkpoint import load_latest
+from train.finetune.state.sharding import check_parallel
 
 ACCELERATE = REPOSITORY / "configs" / "accelerate"
 SGD = {"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}, "learning_rate": 0.1}

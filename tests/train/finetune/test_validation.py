@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.console import UsageError
-from curate.embed import load_embedder
-from curate.index import TrainingIndex
+from afresh.errors import UsageError
+from curate.embed.registry import load_embedder
+from curate.index.training_index import TrainingIndex
 from tests.train.finetune.runs import log_lines, same, settings, weights
-from train.components import load_pipeline
+from train.denoising.loading import load_pipeline
 from train.finetune.config import ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.validation import Validation, check_validation

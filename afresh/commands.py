@@ -1,0 +1,163 @@
+"""How ``python -m curate VERB`` and ``python -m train VERB`` work: one verb, one dataclass, one job function.
+
+A command line is turned into the verb's dataclass (defaults, then ``--config FILE``, then ``--key value``),
+the dataclass is handed to the job, and the job's summary is printed. Only the chosen verb's modules are
+imported, so that help answers at once. Exit codes: 0 success, 1 failure, 2 bad usage or configuration,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+from afresh.configs import Verb, _guess, _hint, _is_list, _load, _metavar, _Options, _read_config
+from afresh.errors import UsageError, UserError, one_line
+from afresh.progress import is_main_process
+from afresh.summaries import _as_json, _as_text
+
+FLAGS = (
+    "-h",
+    "--help",
+    "--print_config",
+    "--check_config",
+    "--json",
+    "--debug",
+)  # options that take no value of their own
+
+
+def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequence[str] | None = None) -> int:
+    """Run one command line of ``package`` and return its exit code.
+
+    Args:
+        package: ``"curate"`` or ``"train"``.
+        description: first line of the help.
+        verbs: the package's verbs by name.
+        argv: arguments after the program's name; ``sys.argv[1:]`` by default.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prog = f"python -m {package}"
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help(prog, description, verbs), file=sys.stdout if argv else sys.stderr)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            print(f"afresh {importlib.import_module('curate').__version__}")
+            return 0
+        name = argv[0]
+        if name not in verbs:
+            raise UsageError(f"unknown verb {name!r}{_guess(name, verbs)}; {prog} --help lists the verbs")
+        options = _split(verbs[name], argv[1:], f"{prog} {name}")
+        config = _read_config(package, name, verbs[name], options)
+        if options.check:
+            return 0
+        with _stdout_kept_for_the_summary(options.json):
+            summary = _load(verbs[name].job)(config)
+        if summary is not None and is_main_process():
+            print(_as_json(summary) if options.json else _as_text(summary), flush=True)
+        return getattr(summary, "exit_code", 0)  # a check that found problems says so by its exit code
+    except SystemExit as stop:  # --help and --print_config end this way
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _split(verb: Verb, argv: Sequence[str], prog: str) -> _Options:
+    """Sort a verb's arguments into settings, config files and flags; positions become settings.
+
+    Every option but the flags takes exactly one value, so options and positions may come in any order.
+    """
+    options = _Options([], [], [])
+    positions: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if token == "--":
+            positions += rest
+            break
+        if token == "--json":
+            options.json = True
+        elif token == "--check_config":
+            options.check = True
+        elif token == "--debug":
+            pass
+        elif token in FLAGS or token.startswith("--print_config="):
+            options.passed.append(token)
+        elif token.startswith("--"):
+            key, equals, value = token[2:].partition("=")
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise UsageError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
+                value = rest.pop(0)
+            if key == "config":
+                options.configs.append(value)
+            else:
+                options.settings.append((key, value))
+        elif token.startswith("-") and len(token) > 1:
+            raise UsageError(f"unknown option {token!r}; options are written --key value: {prog} --help")
+        else:
+            positions.append(token)
+    given = {key.removesuffix("+") for key, _ in options.settings}  # --key+ VALUE appends to a list
+    if "job" in given:
+        raise UsageError("unknown key 'job': the verb names the job")
+    options.settings += _name_positions(verb, positions, given, prog)
+    return options
+
+
+def _name_positions(verb: Verb, positions: list[str], given: set[str], prog: str) -> list[tuple[str, str]]:
+    """Match arguments without a key with the verb's positional fields; a list takes what the others leave."""
+    if not positions:
+        return []
+    fields = [field for field in verb.positionals if field not in given]
+    if not fields:
+        raise UsageError(f"unexpected argument {positions[0]!r}; see {prog} --help")
+    lists = [_is_list(_hint(_load(verb.config), field)) for field in fields]
+    if len(positions) < len(fields) or (len(positions) > len(fields) and not any(lists)):
+        form = " ".join(_metavar(field, many) for field, many in zip(fields, lists, strict=True))
+        raise UsageError(f"{prog} takes {form}: got {len(positions)} of them ({' '.join(positions)})")
+    spare = len(positions) - len(fields)
+    settings = []
+    for field, many in zip(fields, lists, strict=True):
+        if many:
+            settings.append((field, json.dumps(positions[: spare + 1])))
+            del positions[: spare + 1]
+        else:
+            settings.append((field, positions.pop(0)))
+    return settings
+
+
+def _help(prog: str, description: str, verbs: Mapping[str, Verb]) -> str:
+    width = max(map(len, verbs))
+    lines = [f"usage: {prog} VERB [--config FILE] [--key value]… [--json] [--debug]", "", description, ""]
+    lines += [f"  {name:<{width}}  {verb.help}" for name, verb in verbs.items()]
+    lines += ["", f"{prog} VERB --help lists a verb's keys; --print_config prints them with their values."]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _stdout_kept_for_the_summary(active: bool) -> Iterator[None]:
+    """Send everything that a job and its libraries write on stdout to stderr while ``active``."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    try:
+        os.dup2(2, 1)  # compiled code and child processes
+        with redirect_stdout(sys.stderr):  # Python's own
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+

@@ -1,0 +1,40 @@
+"""Errors worth reading: what a job says when its user can mend something, in one line."""
+
+from __future__ import annotations
+
+import re
+
+
+class UserError(Exception):
+    """A failure that its user can mend; the message names the file, sample or option, and what to do.
+
+    The commands print it as one line without a traceback and end with ``exit_code`` (1, or 2 for usage).
+    """
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """Bad usage or configuration: found before any work is done."""
+
+    exit_code = 2
+
+
+# Control characters, line and paragraph ends, changes of the writing direction, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what would steer a terminal, break a line, or cannot be encoded."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def one_line(error: object) -> str:
+    """An exception in one line; what the system refused is named by its path."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([" → ".join(names), error.strerror]) if names else error.strerror
+    text = " ".join(str(error).split())
+    if isinstance(error, Exception) and not isinstance(error, (UserError, ValueError, TypeError)):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text or type(error).__name__

@@ -1,0 +1,92 @@
+"""Files written whole or not at all, and JSON with one spelling."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from afresh.errors import UserError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Temporary path beside ``path``, renamed onto it when the block ends well and removed when it does not.
+
+    A reader sees the old file or the new one, never a part. The folder is made if it is missing; the
+    temporary name keeps the suffix, for writers that go by it.
+
+    Raises:
+        UserError: the disk is full, or the user's share of it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            reason = f"{os.strerror(error.errno)}; make room, and the same command goes on there"
+            raise UserError(f"{path} cannot be written: {reason}") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # some file systems do not open folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], obj: object) -> None:
+    """Write ``obj`` as JSON, atomically: sorted keys, two spaces, a newline at the end."""
+    text = json.dumps(to_json(obj), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    with write_atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def to_json(obj: Any) -> Any:
+    """``obj`` in JSON's own types: arrays and scalars unwrapped, paths as text, NaN and ±inf as null."""
+    if obj is None or isinstance(obj, (bool, str)):
+        return obj
+    if isinstance(obj, dict):
+        return {str(key): to_json(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [to_json(value) for value in obj]
+    if isinstance(obj, (set, frozenset)):
+        return sorted(to_json(value) for value in obj)
+    if hasattr(obj, "tolist"):  # numpy and torch, scalars among them
+        return to_json(obj.tolist())
+    if isinstance(obj, int):
+        return int(obj)
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else None
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+def digest(parts: object) -> str:
+    """What JSON of ``parts`` hashes to: 32 hex characters that are others when a part is."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+

@@ -1,0 +1,24 @@
+"""Names that a package hands on from its files, each imported when it is first asked for: no face loads torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def handed_on(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` (PEP 562) for names that stand in files of ``package``.
+
+    Args:
+        package: ``__name__`` of the face.
+        homes: name → module below ``package``, as in ``"terms.amg"``.
+    """
+
+    def getattribute(name: str) -> Any:
+        home = homes.get(name)
+        if home is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{home}"), name)
+
+    return getattribute

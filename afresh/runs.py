@@ -1,0 +1,59 @@
+"""One run at a time in a folder, begun and continued with the same settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from afresh.errors import UsageError, UserError
+from afresh.files import write_json
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], lock: str | os.PathLike[str]) -> Iterator[None]:
+    """One run at a time in ``folder``, by a lock on the file ``lock``, which the system lifts when its holder dies.
+
+    Raises:
+        UserError: another run holds the lock.
+    """
+    with open(lock, "a") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise UserError(f"{folder}: another run is writing to this folder") from error
+        yield
+
+
+def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """Begin or continue a job in ``folder``: its ``run.json`` holds the settings that the result depends on.
+
+    Raises:
+        UsageError: the folder was begun with other settings (names them), or cannot be written.
+    """
+    path = Path(folder) / "run.json"
+    if path.is_file():
+        refuse_other_settings(folder, json.loads(path.read_text()), settings)
+        return
+    try:
+        write_json(path, settings)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def refuse_other_settings(folder: object, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ``UsageError`` with the names of the ``settings`` that differ from those that ``folder`` was begun with."""
+    settings = json.loads(json.dumps(settings))
+    changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+    if changed:
+        raise UsageError(
+            f"{folder}: was begun with other settings ({', '.join(changed)}): choose another --out or remove it"
+        )
+

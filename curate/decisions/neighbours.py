@@ -1,0 +1,103 @@
+"""Who was kept near whom: near pairs by thing, looked up as a decision goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.neighbors.verify import Crowd, Pairs
+
+AHEAD = 256  # crowded things that are looked up at a time
+PAIRS_AHEAD = 1 << 20  # and with how many kept ones
+
+
+class _Neighbours:
+    """Near pairs of ``n`` things, by thing, and which rows were kept of each thing."""
+
+    def __init__(self, pairs: Pairs, n: int):
+        a, b = np.concatenate([pairs.i, pairs.j]), np.concatenate([pairs.j, pairs.i])
+        order = np.lexsort((b, a))
+        self._a, self._b = a[order], b[order]
+        self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
+        self._start = np.searchsorted(self._a, np.arange(n + 1))
+        self._crowd = pairs.crowd
+        self.kept: dict[int, list[int]] = {}  # rows, the preferred one first, by thing
+        self._kept_of_crowd: list[int] = []
+        self._asked: list[int] = []  # what is left of it
+        self._near_kept: dict[int, list[tuple[int, float]]] = {}  # of the crowd, by the things looked up last
+
+    def has_company(self, things: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the rows ``things`` ``[rows]`` show a thing that another row shows or that is near another."""
+        company = np.diff(self._start) > 0
+        if self._crowd is not None:
+            company[self._crowd.rows] = True
+        company |= np.bincount(things, minlength=len(company)) > 1
+        return company[things]
+
+    def will_be_asked(self, things: NDArray[np.int64]) -> None:
+        """In which order ``kept_near`` will be asked, if it is, so that crowded things are looked up many at a time."""
+        if self._crowd is not None:
+            self._asked = things[np.isin(things, self._crowd.rows)][::-1].tolist()
+
+    def keep(self, thing: int, row: int) -> None:
+        """A row that shows this thing was kept."""
+        if thing not in self.kept and self._crowd is not None and thing in self._crowd:
+            self._kept_of_crowd.append(thing)
+            self._note_kept_near(list(self._near_kept), [thing], self._crowd)
+        self.kept.setdefault(thing, []).append(row)
+
+    def kept_near(self, thing: int) -> list[tuple[int, float]]:
+        """``(row, similarity)`` of the rows kept of the thing itself and of the things near it."""
+        return [(row, similarity) for other, similarity in self.kept_things_near(thing) for row in self.kept[other]]
+
+    def kept_things_near(self, thing: int) -> list[tuple[int, float]]:
+        """``(thing, similarity)`` of the thing itself and the things near it, as far as a row was kept of them."""
+        some = slice(self._start[thing], self._start[thing + 1])
+        near = [(thing, 1.0)]
+        if some.start < some.stop:
+            near += zip(self._b[some].tolist(), self._similarity[some].tolist(), strict=True)
+        if self._crowd is not None and thing in self._crowd:
+            if thing not in self._near_kept:
+                self._look_up(thing, self._crowd)
+            near += self._near_kept[thing]
+        return [(other, similarity) for other, similarity in near if other in self.kept]
+
+    def _look_up(self, thing: int, crowd: Crowd) -> None:
+        """Find what was kept near a crowded thing, and near those that will be asked for next."""
+        while self._asked and self._asked[-1] != thing:
+            self._asked.pop()
+        ahead = max(1, min(AHEAD, PAIRS_AHEAD // max(1, len(self._kept_of_crowd))))
+        self._near_kept = {one: [] for one in (thing, *self._asked[: -ahead - 1 : -1])}
+        self._note_kept_near(list(self._near_kept), self._kept_of_crowd, crowd)
+
+    def _note_kept_near(self, things: list[int], kept: list[int], crowd: Crowd) -> None:
+        for thing, other, similarity in crowd.near_among(things, kept):
+            if thing != other:
+                self._near_kept[thing].append((other, similarity))
+
+    def similarity(self, a: int, b: int) -> float:
+        """Of a near pair; 1 for one thing, NaN for what is not near."""
+        if a == b:
+            return 1.0
+        if self._crowd is not None and a in self._crowd and b in self._crowd:
+            return dict(self._crowd.near(a, [b])).get(b, float("nan"))
+        start, stop = self._start[a], self._start[a + 1]
+        place = start + int(np.searchsorted(self._b[start:stop], b))
+        return float(self._similarity[place]) if place < stop and self._b[place] == b else float("nan")
+
+    def components(self) -> NDArray[np.int64]:
+        """``[n]``: the smallest thing that each is linked to."""
+        parent = np.arange(len(self._start) - 1)
+        a, b = self._a, self._b
+        if self._crowd is not None:
+            links = np.array(list(self._crowd.links()), np.int64).reshape(-1, 2)
+            a, b = np.concatenate([a, links[:, 0]]), np.concatenate([b, links[:, 1]])
+        while len(a):  # of two roots that are linked the larger one gets a smaller parent, until none are
+            one, other = parent[a], parent[b]
+            apart = one != other
+            a, b, one, other = a[apart], b[apart], one[apart], other[apart]
+            np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
+            while (parent[parent] != parent).any():
+                parent = parent[parent]
+        return parent
+

@@ -1,0 +1,1 @@
+"""Where the stages of a curation run."""

@@ -1,0 +1,107 @@
+"""An embedder's cosines on one scale: calibration on a set's own nearest neighbours that are no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
+_CALIBRATION_ELEMENTS = 1 << 21  # float32 similarities of theirs that are held at a time: 8 MB
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A monotone piecewise-linear map of an embedder's cosine onto the scale of SSCD.
+
+    Published thresholds (AMG's above all) speak of SSCD's cosine, where a set's images that are no copies
+    find their nearest neighbour near 0.1 and a copy lies above 0.5. Other embedders crowd their cosines
+    elsewhere.
+
+    Attributes:
+        cosine: increasing anchors, from -1 to 1.
+        value: what they map to, increasing, from -1 to 1.
+    """
+
+    cosine: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    value: tuple[float, ...] = (-1.0, 0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.cosine) != len(self.value) or len(self.cosine) < 2:
+            raise ValueError("a calibration has two or more anchors, each a cosine and a value")
+        if (np.diff(self.cosine) <= 0).any() or (np.diff(self.value) <= 0).any():
+            raise ValueError("a calibration's anchors must increase")
+
+    @classmethod
+    def fit(cls, nn_similarities: NDArray | Sequence[float]) -> Calibration:
+        """Calibrate on the nearest-neighbour cosines of images known not to be copies of one another.
+
+        Their least becomes 0, their median 0.1, their 99 % quantile 0.5, and a cosine of 1 stays 1. With
+        fewer than two there is nothing to go by, and the map is the identity.
+        """
+        cosines = np.asarray(nn_similarities, np.float64)
+        cosines = cosines[np.isfinite(cosines)]
+        if len(cosines) < 2:
+            return cls()
+        anchors = [float(cosines.min()), *(float(q) for q in np.quantile(cosines, (0.5, 0.99)))]
+        # Strictly increasing and inside (-1, 1), even if all cosines are one number.
+        gap = 1e-3
+        anchors = [min(max(a, -1 + gap * (i + 1)), 1 - gap * (3 - i)) for i, a in enumerate(anchors)]
+        for i in (1, 2):
+            anchors[i] = max(anchors[i], anchors[i - 1] + gap)
+        return cls(cosine=(-1.0, *(round(a, 6) for a in anchors), 1.0), value=(-1.0, 0.0, 0.1, 0.5, 1.0))
+
+    def __call__(self, cosine: Any) -> Any:
+        """Arrays and numbers → numpy; torch tensors → torch, differentiable."""
+        x: Any
+        y: Any
+        if type(cosine).__module__.partition(".")[0] == "torch":
+            import torch
+
+            kind = {"dtype": cosine.dtype, "device": cosine.device}
+            x, y = torch.tensor(self.cosine, **kind), torch.tensor(self.value, **kind)
+            k = torch.bucketize(cosine.detach(), x[1:-1])
+        else:
+            cosine = np.asarray(cosine)
+            x, y = np.array(self.cosine), np.array(self.value)
+            k = np.searchsorted(x[1:-1], cosine)
+        slope = (y[1:] - y[:-1]) / (x[1:] - x[:-1])
+        return y[k] + (cosine - x[k]) * slope[k]
+
+    def inverse(self) -> Calibration:
+        """The map back: which cosine a value on SSCD's scale stands for."""
+        return Calibration(cosine=self.value, value=self.cosine)
+
+
+def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Cosine of kept rows with their nearest kept row of another group.
+
+    Args:
+        embeddings: ``[n, d]``.
+        kept: bool ``[n]``.
+        group: int64 ``[n]``.
+
+    Returns:
+        float32, one for each kept row (of evenly spaced ones, where there are more than 4096).
+    """
+    rows = np.flatnonzero(kept)
+    asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
+    nearest, of_asked = np.full(len(asked), -np.inf, np.float32), group[asked]
+
+    def unit(some: NDArray[np.int64]) -> NDArray[np.float32]:
+        x = np.asarray(embeddings[some], np.float32)
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    queries = unit(asked) if len(asked) else np.empty((0, embeddings.shape[1]), np.float32)
+    step = max(1, _CALIBRATION_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        similarity = queries @ unit(some).T
+        own = np.flatnonzero(np.isin(group[some], of_asked))  # few: most groups have no row that is asked for
+        similarity[:, own] = np.where(of_asked[:, None] == group[some[own]], -np.inf, similarity[:, own])
+        nearest = np.maximum(nearest, similarity.max(1))
+    return nearest[np.isfinite(nearest)]
+

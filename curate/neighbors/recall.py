@@ -1,0 +1,46 @@
+"""What a join found of the true pairs, measured on a sample of its own rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.neighbors.join import check_arguments
+from curate.neighbors.verify import Pairs, candidate_threshold, unit_chunks, unit_rows, verified
+
+_SEARCH_ELEMENTS = 1 << 22  # float32 elements that are compared with the sampled rows at a time: 16 MB
+
+
+def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int = 512, seed: int = 0) -> float:
+    """Share of the true pairs of randomly sampled rows that ``pairs`` holds; 1 if these rows have none.
+
+    The true pairs come from comparing each sampled row with every other one, apart from the join's blocks. Pairs
+    inside a crowd, which were left out on purpose, do not count.
+
+    Args:
+        embeddings: ``[n, d]``, what ``pairs`` was found in.
+        pairs: the join's result.
+        threshold: the join's threshold.
+        sample: rows to measure with, at most n.
+        seed: of their choice.
+    """
+    check_arguments(embeddings, threshold)
+    n, d = embeddings.shape
+    chosen = np.sort(np.random.default_rng(seed).choice(n, min(sample, n), replace=False))
+    if n < 2:
+        return 1.0
+    lowest = candidate_threshold(threshold, d)
+    queries = unit_rows(embeddings, chosen)
+    known = pairs.i * n + pairs.j
+    true = np.empty(0, np.int64)
+    for start, some in unit_chunks(embeddings, 0, n, max(1, _SEARCH_ELEMENTS // max(d, len(chosen)))):
+        a, b = np.nonzero(queries @ some.T >= lowest)
+        low, high = np.minimum(chosen[a], b + start), np.maximum(chosen[a], b + start)
+        different = low < high
+        true_pairs = verified(embeddings, low[different], high[different], threshold)
+        if pairs.crowd is not None:
+            inside = np.isin(true_pairs.i, pairs.crowd.rows) & np.isin(true_pairs.j, pairs.crowd.rows)
+            true_pairs = Pairs(true_pairs.i[~inside], true_pairs.j[~inside], true_pairs.similarity[~inside])
+        true = np.union1d(true, true_pairs.i * n + true_pairs.j)
+    return float(np.isin(true, known).mean()) if len(true) else 1.0
+

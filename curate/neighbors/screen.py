@@ -1,0 +1,229 @@
+"""The screen of the near-duplicate join: short rows that rule out nearly all pairs, in blocks that rule out whole rows.
+
+Rows are made unit rows and turned onto the set's principal axes. With ``x₁`` the first k coordinates of a row and
+``x₂`` the others, ``x·y ≤ x₁·y₁ + ‖x₂‖‖y₂‖`` (Cauchy–Schwarz): a product of the k + 1 numbers ``(x₁, ‖x₂‖)`` is no
+smaller than the cosine. Blocks are the leaves of a k-d tree on the first axes, and a row that is too far from a block's
+box is near none of its rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.neighbors.verify import unit_chunks, unit_rows
+
+_TILE = 1024  # rows compared with a block at a time: 1 MB of products
+_SAMPLE = 4096  # rows that the axes are taken from
+_SMALL = 2048  # fewer rows are compared as they are: finding axes would cost more than it saves
+_BOXED = 1 << 14  # rows compared with a box at a time: what is compared stays in the cache
+_BOX_AXES = 4  # axes that blocks are boxes of
+_VERIFY_COST = 100_000  # verifying one pair costs about as much as screening this many by one coordinate
+_QUERIES = 1 << 14  # rows compared with a screen that they are no part of, at a time
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as a screen sees them.
+
+    Attributes:
+        short: float32 ``[n, k + 1]``, ``(x₁, ‖x₂‖)`` of each unit row.
+        places: float32 ``[boxed, n]``, the coordinates that blocks are boxes of.
+        numbers: int64 ``[n]``, the embedding behind each row.
+    """
+
+    short: NDArray[np.float32]
+    places: NDArray[np.float32]
+    numbers: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def chosen(self, which: NDArray[np.int64] | slice) -> Rows:
+        """Some of them."""
+        return Rows(self.short[which], self.places[:, which], self.numbers[which])
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Short rows whose products are no smaller than the cosines, sorted into blocks that lie close together.
+
+    Attributes:
+        axes: float32 ``[d, k]``, that unit rows are turned onto.
+        rows: in block order.
+        starts: int64 ``[blocks + 1]``.
+        slack: room for rounding.
+        lowest: a product below this is no near pair.
+        reach: a row farther than this from a box, squared, has no near one in it.
+    """
+
+    axes: NDArray[np.float32]
+    rows: Rows
+    starts: NDArray[np.int64]
+    slack: float
+    lowest: np.float32
+    reach: np.float32
+
+    @classmethod
+    def of(
+        cls, embeddings: NDArray, axes: NDArray[np.float32], threshold: float, block: int, first: int, last: int
+    ) -> Screen:
+        """Two passes over the embeddings ``first … last``: for the blocks, and for the rows in their order."""
+        n, d = last - first, embeddings.shape[1]
+        k, boxed = axes.shape[1], min(_BOX_AXES, axes.shape[1])
+        # A coordinate errs by at most (d + 8) 2^-24 of a unit row's length, k of them by √k times that; products of
+        # two rows by twice that again. The same room makes ‖x₂‖ no smaller than it is.
+        slack = 4 * (d + 8) * k**0.5 * 2.0**-24
+        apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
+
+        places = np.empty((boxed, n), np.float32)
+        for start, some in unit_chunks(embeddings, first, last, 2048):
+            places[:, start - first : start - first + len(some)] = (some @ axes[:, :boxed]).T
+        order, starts = _tree(places, block)
+        for axis in range(boxed):
+            places[axis] = places[axis, order]
+        rank = np.empty(n, np.int64)
+        rank[order] = np.arange(n)
+        short = np.empty((n, k + 1), np.float32)
+        order += first
+        screen = cls(
+            axes, Rows(short, places, order), starts, slack, np.float32(threshold - slack - 1e-6),
+            np.float32(apart**2),
+        )  # fmt: skip
+        for start, some in unit_chunks(embeddings, first, last, 2048):
+            short[rank[start - first : start - first + len(some)]] = screen.screened(some)
+        return screen
+
+    @staticmethod
+    def bytes_a_row(k: int) -> int:
+        """Memory for each row of a screen of k coordinates, with what is needed while it is made."""
+        return 4 * (k + 1) + 4 * _BOX_AXES + 56
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Where each block starts and stops."""
+        return list(itertools.pairwise(self.starts.tolist()))
+
+    def screened(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Unit rows (or zero rows) ``[m, d]`` → their short rows ``[m, k + 1]``."""
+        short = np.empty((len(unit), self.axes.shape[1] + 1), np.float32)
+        first = unit @ self.axes
+        rest = np.einsum("nd,nd->n", unit, unit, dtype=np.float64)
+        rest -= np.einsum("nd,nd->n", first, first, dtype=np.float64)
+        short[:, :-1], short[:, -1] = first, np.sqrt(rest.clip(0) + self.slack)
+        return short
+
+    def turned(self, embeddings: NDArray, first: int) -> Iterator[Rows]:
+        """Rows that are no part of the screen, from number ``first`` on, as it sees them, some at a time."""
+        for start in range(first, len(embeddings), _QUERIES):
+            stop = min(start + _QUERIES, len(embeddings))
+            short = np.concatenate([self.screened(unit) for _, unit in unit_chunks(embeddings, start, stop, 2048)])
+            yield Rows(short, np.ascontiguousarray(short[:, : len(self.rows.places)].T), np.arange(start, stop))
+
+    def compare(self, start: int, stop: int, others: Rows) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Which of ``others`` may be near which row of the block ``start … stop``: their places in ``others`` and in
+        the screen, some at a time.
+        """
+        rows = self.rows.short[start:stop]
+        boxes = [(inside.min(), inside.max()) for inside in self.rows.places[:, start:stop]]
+        near_box = [self._within(boxes, others, first) for first in range(0, len(others), _BOXED)]
+        within = np.concatenate([np.empty(0, np.int64), *near_box])
+        for first in range(0, len(within), _TILE):
+            some = within[first : first + _TILE]
+            near = others.short[some] @ rows.T >= self.lowest
+            if near.any():
+                a, b = np.divmod(np.flatnonzero(near), stop - start)
+                yield some[a], start + b
+
+    def _within(
+        self, boxes: Sequence[tuple[np.float32, np.float32]], others: Rows, first: int
+    ) -> NDArray[np.int64]:
+        """Which of the next ``others`` from ``first`` on are no farther than ``reach`` from a box."""
+        places = others.places[:, first : first + _BOXED]
+        gap, apart = np.empty((2, places.shape[1]), np.float32)
+        apart[:] = 0
+        for (low, high), place in zip(boxes, places, strict=True):
+            np.clip(place, low, high, out=gap)
+            gap -= place
+            gap *= gap
+            apart += gap
+        return first + np.flatnonzero(apart <= self.reach)
+
+    def candidates(
+        self, start: int, stop: int, others: Rows, crowded: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Pairs ``i < j`` of a row in the block ``start … stop`` and one of ``others`` that may be near, some at a
+        time; if ``others`` are the screen's own rows, only those in the block or after it. Pairs of two ``crowded``
+        embeddings (``[n]``, which may change meanwhile) are passed over.
+        """
+        own = others is self.rows
+        if own:
+            others = others.chosen(slice(start, None))
+        outside = None
+        if crowded[self.rows.numbers[start:stop]].all():
+            outside = np.flatnonzero(~crowded[others.numbers])
+            others = others.chosen(outside)
+        for a, b in self.compare(start, stop, others):
+            if own:
+                once = start + (a if outside is None else outside[a]) > b
+                a, b = a[once], b[once]
+            i, j = others.numbers[a], self.rows.numbers[b]
+            apart_from_crowd = ~(crowded[i] & crowded[j])
+            i, j = i[apart_from_crowd], j[apart_from_crowd]
+            if len(i):
+                yield np.minimum(i, j), np.maximum(i, j)
+
+
+def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]:
+    """``[d, k]`` orthonormal axes: the first principal ones, as many as make the join cheapest, by decreasing variance.
+
+    k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
+    screen lets through costs its verification. (Near pairs cost it whatever k is.)
+    """
+    n, d = embeddings.shape
+    if n <= _SMALL:
+        return np.eye(d, dtype=np.float32)
+    sampled = np.sort(np.random.default_rng(0).choice(n, min(_SAMPLE, n), replace=False))
+    rows = unit_rows(embeddings, sampled)
+    axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, ::-1]  # of the largest share first
+    turned = rows @ axes.astype(np.float32)
+    half = min(len(rows) // 2, 1024)
+    x, y = turned[:half], turned[-half:]
+    far = x @ y.T < threshold
+    best, least = d, float(d)
+    product, before = np.zeros((half, half), np.float32), 0
+    for k in sorted({*range(8, 64, 4), *range(64, 128, 16), *range(128, 1024, 64)}):
+        if k >= d:
+            break
+        product += x[:, before:k] @ y[:, before:k].T
+        rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
+        let_through = float(((product + rest_x[:, None] * rest_y >= threshold) & far).mean())
+        cost, before = k + _VERIFY_COST * let_through, k
+        if cost < least:
+            best, least = k, cost
+    # Blocks are boxes of the first axes: those that part the rows best. (The principal one may be the rows' mean.)
+    parting = np.argsort(-turned[:, :best].var(axis=0), kind="stable")
+    return np.ascontiguousarray(axes[:, parting], np.float32)
+
+
+def _tree(places: NDArray[np.float32], block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A k-d tree's leaves, one after the other: the order of the rows, and where each leaf starts.
+
+    Each cut is at the middle of the axis with the largest variance; all leaves but the last hold ``block`` rows.
+    """
+    order: list[NDArray[np.int64]] = []
+    left = [np.arange(places.shape[1], dtype=np.int64)]
+    while left:
+        rows = left.pop()
+        if len(rows) <= block:
+            order.append(rows)
+            continue
+        inside = places[:, rows]
+        cut = (len(rows) // block + 1) // 2 * block
+        parted = rows[np.argpartition(inside[inside.var(axis=1).argmax()], cut)]
+        left += [parted[cut:], parted[:cut]]
+    return np.concatenate(order), np.cumsum([0, *(len(leaf) for leaf in order)])
+

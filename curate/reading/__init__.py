@@ -1,0 +1,1 @@
+"""Reading: shards by path or URL → safe samples, their images and captions; and shards written."""

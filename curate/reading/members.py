@@ -1,0 +1,67 @@
+"""Which members of an archive may be part of a sample, and of which: names, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from afresh.errors import printable
+from curate.reading.tar import MAX_MEMBER_BYTES, Member, shown
+
+MAX_NAME = 4096  # characters of a member's name
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
+# WebDataset's rule: the key ends at the first dot of the last path component.
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+
+
+def _key_and_extension(name: str) -> tuple[str, str] | None:
+    """Those of a member that may be part of a sample; None if its name is refused or has none."""
+    return split_name(name) if len(name) <= MAX_NAME and _plain(name) else None
+
+
+def split_name(member: str) -> tuple[str, str] | None:
+    """``"a/b.seg.png"`` → ``("a/b", "seg.png")``, WebDataset's rule; None if there is no key or extension."""
+    match = _MEMBER_NAME.fullmatch(member)
+    return (match[1], match[2]) if match else None
+
+
+def _refusal(member: Member) -> str | None:
+    """Why this member is not accepted, or None."""
+    name = shown(member.name)
+    if len(member.name) > MAX_NAME:
+        return f"refused member {name}: its name has {len(member.name)} characters, more than {MAX_NAME}"
+    if not _plain(member.name):
+        return f"refused member {name}: its name is absolute, leads outside or is not UTF-8"
+    if member.problem is not None:
+        return f"refused member {name}: {member.problem}"
+    if member.kind == "link":
+        return f"refused member {name}: it is a link"
+    if member.kind == "device":
+        return f"refused member {name}: it is a device or pipe"
+    if member.kind != "file":
+        return f"refused member {name}: it is not a plain file"
+    if member.data is None:
+        return f"refused member {name}: {member.size} bytes, more than {MAX_MEMBER_BYTES}"
+    return None
+
+
+def _plain(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    if not parts[0] or ".." in parts or _DRIVE.match(name) or "\0" in name:
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _listed(extensions: Iterable[str]) -> str:
+    text = printable(", ".join(extensions))
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _safe_name(name: str) -> str:
+    """A refused member's name as it may stand in a ledger."""
+    return printable(name[:MAX_NAME])
+

@@ -1,0 +1,241 @@
+"""Samples of tar shards: a safe streaming read.
+
+A shard is a WebDataset tar: members ``key.ext`` with the same key, side by side, are one sample. Members are
+data: their names are never used as paths, their contents never unpickled, and what cannot be a sample (links,
+devices, names that point outside, a cut archive) is handed out as a ``BadSample`` with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from afresh.errors import UserError
+from curate.reading.captions import MAX_JSON_BYTES, _json_caption, _text_caption
+from curate.reading.members import _key_and_extension, _listed, _refusal, _safe_name
+from curate.reading.tar import BLOCK, Archive, Member, ReadError, shown
+from curate.reading.urls import open_shard, shard_names
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_SAMPLE_BYTES = 1 << 30  # all members of a sample together, which memory holds
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it stands in its shard: ``members`` maps extensions (as spelled) to bytes, in order.
+
+    ``offsets`` says where in the file the bytes of each begin; it is empty where the archive is compressed.
+    """
+
+    shard: str
+    key: str
+    members: Mapping[str, bytes] = field(repr=False)
+    offsets: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def image_ext(self) -> str | None:
+        """Extension of the image member, the first of jpg, jpeg, png, webp that there is."""
+        return self._extension(*IMAGE_EXTENSIONS)
+
+    @property
+    def image(self) -> bytes:
+        """The encoded image. Raises ``ValueError`` when the sample has none."""
+        ext = self.image_ext
+        if ext is None:
+            raise ValueError(f"sample {self.key!r} of shard {self.shard} has no image member")
+        return self.members[ext]
+
+    @property
+    def images(self) -> list[str]:
+        """Extensions of all image members, that of ``image`` first."""
+        spelled = {ext.lower(): ext for ext in self.members}
+        return [spelled[ext] for ext in IMAGE_EXTENSIONS if ext in spelled]
+
+    @property
+    def caption(self) -> str | None:
+        """The caption: ``txt``, else the string ``caption`` in ``json``; None if missing, too large or not UTF-8."""
+        return self._caption[0]
+
+    @property
+    def caption_problem(self) -> str | None:
+        """Why ``caption`` is None, or None when there is a caption (which may be empty)."""
+        return self._caption[1]
+
+    def number(self, name: str) -> float | None:
+        """The number in the field ``name`` of ``json``; None if there is no finite number to read there."""
+        value = self._fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        with contextlib.suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+        return None
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        ext = self._extension("json")
+        if ext is None or len(self.members[ext]) > MAX_JSON_BYTES:
+            return {}
+        try:
+            fields = json.loads(self.members[ext])
+        except (ValueError, RecursionError):
+            return {}
+        return fields if isinstance(fields, dict) else {}
+
+    @cached_property
+    def _caption(self) -> tuple[str | None, str | None]:
+        if (ext := self._extension("txt")) is not None:
+            return _text_caption(self.members[ext])
+        if (ext := self._extension("json")) is not None:
+            return _json_caption(self.members[ext])
+        return None, "no caption: there is neither a txt nor a json member"
+
+    def _extension(self, *wanted: str) -> str | None:
+        spelled = {ext.lower(): ext for ext in self.members}
+        return next((spelled[ext] for ext in wanted if ext in spelled), None)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """Something in a shard that cannot be used as a sample.
+
+    ``kind`` is one of truncated, corrupt_archive, trailing_data, refused_member, repeated_key, stray_member,
+    no_image; ``key`` is empty when it concerns the archive itself.
+    """
+
+    shard: str
+    key: str
+    reason: str
+    kind: str
+
+
+def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadSample]:
+    """Stream one shard's samples in order; what cannot be a sample comes as a ``BadSample`` in its place.
+
+    A sample is bad as a whole when one of its members is refused (link, device, sparse or oversized file).
+    When a key appears again later in the shard, the first run of members is the sample and each later run is
+    bad. Of a cut or damaged archive the samples before the damage are given, then a ``BadSample`` that says what
+    befell it, under the key of the sample that was cut if there is one; an archive that ends at a member's border
+    without its end-of-archive block is cut as well.
+
+    Args:
+        url: a local path or an fsspec URL; gzip, bzip2 and xz archives are read too.
+        name: what to call the shard, by default its file name.
+
+    Raises:
+        UserError: the file cannot be opened or read.
+    """
+    shard = name if name is not None else shard_names([url])[0]
+    seen: set[str] = set()
+    group: _Group | None = None
+    usual = {"txt"}  # where the sample before had its caption: what a cut one lacks
+
+    def close(finished: _Group) -> Sample | BadSample:
+        key = finished.key
+        if finished.problem is not None:
+            seen.add(key)
+            kind, reason = finished.problem
+            return BadSample(shard, key, reason, kind)
+        if key in seen:
+            extensions = _listed(finished.members)
+            reason = f"key {shown(key)} stands in this shard before: its members must be side by side, each once"
+            return BadSample(shard, key, f"{reason} (here: {extensions})", "repeated_key")
+        seen.add(key)
+        sample = Sample(shard, key, finished.members, finished.offsets)
+        if sample.image_ext is None:
+            extensions = _listed(finished.members)
+            reason = f"no image: none of {', '.join(IMAGE_EXTENSIONS)} among its members ({extensions})"
+            return BadSample(shard, key, reason, "no_image")
+        return sample
+
+    with open_shard(url) as stream:
+        try:
+            archive = Archive(stream)
+            for member in archive:
+                if member.kind == "folder":
+                    continue
+                problem = _refusal(member)
+                if (named := _key_and_extension(member.name)) is None:
+                    if group is not None:
+                        yield close(group)
+                        group = None
+                    reason = problem or f"member {shown(member.name)} has no key and extension"
+                    kind = "refused_member" if problem else "stray_member"
+                    yield BadSample(shard, _safe_name(member.name), reason, kind)
+                    continue
+                key, ext = named
+                if group is None or group.key != key or ext.lower() in group.lowered:
+                    if group is not None:
+                        yield close(group)
+                        usual = group.lowered & {"txt", "json"}
+                    group = _Group(key)
+                group.add(ext, member, problem)
+        except ReadError as error:
+            raise UserError(f"cannot read shard {url}: {error}") from error
+
+        failure = archive.failure
+        if failure is not None and failure.cut_member is not None:
+            named = _key_and_extension(failure.cut_member)
+            key, ext = named or (_safe_name(failure.cut_member), "")
+            if group is not None and (group.key != key or ext.lower() in group.lowered):
+                yield close(group)
+            yield BadSample(shard, key, failure.reason, failure.kind)
+            return
+        last = close(group) if group is not None else None
+        if failure is None or failure.kind == "trailing_data":
+            if last is not None:
+                yield last
+            if failure is not None:
+                yield BadSample(shard, "", failure.reason, failure.kind)
+        elif last is not None and _was_cut(last, usual):
+            yield BadSample(shard, last.key, failure.reason, failure.kind)
+        else:
+            reason = failure.reason
+            if last is not None:
+                yield last
+                reason += f" (other members of sample {shown(last.key)} may have followed)"
+            yield BadSample(shard, "", reason, failure.kind)
+
+
+def _was_cut(last: Sample | BadSample, usual: set[str]) -> bool:
+    """Whether the sample before the end of a cut archive lacks its image, or a caption where one is usual."""
+    if isinstance(last, BadSample):
+        return last.kind == "no_image"
+    extensions = {ext.lower() for ext in last.members}
+    return last.caption is None and "txt" not in extensions and bool(usual - extensions)
+
+
+def sample_bytes(sample: Sample | BadSample) -> int:
+    """Bytes that a sample holds."""
+    return sum(map(len, sample.members.values())) if isinstance(sample, Sample) else 0
+
+
+@dataclass
+class _Group:
+    """Members of one key, as far as they were read."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
+    lowered: set[str] = field(default_factory=set)
+    problem: tuple[str, str] | None = None
+    size: int = 0
+
+    def add(self, ext: str, member: Member, problem: str | None) -> None:
+        data = member.data
+        self.lowered.add(ext.lower())
+        self.size += len(data or b"") + BLOCK
+        if problem is None and self.size > MAX_SAMPLE_BYTES:
+            problem = f"refused sample {shown(self.key)}: its members have more than {MAX_SAMPLE_BYTES} bytes"
+        if problem is not None:
+            self.problem = self.problem or ("refused_member", problem)
+            self.members.clear()
+        elif data is not None and self.problem is None:
+            self.members[ext] = data
+            if member.offset is not None:
+                self.offsets[ext] = member.offset
+

@@ -1,0 +1,1 @@
+"""What a curation leaves beside the shards: the ledger and the report."""

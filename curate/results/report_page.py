@@ -1,0 +1,221 @@
+"""The report of a curation: one HTML file that needs nothing else, to look at before trusting the numbers.
+
+It is drawn from what ``curate dedup`` leaves: ``summary.json``, ``ledger.parquet`` and ``work/report.json``
+(thumbnails, histogram, closest calls). Its size is bounded, whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afresh.errors import UserError
+from afresh.files import write_atomic
+from afresh.storage import Place
+from curate.results.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE
+from curate.results.report_data import BINS, Pictures, gallery
+
+CAPTIONS_SHOWN = 12
+UNREADABLE_SHOWN = 200
+LEDGER_COLUMNS = [
+    "shard", "key", "row", "status", "reason", "image_similarity", "group", "group_size", "caption"
+]  # fmt: skip
+REASONS = {
+    "exact_image": ("Identical image", "the same bytes or the same pixels as the sample that stays"),
+    "near_image": (
+        "Near image",
+        "a near copy under another caption, which the sample that stays takes over",
+    ),
+    "near_pair": ("Near image and caption", "both the image and the caption are near the sample that stays"),
+    "near_caption": ("Near caption", "another image, but enough with a caption near this one stay"),
+    "caption_quota": ("Caption quota", "another image, but enough with this caption stay"),
+    "other_set": ("In another set", "the image, or a near one, stands in a set given with --against"),
+    "excluded": ("Excluded", "named in the list given with --exclude"),
+}
+SHORT = {  # beside a similarity, in the gallery
+    "exact_image": "identical",
+    "near_image": "image",
+    "near_pair": "image + caption",
+    "near_caption": "caption",
+    "caption_quota": "quota",
+    "other_set": "other set",
+    "excluded": "excluded",
+}
+
+
+def write_report(out: Place, html: str) -> None:
+    """Write ``report.html``, atomically."""
+    with write_atomic(out.made_in / "report.html") as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+    out.deliver("report.html")
+
+
+def read_summary(out: str | Path) -> dict[str, Any]:
+    """``summary.json`` of a finished curation, in a folder or at a URL. Raises ``UserError`` when there is none."""
+    place = Place(str(out))
+    path = place.at("summary.json")
+    try:
+        return json.loads(place.read("summary.json"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; is {out} a folder that `curate dedup` wrote to its end?"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a curation's summary: {error}") from error
+
+
+def render(summary: Mapping[str, Any], table: pa.Table, pictures: Pictures) -> str:
+    """The report as HTML: the same arguments give the same text; every caption and name is escaped."""
+    groups = gallery(table)
+    wanted = {row for rows in groups for row in rows}
+    wanted.update(row for a, b, _ in pictures.close_calls for row in (a, b))
+    # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
+    taken = table.select(LEDGER_COLUMNS).filter(np.isin(np.arange(table.num_rows), list(wanted)))
+    shown = {fields["row"]: _card(fields, pictures) for fields in taken.to_pylist()}
+    calls = [
+        (shown[a], shown[b], similarity)
+        for a, b, similarity in pictures.close_calls
+        if a in shown and b in shown
+    ]
+    threshold = float(summary["settings"]["threshold"])
+    return _template().render(
+        summary=summary,
+        threshold=threshold,
+        shares=_shares(summary),
+        reasons=_reasons(summary),
+        histogram=_histogram_shapes(pictures.histogram, threshold),
+        sweep=_sweep_shapes(summary.get("sweep", []), threshold),
+        groups=[[shown[row] for row in rows] for rows in groups],
+        below=[call for call in calls if call[2] < threshold],
+        above=[call for call in calls if call[2] >= threshold],
+        captions=_repeated_captions(table),
+        unreadable=_unreadable(table),
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    import jinja2
+
+    source = Path(__file__).parents[1] / "assets" / "report.html.jinja"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["count"] = lambda number: f"{number:,}"
+    environment.filters["clip"] = lambda text, length: (
+        text if len(text) <= length else text[: length - 1] + "…"
+    )
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _card(fields: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
+    picture = pictures.thumbnails.get(fields["row"])
+    encoded = base64.b64encode(picture).decode() if picture else None
+    label = SHORT.get(fields["reason"], fields["reason"])
+    caption = (fields["caption"] or "")[:600]
+    return {**fields, "caption": caption, "image": encoded, "label": label}
+
+
+def _shares(summary: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+    total = max(1, summary["samples"])
+    return [(name, summary[name], 100.0 * summary[name] / total) for name in (KEPT, DROPPED, UNREADABLE)]
+
+
+def _reasons(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    most = max([1, *summary["reasons"].values()])
+    return [
+        {
+            "name": name,
+            "label": REASONS[name][0],
+            "means": REASONS[name][1],
+            "count": count,
+            "width": 100.0 * count / most,
+        }
+        for name in DROP_REASONS
+        if (count := summary["reasons"].get(name, 0))
+    ]
+
+
+def _histogram_shapes(counts: Mapping[str, Any], threshold: float) -> dict[str, Any] | None:
+    """Bars in a 600 × 180 drawing, from the first bin that holds anything; heights go by the square root."""
+    values = list(counts["counts"])
+    if not any(values):
+        return None
+    filled = next(index for index, value in enumerate(values) if value)
+    start = min(filled, int(threshold * BINS) - 1, BINS - 10)
+    start = max(0, start - start % 5)
+    width, height = 600.0 / (BINS - start), 180.0
+    most = max(values) ** 0.5
+    bars = [
+        {
+            "x": round((index - start) * width + 0.5, 2),
+            "y": round(height - height * value**0.5 / most, 2),
+            "width": round(width - 1.0, 2),
+            "height": round(height * value**0.5 / most, 2),
+            "near": (index + 0.5) / BINS >= threshold,
+            "title": f"{index / BINS:.2f}–{(index + 1) / BINS:.2f}: {value:,}",
+        }
+        for index, value in enumerate(values)
+        if index >= start and value
+    ]
+    ticks = [
+        (round((index - start) * width, 2), f"{index / BINS:.1f}")
+        for index in range(start, BINS + 1)
+        if index % 5 == 0
+    ]
+    line = round((threshold * BINS - start) * width, 2)
+    return {"bars": bars, "ticks": ticks, "line": line, "images": counts["images"]}
+
+
+def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, Any] | None:
+    """The curve of kept samples over thresholds in a 600 × 330 drawing, and the table behind it."""
+    if len(sweep) < 2:
+        return None
+    thresholds, kept = [row["threshold"] for row in sweep], [row["kept"] for row in sweep]
+    low, high = min(kept), max(kept)
+    scale = (thresholds[-1] - thresholds[0]), max(high - low, 1)
+    points = [
+        {
+            "x": round(600 * (row["threshold"] - thresholds[0]) / scale[0], 2),
+            "y": round(320 - 310 * (row["kept"] - low) / scale[1], 2),
+            "chosen": row["threshold"] == threshold,
+            "label": f"{row['threshold']:.3g}",
+            "title": f"{row['threshold']:.3g}: {row['kept']:,} kept, {row['dropped']:,} dropped, "
+            f"{row['groups']:,} groups",
+        }
+        for row in sweep
+    ]
+    return {"points": points, "line": " ".join(f"{p['x']},{p['y']}" for p in points), "low": low, "high": high}
+
+
+def _repeated_captions(table: pa.Table) -> list[tuple[str, int, int]]:
+    """Captions that most samples share, with how many samples had them and how many still do."""
+    readable = table.filter(pc.not_equal(table["status"], UNREADABLE)).select(["caption", "status"])
+    captions = readable["caption"].fill_null("").cast(pa.large_string())  # all of them may be more than 2 GiB
+    counts = captions.value_counts()
+    values, numbers = counts.field("values"), counts.field("counts").to_numpy()
+    largest = np.sort(numbers[numbers > 1])[-CAPTIONS_SHOWN:]
+    if not len(largest):
+        return []
+    most = counts.filter(pa.array(numbers >= largest[0])).to_pylist()
+    most = sorted(most, key=lambda row: (-row["counts"], row["values"]))[:CAPTIONS_SHOWN]
+    kept = captions.filter(pc.equal(readable["status"], KEPT))
+    shown = pa.array([row["values"] for row in most], values.type)
+    still = {row["values"]: row["counts"] for row in kept.filter(pc.is_in(kept, shown)).value_counts().to_pylist()}
+    return [(row["values"], row["counts"], still.get(row["values"], 0)) for row in most]
+
+
+def _unreadable(table: pa.Table) -> list[dict[str, Any]]:
+    broken = table.select(["shard", "key", "reason"]).filter(pc.equal(table["status"], UNREADABLE))
+    return broken.slice(0, UNREADABLE_SHOWN).to_pylist()
+

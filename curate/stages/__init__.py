@@ -1,0 +1,1 @@
+"""The stages of a curation, in this order: read, join, decide, write, publish."""

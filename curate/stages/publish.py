@@ -1,0 +1,176 @@
+"""The last stage of curation: the ledger, the training-set index, the summary and the report."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afresh.storage import Place
+from curate.config import DedupConfig
+from curate.engines.protocol import Engine
+from curate.reading.samples import Sample, read_samples
+from curate.results import ledger as ledgers
+from curate.stages.decide import Elsewhere
+from curate.stages.join import Joined, sweep_thresholds
+from curate.stages.rows import Rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from curate.decisions.rules import Verdicts
+    from curate.embed.protocol import Embedder
+
+
+HISTOGRAM_SAMPLE = 2000
+
+
+def publish_ledger(
+    out: Place, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
+) -> pa.Table:
+    """Write the ledger, and give it."""
+    total = rows.table.num_rows
+    columns: dict[str, Any] = {
+        name: rows.table[name] for name in ("shard", "key", "sha256", "width", "height", "caption")
+    }
+    columns["row"] = np.arange(total)
+    status = np.full(total, ledgers.UNREADABLE, dtype=object)
+    reason = rows.table["reason"].to_numpy(zero_copy_only=False).copy()
+    stand_in = np.full(total, -1, dtype=np.int64)
+    numbers: dict[str, NDArray[Any]] = {}
+    for name in ("image_similarity", "caption_similarity", "group", "group_size"):
+        numbers[name] = np.full(total, np.nan if "similarity" in name else -1)
+    if verdicts is not None:
+        status[rows.readable] = np.where(verdicts.kept, ledgers.KEPT, ledgers.DROPPED)
+        reason[rows.readable] = verdicts.reason
+        stand_in[rows.readable] = np.where(verdicts.kept_by >= 0, rows.readable[verdicts.kept_by], -1)
+        for name, values in numbers.items():
+            values[rows.readable] = getattr(verdicts, name)
+        numbers["group"][rows.readable] = rows.readable[verdicts.group]  # named by its first member's row
+    nobody = stand_in < 0
+    for name in ("shard", "key"):
+        columns[f"kept_{name}"] = rows.table[name].take(pa.array(stand_in, mask=nobody))
+        if elsewhere is not None:
+            of_others = np.full(total, None, dtype=object)
+            of_others[rows.readable] = getattr(elsewhere, name)
+            columns[f"kept_{name}"] = pc.coalesce(columns[f"kept_{name}"], pa.array(of_others, pa.string()))
+    if elsewhere is not None:
+        there = ~np.isnan(elsewhere.similarity)
+        numbers["image_similarity"][rows.readable[there]] = elsewhere.similarity[there]
+    for name, values in numbers.items():
+        missing = np.isnan(values) if "similarity" in name else values < 0
+        columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)
+    columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
+    table = pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
+    ledgers.write_table(table, out.made_in / "ledger.parquet")
+    out.deliver("ledger.parquet")
+    return table
+
+
+def publish_index(out: Place, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
+    """Write ``out/index``, of all readable rows."""
+    from curate.index.training_index import FILES, TrainingIndex
+
+    TrainingIndex.build(
+        embeddings=rows.embeddings,
+        captions=rows.column("caption").tolist(),
+        shards=rows.column("shard").tolist(),
+        keys=rows.column("key").tolist(),
+        kept=verdicts.kept,
+        group=rows.readable[verdicts.group],
+        embedder_name=embedder.name,
+    ).save(out.made_in / "index")
+    for name in FILES:
+        out.deliver(f"index/{name}")
+
+
+def summarise(
+    table: pa.Table, joined: Joined, verdicts: Verdicts, settings: Mapping[str, Any], shards: int
+) -> dict[str, Any]:
+    """The summary without its sweep; ``settings`` are those that the result depends on."""
+    status = collections.Counter(table["status"].to_pylist())
+    reasons = collections.Counter(
+        table.filter(pc.equal(table["status"], ledgers.DROPPED))["reason"].to_pylist()
+    )
+    sizes = np.bincount(verdicts.group)
+    return {
+        "samples": table.num_rows,
+        **{name: status[name] for name in (ledgers.KEPT, ledgers.DROPPED, ledgers.UNREADABLE)},
+        "groups": int((sizes > 1).sum()),
+        "largest_group": int(sizes.max()),
+        "reasons": {name: reasons[name] for name in ledgers.DROP_REASONS if reasons[name]},
+        "captions_pooled": sum(bool(pooled) for pooled in verdicts.pooled.values()),
+        "recall": joined.recall,
+        "caption_recall": joined.caption_recall,
+        "shards": shards,
+        "settings": dict(settings),
+    }
+
+
+def publish_report(
+    engine: Engine,
+    out: Place,
+    table: pa.Table,
+    rows: Rows,
+    joined: Joined,
+    summary: dict[str, Any],
+    urls: Sequence[str],
+    config: DedupConfig,
+) -> None:
+    """Write ``out/report.html``, and beside the caches what ``curate report`` draws it from again."""
+    from curate.results import report_data
+    from curate.results.report_page import render, write_report
+
+    counts: Mapping[str, Any] = report_data.histogram(np.empty(0, dtype=np.float32))
+    calls: list[tuple[int, int, float]] = []
+    if len(joined.first) > 1:
+        embeddings = rows.embeddings[joined.first]
+        asked, nearest, similarity = report_data.nearest_similarities(embeddings, HISTOGRAM_SAMPLE, config.seed)
+        counts = report_data.histogram(similarity)
+        # The join's pairs where it went below the threshold, and else the sample's nearest neighbours, too.
+        pairs, row_of = joined.image_pairs, rows.readable[joined.first]
+        below = similarity < min(sweep_thresholds(config))
+        one, other = np.concatenate([pairs.i, asked[below]]), np.concatenate([pairs.j, nearest[below]])
+        likeness = np.concatenate([pairs.similarity, similarity[below]])
+        calls = report_data.close_calls(row_of[one], row_of[other], likeness, config.threshold, config.seed)
+    shown = {row for group in report_data.gallery(table) for row in group} | {
+        row for a, b, _ in calls for row in (a, b)
+    }
+    of_shard: dict[int, list[tuple[int, int]]] = {}
+    for row in sorted(shown):
+        of_shard.setdefault(int(rows.shard_number[row]), []).append((row, int(rows.ordinal[row])))
+    tasks = [
+        _ThumbnailTask(urls[shard], tuple(wanted), config.max_pixels) for shard, wanted in of_shard.items()
+    ]
+    thumbnails: dict[int, bytes] = {}
+    for of_task in engine.map(_thumbnails, tasks, desc="picturing"):
+        thumbnails |= of_task
+    pictures = report_data.Pictures(counts, calls, thumbnails)
+    pictures.save(out)
+    write_report(out, render(summary, table, pictures))
+
+
+@dataclass(frozen=True)
+class _ThumbnailTask:
+    url: str
+    wanted: tuple[tuple[int, int], ...]  # (ledger row, ordinal in the shard)
+    max_pixels: int
+
+
+def _thumbnails(task: _ThumbnailTask) -> dict[int, bytes]:
+    from curate.results.report_data import thumbnail
+
+    row_of = {ordinal: row for row, ordinal in task.wanted}
+    found: dict[int, bytes] = {}
+    for ordinal, item in enumerate(read_samples(task.url)):
+        if ordinal in row_of and isinstance(item, Sample):
+            found[row_of[ordinal]] = thumbnail(item.image, max_pixels=task.max_pixels)
+            if len(found) == len(row_of):
+                break
+    return found
+

@@ -1,0 +1,173 @@
+"""The read stage of curation: each shard once, to hashes, sizes, captions and image embeddings.
+
+One pass over the bytes of a shard, whose images are decoded on threads that run ahead of the embedder by a bounded
+amount: memory holds some encoded images, others brought near the embedder's size, and a few thousand rows, whatever
+the number of the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from afresh.cores import cpu_count, in_order, one_thread, shares
+from afresh.progress import get_logger
+from curate.config import DedupConfig
+from curate.engines.protocol import Engine
+from curate.reading.samples import BadSample, Sample, read_samples, sample_bytes
+from curate.reading.urls import shard_bytes
+from curate.results import ledger as ledgers
+from curate.stages.rows import READ_COLUMNS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from curate.embed.protocol import Embedder
+
+
+log = get_logger(__name__)
+# Images are brought to no less than this many times the size that the embedder looks at, which then does the rest: what
+# the coarser scale makes of the pixels is far below what it tells apart (tests/curate/stages/test_read.py has the
+# tolerance).
+SCALE_TO_SPARE = 2
+BYTES_AHEAD = 1 << 26  # of samples that are decoded or wait for the embedder
+PIXELS_AHEAD = 1 << 25  # of their images
+BATCH_PIXELS = 32_000_000  # held for the embedder at a time, whatever the batch size
+ROWS_HELD = 8192
+
+
+@dataclass(frozen=True)
+class _ReadTask:
+    url: str
+    name: str
+    cache: Path
+    embedder: str
+    max_pixels: int
+    batch_size: int
+    pixel_hash: bool
+    fields: tuple[str, ...]
+    threads: int
+
+
+def read_stage(
+    engine: Engine,
+    work: Path,
+    urls: Sequence[str],
+    names: Sequence[str],
+    keys: Sequence[str],
+    config: DedupConfig,
+) -> list[Path]:
+    """Read the shards that were not read before; one cache file each in ``work/read``, named by its key.
+
+    A shard has threads by its share of the bytes, so that the cores are busy with one huge shard as with many small
+    ones. The files do not depend on their number.
+    """
+    caches = [work / "read" / f"{key}.parquet" for key in keys]
+    missing = [number for number, cache in enumerate(caches) if not cache.is_file()]
+    if len(missing) < len(caches):
+        log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
+    threads = shares([shard_bytes(urls[number]) for number in missing], config.workers or cpu_count())
+    tasks = [
+        _ReadTask(
+            urls[number],
+            names[number],
+            caches[number],
+            config.image_embedder,
+            config.max_pixels,
+            config.batch_size,
+            config.pixel_hash,
+            preferred_fields(config.prefer),
+            of_shard,
+        )
+        for number, of_shard in zip(missing, threads, strict=True)
+    ]
+    engine.map(_read_shard, tasks, desc="reading")
+    return caches
+
+
+def _read_shard(task: _ReadTask) -> None:
+    """Hash and embed one shard's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
+    embedder = cached_embedder(task.embedder)
+    nothing = bytes(2 * embedder.dim)
+    schema = pa.schema([*READ_COLUMNS, ("embedding", pa.binary(len(nothing)))])
+    rows: list[dict[str, Any]] = []
+    batch: list[tuple[dict[str, Any], Image]] = []
+
+    def embed() -> None:
+        embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
+        for (row, _), vector in zip(batch, np.asarray(embedded, dtype=np.float16), strict=True):
+            row["embedding"] = vector.tobytes()
+        batch.clear()
+
+    samples = read_samples(task.url, name=task.name)
+    look = partial(_look, task, SCALE_TO_SPARE * embedder.size)
+    ahead = max(2 * task.threads, PIXELS_AHEAD // (2 * SCALE_TO_SPARE * embedder.size) ** 2)
+    looked_at = in_order(look, samples, task.threads, at_most=ahead, weigh=sample_bytes, weight=BYTES_AHEAD)
+    with one_thread(), ledgers.table_writer(schema, task.cache) as writer:
+        pixels_held = 0
+        for row, image in looked_at:
+            rows.append(row)
+            row["embedding"] = nothing
+            if image is not None:
+                batch.append((row, image))
+                pixels_held += image.width * image.height
+            if batch and (
+                len(batch) == task.batch_size or pixels_held > BATCH_PIXELS or len(rows) == ROWS_HELD
+            ):
+                embed()
+                pixels_held = 0
+            if len(rows) == ROWS_HELD:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows.clear()
+        if batch:
+            embed()
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[dict[str, Any], Image | None]:
+    """What there is to say of a sample without its embedding; and its image for that, both sides ``at_least`` pixels
+    as far as it has them, the shorter one below twice as many.
+    """
+    from curate.reading.images import ImageError, coded_hash, decode_scaled, is_lossless, pixel_hash, shrunk
+
+    row: dict[str, Any] = {"shard": sample.shard, "key": sample.key}
+    if isinstance(sample, BadSample):
+        row["reason"] = sample.reason
+        return row, None
+    row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
+    row["numbers"] = [sample.number(name) for name in task.fields]
+    data = sample.image
+    row["sha256"] = hashlib.sha256(data).hexdigest()
+    try:
+        decoded = decode_scaled(data, None if task.pixel_hash else at_least, max_pixels=task.max_pixels)
+    except ImageError as error:
+        row["reason"] = str(error)
+        return row, None
+    row["width"], row["height"] = decoded.width, decoded.height
+    row["lossless"] = is_lossless(data)
+    # Whether an image is reduced depends on its size and format alone: equal JPEGs are compared by the same hash.
+    if decoded.reduced:
+        row["pixels"] = coded_hash(data, decoded.orientation) or row["sha256"]
+    else:
+        row["pixels"] = pixel_hash(decoded.image)
+    return row, shrunk(decoded.image, at_least)
+
+
+def preferred_fields(prefer: Sequence[str]) -> tuple[str, ...]:
+    """The json fields among the criteria of preference."""
+    return tuple(criterion[1:] for criterion in prefer if criterion[0] in "+-")
+
+
+@lru_cache(maxsize=2)
+def cached_embedder(name: str) -> Embedder:
+    from curate.embed.registry import load_embedder
+
+    return load_embedder(name)
+

@@ -1,0 +1,71 @@
+"""The join within cells: nothing false, little lost, and what is lost is measured."""
+
+import numpy as np
+import pytest
+
+from curate.neighbors.cells import find_pairs_in_cells
+from curate.neighbors.join import find_pairs
+from curate.neighbors.recall import recall
+
+
+def rows_with_copies(n: int = 6000, d: int = 32, seed: int = 0) -> np.ndarray:
+    """Unit rows of a falling spectrum, a tenth of which are near copies of others."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((n, d)) * np.arange(1, d + 1) ** -0.5
+    copies = rng.choice(n, n // 10, replace=False)
+    rows[copies] = rows[rng.integers(0, n, n // 10)]
+    rows += 0.1 * rng.standard_normal((n, d)) * np.linalg.norm(rows, axis=1, keepdims=True) / d**0.5
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+def keys(pairs, n: int) -> np.ndarray:
+    return pairs.i * n + pairs.j
+
+
+def test_all_that_is_found_is_true_and_more_probes_and_clusterings_find_more():
+    rows = rows_with_copies()
+    n, true = len(rows), find_pairs(rows, 0.9)
+    found = {}
+    for probes, clusterings in ((1, 1), (3, 1), (1, 3)):
+        pairs = find_pairs_in_cells(rows, 0.9, cells=40, probes=probes, clusterings=clusterings)
+        inside = np.isin(keys(true, n), keys(pairs, n))
+        assert len(pairs) == inside.sum()  # nothing else
+        np.testing.assert_array_equal(pairs.similarity, true.similarity[inside])
+        found[probes, clusterings] = inside.mean()
+        assert recall(rows, pairs, 0.9, sample=n) == pytest.approx(inside.mean())
+    assert found[1, 1] < 0.97 < found[3, 1] and found[1, 1] < found[1, 3]
+
+
+def test_one_cell_and_every_cell_are_the_exact_join():
+    rows, true = rows_with_copies(), find_pairs(rows_with_copies(), 0.9)
+    for options in ({"cells": 1}, {"cells": 8, "probes": 8}):
+        pairs = find_pairs_in_cells(rows, 0.9, **options)
+        for name in ("i", "j", "similarity"):
+            assert getattr(pairs, name).tobytes() == getattr(true, name).tobytes()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    rows = rows_with_copies()
+    one, two = (find_pairs_in_cells(rows, 0.9, crowd=50, threads=threads) for threads in (1, 3))
+    for name in ("i", "j", "similarity"):
+        assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
+
+
+def test_a_hot_cell_is_compared_whole_and_its_crowd_left_out():
+    rows = rows_with_copies()
+    hot = np.random.default_rng(1).choice(len(rows), 3000, replace=False)
+    rows[hot] = rows[0] + 0.05 * np.random.default_rng(2).standard_normal((3000, 32)).astype(np.float16) / 32**0.5
+    pairs = find_pairs_in_cells(rows, 0.9, cells=40, crowd=60)
+    assert set(hot.tolist()) <= set(pairs.crowd.rows.tolist())
+    assert len(pairs) <= 60 * len(rows)
+    assert recall(rows, pairs, 0.9, sample=2000) > 0.97
+
+
+def test_few_rows_and_bad_numbers():
+    rows = np.eye(3, dtype=np.float32)
+    assert len(find_pairs_in_cells(rows, 0.9, cells=10)) == 0
+    assert len(find_pairs_in_cells(np.repeat(rows, 2, axis=0), 0.9)) == 3
+    assert len(find_pairs_in_cells(rows[:0], 0.9)) == 0
+    for name, value in (("probes", 0), ("clusterings", 0), ("cells", -1)):
+        with pytest.raises(ValueError, match=name):
+            find_pairs_in_cells(rows, 0.9, **{name: value})

@@ -1,0 +1,103 @@
+"""Optimizers by name, and learning rates by step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from afresh.errors import UsageError
+from tests.train.finetune.runs import log_lines, same, settings, stop_after, weights
+from train.finetune.config import FinetuneConfig
+from train.finetune.loop import run_finetune
+from train.finetune.state.optimizer import find_optimizer, learning_rate, make_optimizer
+
+
+def config(**changes) -> FinetuneConfig:
+    return FinetuneConfig(model="", out="", shards=[], **changes)
+
+
+def made(**changes) -> torch.optim.Optimizer:
+    return make_optimizer([torch.nn.Parameter(torch.ones(2))], config(**changes), fused=False)
+
+
+# --------------------------------------------------------------------------------------------- learning rates
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more", "halfway", "end"),
+    [
+        ("constant", {}, 1.0, 1.0),
+        ("linear", {}, 0.5, 0.0),
+        ("polynomial", {"lr_power": 2.0}, 0.25, 0.0),
+        ("cosine", {}, 0.5, 0.0),
+        ("cosine_restarts", {"lr_cycles": 2}, 1.0, 0.0),
+        ("cosine_restarts", {"lr_cycles": 1}, 0.5, 0.0),
+    ],
+)
+def test_learning_rate_warms_up_and_ends_as_its_schedule_says(schedule, more, halfway, end):
+    settings = config(steps=110, warmup_steps=10, learning_rate=2.0, lr_schedule=schedule, **more)
+    assert learning_rate(0, settings) == pytest.approx(0.2)
+    assert learning_rate(9, settings) == learning_rate(10, settings) == pytest.approx(2.0)
+    assert learning_rate(60, settings) == pytest.approx(2 * halfway)
+    assert learning_rate(110, settings) == pytest.approx(2 * end)
+
+
+def test_restarts_begin_each_cycle_at_the_peak():
+    settings = config(steps=90, learning_rate=1.0, lr_schedule="cosine_restarts", lr_cycles=3)
+    assert [learning_rate(step, settings) for step in (0, 30, 60)] == pytest.approx([1, 1, 1])
+    assert learning_rate(15, settings) == pytest.approx(0.5)
+    assert learning_rate(29, settings) == pytest.approx((1 + math.cos(math.pi * 29 / 30)) / 2)
+
+
+# ------------------------------------------------------------------------------------------------- optimizers
+
+
+def test_adamw_gets_the_settings_and_further_arguments_win():
+    optimizer = made(learning_rate=0.1, adam_beta2=0.95, weight_decay=0.2)
+    assert type(optimizer) is torch.optim.AdamW
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.9, 0.95), 0.2)
+    group = made(optimizer_args={"betas": [0.5, 0.6], "amsgrad": True}).param_groups[0]
+    assert (group["betas"], group["amsgrad"]) == ((0.5, 0.6), True)
+
+
+def test_any_torch_optimizer_is_taken_by_its_dotted_name_with_the_settings_that_it_has():
+    optimizer = made(optimizer="torch.optim.SGD", learning_rate=0.1, optimizer_args={"momentum": 0.5})
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.1, 0.5)
+    assert type(made(optimizer="adafactor")) is torch.optim.Adafactor  # has no betas
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adamw8bit", "bitsandbytes cannot be imported.*pip install bitsandbytes"),
+        ("prodigy", "prodigyopt cannot be imported.*pip install prodigyopt"),
+        ("no_such_package.Sgd", "no_such_package cannot be imported"),
+        ("torch.optim.Adagrat", "is no torch optimizer"),
+        ("torch.nn.Linear", "is no torch optimizer"),
+        ("adam", "choose one of adamw, adafactor"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had_is_named_with_what_to_do(monkeypatch, name, message):
+    for package in ("bitsandbytes", "prodigyopt"):  # as on a machine without them
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(UsageError, match=message):
+        find_optimizer(name)
+
+
+def test_an_argument_that_the_optimizer_does_not_take_is_named():
+    with pytest.raises(UsageError, match="optimizer adamw.*momentum"):
+        made(optimizer_args={"momentum": 0.5})
+
+
+def test_a_run_with_another_optimizer_goes_on_bit_for_bit(model, shards, tmp_path, monkeypatch):
+    changes = {"optimizer": "torch.optim.NAdam", "lr_schedule": "cosine_restarts", "lr_cycles": 2}
+    run_finetune(settings(model, shards, tmp_path / "whole", **changes))
+    stop_after(monkeypatch, 1)
+    assert run_finetune(settings(model, shards, tmp_path / "cut", **changes))["stopped"]
+    run_finetune(settings(model, shards, tmp_path / "cut", **changes))
+    assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))

@@ -1,0 +1,149 @@
+"""Low-rank adapters (LoRA, Hu et al., ICLR 2022) on the attention of Stable Diffusion: add, save, fuse.
+
+A weight ``W`` of the base stays as it is, and ``(alpha / rank) B A`` is trained beside it, ``A [rank, in]`` random and
+``B [out, rank]`` zero at the start: an untrained adapter changes nothing. Adapters are peft's, and are saved in the
+form that ``pipe.load_lora_weights`` of diffusers takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afresh.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from train.denoising.config import LoRAConfig
+
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+"""Names of a CLIP text encoder's attention weights."""
+
+
+def add_lora(
+    pipe: StableDiffusionPipeline,
+    lora: LoRAConfig,
+    *,
+    text_encoder: bool = False,
+    base: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> None:
+    """Freeze the UNet and the text encoder and add trainable adapters, in float32, in place.
+
+    Args:
+        pipe: a pipeline from ``train.denoising.loading.load_pipeline``.
+        lora: rank, scale and place of the adapters.
+        text_encoder: give the text encoder adapters too.
+        base: dtype that the frozen weights are held in; half precision needs autocast in the forward pass.
+        seed: of the adapters' random half.
+
+    Raises:
+        UserError: peft is not installed.
+        UsageError: a target is the name of no layer of the UNet.
+    """
+    require_peft()
+    from peft import LoraConfig
+
+    adaptable = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, adaptable)]
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UsageError(f"lora.targets: no layer of the UNet is called {target}; to_q, to_k, to_v, to_out.0 are")
+
+    def settings(targets: list[str]) -> LoraConfig:
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha or lora.rank,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            init_lora_weights=True,
+        )
+
+    for part in (pipe.unet, pipe.text_encoder):
+        part.requires_grad_(False).to(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe.unet.add_adapter(settings(lora.targets))
+        if text_encoder:
+            pipe.text_encoder.add_adapter(settings(TEXT_TARGETS))
+    for parameter in [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``.
+
+    The file's metadata holds rank, alpha and targets, so that it is loaded at the scale it was trained at. The folder
+    is written aside and renamed.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers: dict[str, Any] = {}
+    for name, part in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
+        if getattr(part, "peft_config", None):
+            state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+            layers[f"{name}_lora_layers"] = {key: value.float().contiguous() for key, value in state.items()}
+            settings = part.peft_config["default"].to_dict()
+            settings["base_model_name_or_path"] = None  # a path of this machine is nothing to publish
+            layers[f"{name}_lora_adapter_metadata"] = settings
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    StableDiffusionPipeline.save_lora_weights(aside, weight_name=WEIGHTS, **layers)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
+    """Add saved adapters to the pipeline's weights, in place: afterwards it is a pipeline like any other.
+
+    Args:
+        pipe: the pipeline that they were trained on.
+        source: a ``.safetensors`` file, a folder that holds one, or a hub name; in any form that diffusers reads.
+
+    Raises:
+        UserError: there is no such file, it does not fit the pipeline, or peft is not installed.
+    """
+    require_peft()
+    path = Path(source)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        if WEIGHTS not in files and len(files) != 1:
+            raise UserError(f"{source}: expected {WEIGHTS}, or one .safetensors file; found {len(files)}")
+        options["weight_name"] = WEIGHTS if WEIGHTS in files else files[0]
+    elif path.is_file() and path.suffix != ".safetensors":
+        raise UserError(f"{source}: adapters are read from safetensors only")
+    elif path.suffix == ".safetensors" and not path.is_file():
+        raise UserError(f"{source}: no such LoRA file")
+    try:
+        pipe.load_lora_weights(str(source), **options)
+        adapted = [name for name in ("unet", "text_encoder") if getattr(getattr(pipe, name), "peft_config", None)]
+        if not adapted:
+            raise ValueError("it holds no adapters for a UNet or a text encoder")
+        pipe.fuse_lora(components=adapted)
+        pipe.unload_lora_weights()
+    except Exception as error:  # of many kinds, as in load_pipeline
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: cannot load the LoRA into this model: {reason}") from error
+
+
+def require_peft() -> None:
+    """See that peft is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"LoRA needs peft: pip install 'afresh[lora]' ({error})") from error
+

@@ -1,0 +1,1 @@
+"""What judges images: the dual encoder, pixels, metrics."""

@@ -1,0 +1,69 @@
+"""What the evaluation is about: the images drawn in one setting, and what was measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afresh.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images of one table row."""
+
+    model: str
+    guidance: str
+    prompts: str
+    """Kind of the prompts: repeated, held_out, …"""
+    images: Sequence[Image]
+    captions: Sequence[str]
+    """What each image was drawn for; images of one caption are its seeds."""
+    seconds_per_image: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A table row, and what it rests on, image by image."""
+
+    row: dict[str, Any]
+    similarity: NDArray[np.float32]
+    """``[n]`` to the nearest training image by the own embedder, on SSCD's scale."""
+    judged: NDArray[np.float32]
+    """``[n]`` to the nearest training image by the independent judge (cosine)."""
+    copied: NDArray[np.bool_]
+    """``[n]`` whether the independent judge counts the image as a copy."""
+    pixel: NDArray[np.float32]
+    """``[n]`` highest pixel correlation with a training image."""
+
+
+def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> Drawn:
+    """What ``train sample`` wrote into a folder, without the images that it withheld.
+
+    Raises:
+        UserError: the folder holds no ``samples.parquet``, or an image is missing.
+    """
+    import pyarrow.parquet as parquet
+
+    from curate.reading.images import decode_image
+
+    folder = Path(folder)
+    table = folder / "samples.parquet"
+    if not table.is_file():
+        raise UserError(f"{table}: missing; train sample writes it")
+    rows = [row for row in parquet.read_table(table).to_pylist() if not row.get("withheld")]
+    try:
+        images = [decode_image((folder / row["file"]).read_bytes()) for row in rows]
+    except OSError as error:
+        raise UserError(f"{folder}: an image of samples.parquet is missing ({error})") from None
+    seconds = float(np.mean([row["seconds"] for row in rows])) if rows else float("nan")
+    return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds)
+

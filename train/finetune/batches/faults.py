@@ -1,0 +1,50 @@
+"""The record of samples that could not be read in a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from afresh.progress import get_logger
+from train.finetune.data.images import Fault
+
+log = get_logger(__name__)
+
+
+class FaultLog:
+    """The faults of one process, a line each in ``faults.jsonl`` (of others than the first ``faults-1.jsonl``, …).
+
+    Args:
+        out: folder of the run.
+        rank: of the process.
+        start: position that the run goes on from: lines of later ones are repeated, and cut off first.
+
+    Attributes:
+        count: how many there were.
+    """
+
+    def __init__(self, out: Path, rank: int, start: int) -> None:
+        path = out / (f"faults-{rank}.jsonl" if rank else "faults.jsonl")
+        self.path, self.count = path, 0
+        self._named: set[str] = set()
+        if path.is_file():
+            whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["position"] < start]
+            self.count = len(kept)
+            path.write_text("".join(kept), "utf-8")
+
+    def add(self, faults: Sequence[Fault]) -> None:
+        """Append them; each shard is named once on stderr."""
+        if not faults:
+            return
+        self.count += len(faults)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(fault)) + "\n" for fault in faults)
+        for fault in faults:
+            if fault.shard not in self._named:
+                self._named.add(fault.shard)
+                stands_in = f"{fault.instead} stands in for it" if fault.instead else "it has weight 0"
+                log.warning("%s/%s: %s; %s (more in %s)", fault.shard, fault.key, fault.reason, stands_in, self.path)
+

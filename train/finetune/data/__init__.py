@@ -1,0 +1,1 @@
+"""Training data: position → sample, and each sample's image, size and crop."""

@@ -1,0 +1,348 @@
+"""What the shards of a run hold: keys, captions, sizes and places of all samples, read once and kept beside the run.
+
+``samples.arrow`` has a record batch for each shard and is memory-mapped, so that processes and workers share one copy
+of it, and a resumed run begins at once. It fixes which sample is which row, whatever becomes of the shards later.
+Curation's ledger cannot stand in for it: it tells neither where in the new shards a sample lies nor which captions it
+was given from its copies.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from afresh.errors import UsageError, UserError
+from afresh.files import digest, write_atomic
+from afresh.progress import get_logger
+from curate.decisions.sample_lists import listed_keys, refuse_missing
+from curate.engines.local import LocalEngine
+from curate.reading.images import ImageError, image_size
+from curate.reading.samples import BadSample, Sample, read_samples
+from curate.reading.urls import expand_shards, fingerprint, shard_bytes, shard_names
+from train.finetune.config import FinetuneConfig, ShardGroup
+from train.finetune.data.together import together
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+log = get_logger(__name__)
+FORMAT = 1
+ALONE_BYTES = 1 << 28  # shards of less than this together are read faster than processes start
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("captions", pa.list_(pa.string())),
+        pa.field("weight", pa.float32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("offset", pa.int64()),  # of the image in the shard's file; -1 in a compressed one
+        pa.field("bytes", pa.int64()),  # of the image
+        pa.field("crc32", pa.uint32()),  # of the image
+    ]
+)
+
+
+def sample_captions(sample: Sample) -> tuple[str, ...]:
+    """The sample's caption and those that curation pooled from its dropped copies; ``("",)`` if it has none."""
+    captions = [sample.caption] if sample.caption else []
+    if "json" in sample.members:
+        try:
+            pooled = json.loads(sample.members["json"]).get("afresh", {}).get("captions", [])
+        except (ValueError, AttributeError):
+            pooled = []
+        captions += [text for text in pooled if isinstance(text, str) and text not in captions]
+    return tuple(captions) or ("",)
+
+
+class ShardSet:
+    """The samples of a run, of which a *row* is the number in the order of the shards.
+
+    Pickled as the path of its file, which every process maps into memory.
+
+    Args:
+        path: ``samples.arrow`` from :func:`scan`.
+
+    Attributes:
+        urls, names: of the shards; a sample's identity is ``(name, key)``.
+        fingerprints: of the shards when they were read.
+        repeats: how often the samples of each shard stand in an epoch.
+        counts: usable samples of each shard, ``[shards]`` int64.
+        left_out: what stood in the shards and is no usable sample.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        about = json.loads(self._reader.schema.metadata[b"afresh"])
+        self.urls: list[str] = about["urls"]
+        self.names: list[str] = about["names"]
+        self.fingerprints: list[list[str | int]] = about["fingerprints"]
+        self.repeats: list[int] = about["repeats"]
+        self.left_out: int = about["left_out"]
+        self.counts = np.array(about["counts"], dtype=np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(self.counts)])
+        self.shard = lru_cache(maxsize=256)(self._reader.get_batch)  # a view of the mapped file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSet, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """``(shard, place within the shard)`` of a row."""
+        shard = int(np.searchsorted(self._offsets, row, side="right")) - 1
+        return shard, row - int(self._offsets[shard])
+
+    def value(self, row: int, column: str) -> Any:
+        """One field of a row."""
+        shard, place = self.locate(row)
+        return self.shard(shard).column(column)[place].as_py()
+
+    def column(self, shard: int, column: str) -> NDArray[Any]:
+        """A column of numbers of one shard, ``[counts[shard]]``, not copied."""
+        return self.shard(shard).column(column).to_numpy()
+
+    def identity(self, row: int) -> tuple[str, str]:
+        """``(shard's name, key)`` of a row."""
+        shard, place = self.locate(row)
+        return self.names[shard], self.shard(shard).column("key")[place].as_py()
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """Of a row, at least one."""
+        return tuple(self.value(row, "captions"))
+
+    @property
+    def ids(self) -> Identities:
+        """``(shard's name, key)`` of each row, looked up when asked for."""
+        return Identities(self)
+
+
+class Identities(Sequence[tuple[str, str]]):
+    """``(shard's name, key)`` by row, as a sequence that holds none of them."""
+
+    def __init__(self, shard_set: ShardSet) -> None:
+        self._shard_set = shard_set
+
+    def __len__(self) -> int:
+        return len(self._shard_set)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._shard_set.identity(row)
+
+
+@dataclass(frozen=True)
+class _ScanTask:
+    url: str
+    name: str
+    part: Path
+    weight_field: str | None
+    excluded: frozenset[str]
+
+
+def scan(
+    shards: Sequence[str | ShardGroup],
+    path: Path,
+    *,
+    workers: int = 1,
+    weight_field: str | None = None,
+    exclude: str = "",
+) -> ShardSet:
+    """What the shards hold; read from ``path`` if a scan was written there before.
+
+    A later scan of the same ``path`` gives the same rows even if shards were added, changed or lost meanwhile: it
+    warns, and samples that can no longer be read as they were are found missing when they are asked for.
+
+    Args:
+        shards: paths, globs, brace ranges, folders or URLs, some perhaps with their repeats.
+        path: of ``samples.arrow``, in the folder of the run.
+        workers: processes that read the shards.
+        weight_field: field of a sample's json with its weight in the loss; 1 where there is none.
+        exclude: a list of samples to leave out (:mod:`curate.decisions.sample_lists`); empty for none.
+
+    Raises:
+        UsageError: a pattern names nothing, a shard is given twice with different repeats, or the list of samples to
+            leave out cannot be read or is not of these shards.
+        UserError: there is no usable sample, a weight is negative, or a sample to leave out is not there.
+    """
+    if path.is_file():
+        shard_set = ShardSet(path)
+        _warn_of_changes(shard_set, shards)
+        return shard_set
+    repeats = expand_groups(shards)
+    urls, names = list(repeats), shard_names(list(repeats))
+    fingerprints = [fingerprint(url) for url in urls]
+    excluded = [frozenset(keys) for keys in listed_keys(exclude, urls)] if exclude else [frozenset()] * len(urls)
+    work = path.with_name(path.name + ".parts")
+    work.mkdir(parents=True, exist_ok=True)
+    parts = [
+        work / f"{digest([FORMAT, url, name, mark, weight_field, sorted(keys)])}.arrow"
+        for url, name, mark, keys in zip(urls, names, fingerprints, excluded, strict=True)
+    ]
+    tasks = [
+        _ScanTask(url, name, part, weight_field, keys)
+        for url, name, part, keys in zip(urls, names, parts, excluded, strict=True)
+        if not part.is_file()
+    ]
+    sizes = [shard_bytes(url) for url in urls]
+    alone = None not in sizes and sum(size or 0 for size in sizes) < ALONE_BYTES
+    LocalEngine(1 if alone else max(workers, 1)).map(_scan_shard, tasks, desc="scan")
+    counts, left_out, there = [], 0, []
+    for part in parts:
+        with pa.memory_map(str(part)) as source, pa.ipc.open_file(source) as reader:
+            counts.append(reader.get_batch(0).num_rows)
+            about_part = json.loads(reader.schema.metadata[b"afresh"])
+            left_out += about_part["left_out"]
+            there.append(set(about_part["excluded"]))
+    if exclude:
+        refuse_missing(exclude, names, excluded, there)
+    if not sum(counts):
+        shutil.rmtree(work)
+        but = " and is not excluded" if exclude else ""
+        raise UserError(
+            f"{', '.join(map(str, shards))}: the shards hold no sample with an image that can be read{but}"
+        )
+    about = {
+        "urls": urls,
+        "names": names,
+        "fingerprints": fingerprints,
+        "repeats": list(repeats.values()),
+        "counts": counts,
+        "left_out": left_out,
+    }
+    with _writer(path, about) as writer:
+        for part in parts:
+            with pa.memory_map(str(part)) as source, pa.ipc.open_file(source) as reader:
+                writer.write_batch(reader.get_batch(0))
+    shutil.rmtree(work)
+    return ShardSet(path)
+
+
+def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
+    """:func:`scan` for a run of several processes: the first one reads, the others wait."""
+    path = Path(config.out) / "samples.arrow"
+
+    def work() -> None:
+        if accelerator.is_main_process:
+            scan(
+                config.shards,
+                path,
+                workers=config.workers,
+                weight_field=config.weight_field,
+                exclude=config.exclude,
+            )
+
+    together(accelerator, work)
+    return ShardSet(path)
+
+
+def expand_groups(shards: Sequence[str | ShardGroup]) -> dict[str, int]:
+    """Every shard and its repeats, in the order of the groups.
+
+    Raises:
+        UsageError: a pattern names nothing, repeats are below 1, or a shard is given twice with different ones.
+    """
+    groups = [ShardGroup(group) if isinstance(group, str) else group for group in shards]
+    if not groups:
+        raise UsageError("no shards given: name tar files, a folder of them, or a glob")
+    found: dict[str, int] = {}
+    for group in groups:
+        if group.repeats < 1:
+            raise UsageError(f"shards {group.path!r}: repeats must be 1 or more, not {group.repeats}")
+        for url in expand_shards(group.path):
+            if found.setdefault(url, group.repeats) != group.repeats:
+                raise UsageError(f"shard {url} is given twice, with repeats {found[url]} and {group.repeats}")
+    return found
+
+
+def _warn_of_changes(shard_set: ShardSet, shards: Sequence[str | ShardGroup]) -> None:
+    lost, changed = [], []
+    for url, before in zip(shard_set.urls, shard_set.fingerprints, strict=True):
+        try:
+            now = fingerprint(url)
+        except UserError:
+            lost.append(url)
+            continue
+        if (now[0], now[-1]) != (before[0], before[-1]):  # of a local file the size and the ends, not the time
+            changed.append(url)
+    try:
+        added = [url for url in expand_groups(shards) if url not in set(shard_set.urls)]
+    except UsageError:
+        added = []
+    for urls, what in (
+        (lost, "cannot be opened any more: other samples stand in for theirs"),
+        (changed, "changed since the run was begun: samples that are not there as before are replaced by others"),
+        (added, "came after the run was begun: left out"),
+    ):
+        if urls:
+            more = f" and {len(urls) - 3} more" if len(urls) > 3 else ""
+            log.warning("%s%s: %s", ", ".join(urls[:3]), more, what)
+
+
+def _scan_shard(task: _ScanTask) -> None:
+    """Write the record batch of one shard."""
+    columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
+    left_out, excluded = 0, []
+    for item in read_samples(task.url, name=task.name):
+        if item.key in task.excluded:
+            excluded.append(item.key)
+            continue
+        if isinstance(item, Sample):
+            try:
+                row = _describe(item, task)
+            except ImageError as error:
+                item = BadSample(item.shard, item.key, str(error), "unreadable_image")
+            else:
+                for column, value in row.items():
+                    columns[column].append(value)
+                continue
+        log.warning("%s: %s: %s (left out)", item.shard, item.key, item.reason)
+        left_out += 1
+    with _writer(task.part, {"left_out": left_out, "excluded": excluded}) as writer:
+        writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+
+
+def _describe(sample: Sample, task: _ScanTask) -> dict[str, Any]:
+    data = sample.image
+    width, height = image_size(data)
+    weight = sample.number(task.weight_field) if task.weight_field else None
+    if weight is not None and weight < 0:
+        where = f"{sample.shard}: {sample.key}: {task.weight_field}"
+        raise UserError(f"{where} is {weight}: weights must be 0 or more")
+    return {
+        "key": sample.key,
+        "captions": sample_captions(sample),
+        "weight": 1.0 if weight is None else weight,
+        "width": width,
+        "height": height,
+        "offset": sample.offsets.get(sample.image_ext or "", -1),
+        "bytes": len(data),
+        "crc32": zlib.crc32(data),
+    }
+
+
+@contextmanager
+def _writer(path: Path, about: dict[str, Any]) -> Iterator[pa.RecordBatchFileWriter]:
+    """An Arrow file that says something about itself, written atomically."""
+    schema = SCHEMA.with_metadata({"afresh": json.dumps(about)})
+    with write_atomic(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+        yield writer
+
+
+def captions_by_shard(shard_set: ShardSet) -> Iterator[list[str]]:
+    """All captions of each shard, in order."""
+    for shard in range(len(shard_set.urls)):
+        yield shard_set.shard(shard).column("captions").flatten().to_pylist()
+

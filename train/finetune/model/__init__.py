@@ -1,0 +1,1 @@
+"""What is trained and towards what: the model, the forward process, the loss."""

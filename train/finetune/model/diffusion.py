@@ -1,0 +1,145 @@
+"""The forward process: what a training step draws at random, and what it makes of an image with that.
+
+Everything random is drawn per sample from generators of its position in the run, never from the global state, so that
+a resumed run draws the same (exact resume). An option's numbers come from a generator of their own: switching it on
+changes no other draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from afresh.errors import UsageError
+from train.denoising.predictions import to_eps
+from train.finetune.config import FinetuneConfig
+from train.finetune.data.order import generator
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+class Draws(NamedTuple):
+    """All random numbers of a batch of ``n``."""
+
+    posterior: Tensor
+    """``[n, c, h, w]`` normal, for the VAE's posterior."""
+    noise: Tensor
+    """``[n, c, h, w]``: ``ε``, from which the target is made."""
+    input_noise: Tensor
+    """``[n, c, h, w]``: what is added to the latents; ``noise`` itself unless it is perturbed."""
+    t: Tensor
+    """``[n]`` int64 timesteps."""
+    uniform: Tensor
+    """``[n, 2]`` in [0, 1): for the choice of the caption and its dropout."""
+
+
+def draw_randomness(
+    positions: Sequence[int],
+    shape: tuple[int, ...],
+    timesteps: int,
+    seed: int,
+    *,
+    noise_offset: float = 0.0,
+    input_perturbation: float = 0.0,
+) -> Draws:
+    """The random numbers of the samples at some positions.
+
+    Args:
+        positions: of the samples.
+        shape: of one latent, ``(c, h, w)``.
+        timesteps: ``t`` is uniform in [0, ``timesteps``).
+        seed: of the run.
+        noise_offset: ``ε`` gets this times one normal number for each channel (Guttenberg, "Diffusion with Offset
+            Noise", 2023), so that a model learns to change the mean.
+        input_perturbation: ``γ``; the latents get ``ε + γ ξ`` with ``ξ`` normal, while the target keeps the clean
+            ``ε`` (Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models", ICML 2023, algorithm 1).
+    """
+    posterior, noise, times, uniform = [], [], [], []
+    for position in positions:
+        g = generator(seed, "step", position)
+        posterior.append(torch.randn(shape, generator=g))
+        noise.append(torch.randn(shape, generator=g))
+        times.append(torch.randint(timesteps, (), generator=g))
+        uniform.append(torch.rand(2, generator=g))
+    eps = torch.stack(noise)
+    if noise_offset:
+        means = [torch.randn(shape[0], 1, 1, generator=generator(seed, "noise offset", p)) for p in positions]
+        eps = eps + noise_offset * torch.stack(means)
+    input_noise = eps
+    if input_perturbation:
+        xi = [torch.randn(shape, generator=generator(seed, "input perturbation", p)) for p in positions]
+        input_noise = eps + input_perturbation * torch.stack(xi)
+    return Draws(torch.stack(posterior), eps, input_noise, torch.stack(times), torch.stack(uniform))
+
+
+def sample_posterior(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:
+    """Latents ``x_0 [n, c, h, w]`` from the VAE's moments ``[n, 2c, h, w]`` (mean, log-variance) and normal noise."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * posterior) * scaling_factor
+
+
+def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
+    """The scheduler that the trained model is to be sampled with; the one that came with the model where that fits.
+
+    ``prediction_type`` and ``zero_terminal_snr`` change what the model learns, so the saved scheduler has to say so:
+    its ``prediction_type``, ``rescale_betas_zero_snr`` and ``timestep_spacing: trailing`` (Lin et al., "Common
+    Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, §3.1 and §3.3). A scheduler that has no such
+    setting gives way to DDIM.
+
+    Raises:
+        UsageError: a zero terminal SNR for a model that predicts ε: at ``ᾱ_T = 0`` its input is its target, and the
+            image cannot be recovered from what it predicts (§3.2).
+    """
+    from diffusers import DDIMScheduler
+
+    kind: Any = type(scheduler)
+    changes: dict[str, Any] = {}
+    if config.prediction_type != "model":
+        changes["prediction_type"] = config.prediction_type
+    predicts = changes.get("prediction_type", scheduler.config.prediction_type)
+    if config.zero_terminal_snr:
+        if predicts != "v_prediction":
+            raise UsageError(
+                f"zero_terminal_snr needs a model that predicts v, and this one predicts {predicts}: "
+                "set prediction_type to v_prediction to teach it, or leave zero_terminal_snr out"
+            )
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in scheduler.config:
+            kind = DDIMScheduler
+            changes["clip_sample"] = False  # DDIM's default, for pixels
+    return kind.from_config(scheduler.config, **changes) if changes else scheduler
+
+
+class Diffusion:
+    """The noise schedule of a pipeline, and what the model is to predict.
+
+    Args:
+        scheduler: the one that the model is sampled with (:func:`sampling_scheduler`); any that is defined by betas.
+        device: where ``alpha_bar`` (``ᾱ``, ``[timesteps]`` float32) is kept.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, device: torch.device) -> None:
+        from diffusers import DDPMScheduler
+
+        # The forward process is DDPM's, whatever the sampler: others' add_noise may be in other units, or missing.
+        self.scheduler: Any = DDPMScheduler.from_config(scheduler.config)
+        self.timesteps = int(self.scheduler.config.num_train_timesteps)
+        self.prediction_type: str = self.scheduler.config.prediction_type
+        self.alpha_bar: Tensor = self.scheduler.alphas_cumprod.to(device)
+
+    def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε``."""
+        return self.scheduler.add_noise(x_0, noise, t)
+
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model's output is compared with: ``ε``, or ``v = √ᾱ_t ε − √(1−ᾱ_t) x_0``."""
+        return noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(x_0, noise, t)
+
+    def to_eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The model's output as the noise it predicts."""
+        return to_eps(output, x_t, self.alpha_bar[t], self.prediction_type)
+

@@ -1,0 +1,50 @@
+"""The loss: what each sample's error counts by its timestep, and the weighted sum of them. Pure functions.
+
+Losses stay per sample until :func:`weighted_loss`, so that the filter's verdict is one more weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def squared_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, ``[n]``, for output and target of shape ``[n, …]``."""
+    return F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
+
+
+def min_snr_weights(alpha_bar_t: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """Min-SNR-γ weights (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023).
+
+    With ``SNR = ᾱ_t / (1−ᾱ_t)``, the loss on ``x_0`` is weighted by ``min(SNR, γ)``; on ``ε`` that is
+    ``min(SNR, γ)/SNR``, and on ``v``, whose error is ``(SNR + 1)`` times that of ``x_0``, ``min(SNR, γ)/(SNR + 1)``.
+
+    Args:
+        alpha_bar_t: ``[n]`` cumulative alphas in [0, 1); 0 is allowed (zero-terminal-SNR schedules).
+        prediction_type: ``epsilon`` or ``v_prediction``.
+        gamma: ``γ``; the paper takes 5. 0 leaves all weights at 1.
+
+    Returns:
+        ``[n]`` float32.
+    """
+    alpha_bar = alpha_bar_t.float()
+    if gamma == 0:
+        return torch.ones_like(alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1.0)  # min(SNR, γ)/SNR without 0/0
+
+
+def weighted_loss(losses: Tensor, weights: Tensor, nominal_batch: int) -> Tensor:
+    """``Σ wᵢ ℓᵢ / nominal batch``; a loss of weight 0 contributes nothing even when it is not finite.
+
+    Args:
+        losses: ``[n]`` per-sample losses.
+        weights: ``[n]``.
+        nominal_batch: samples that the optimizer step is meant to average over on this process.
+    """
+    return torch.where(weights > 0, losses * weights, torch.zeros_like(losses)).sum() / nominal_batch
+

@@ -1,0 +1,148 @@
+"""What is trained: Stable Diffusion's parts, which of their weights change, and how the result is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from train.denoising.adapters import add_lora, save_lora
+from train.denoising.loading import check_trainable, load_pipeline
+from train.denoising.stable_diffusion import pixel_size, tokenize
+from train.finetune.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one module, so that both train under one data-parallel wrapper."""
+
+    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Prompt embeddings ``[n, tokens, width]`` of token ids ``[n, tokens]``."""
+        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
+        with contextlib.nullcontext() if trained else torch.no_grad():
+            return self.text_encoder(ids)[0]
+
+    def forward(self, x_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        """The UNet's output for noised latents ``[n, 4, h, w]``, timesteps ``[n]`` and prompts.
+
+        A prompt is token ids ``[n, tokens]`` or, where it was encoded before, its embedding ``[n, tokens, width]``.
+        """
+        embeddings = prompt if prompt.is_floating_point() else self.encode(prompt)
+        return self.unet(x_t, t, embeddings.expand(len(x_t), -1, -1)).sample
+
+
+class Model:
+    """A pipeline while it is trained.
+
+    Attributes:
+        pipe: the pipeline that the parts belong to.
+        denoiser: UNet and text encoder; the optimizer and the data-parallel wrapper go around it.
+        size: side of the training images in pixels.
+        empty_ids: token ids of the empty caption, ``[1, tokens]``, on the device.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        denoiser: Denoiser,
+        device: torch.device,
+        fused: Callable[[str], StableDiffusionPipeline] | None = None,
+    ) -> None:
+        self.pipe, self.denoiser = pipe, denoiser
+        self._fused = fused
+        self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+        self.size = pixel_size(pipe)
+        self.empty_ids = tokenize(pipe, [""]).to(device)
+        self._empty: Tensor | None = None
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that change, always in the same order."""
+        return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def predict_unconditional(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The UNet's output under the empty caption: like ``x_t``, float32.
+
+        Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
+        """
+        if self._empty is None:  # encoded once, unless the text encoder changes
+            trained = any(p.requires_grad for p in self.denoiser.text_encoder.parameters())
+            self._empty = self.empty_ids if trained else self.denoiser.encode(self.empty_ids)
+        return self.denoiser(x_t, t, self._empty).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights that change, by name."""
+        return {k: v for k, v in self.denoiser.state_dict().items() if k in self._trained_names}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.denoiser.load_state_dict(state, strict=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline aside and rename it, so that a model folder is never half a model.
+
+        Adapters go to the folder ``lora`` beside it first; the pipeline is the base as it was, in full precision, with
+        them added. The denoiser cannot be used any more after that.
+        """
+        pipe = self.pipe
+        pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
+        if self._fused is not None:
+            adapters = folder.with_name("lora")
+            save_lora(pipe, adapters)
+            self.denoiser.to("meta")  # lets go of the memory that the base needs now
+            pipe = self._fused(str(adapters))
+            pipe.scheduler = self.pipe.scheduler  # which training may have changed
+        aside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        pipe.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+def load_model(config: FinetuneConfig, device: torch.device) -> Model:
+    """Load the pipeline, set free the weights that are to be trained, and freeze the others.
+
+    The VAE goes to the device; the denoiser goes there with ``accelerator.prepare``.
+
+    Raises:
+        UserError: the model cannot be read, is of another kind, or predicts something else than ε or v.
+    """
+    load: Any = functools.partial(
+        load_pipeline,
+        config.model,
+        attention=config.attention,
+        revision=config.revision,
+        variant=config.variant,
+        model_config=config.model_config,
+    )
+    pipe = load()
+    check_trainable(pipe, config.model)
+    pipe.vae.to(device).requires_grad_(False)
+    if config.lora.rank:
+        # What is frozen needs no more than the precision that it is computed in.
+        base = HALF.get(config.mixed_precision, torch.float32)
+        add_lora(pipe, config.lora, text_encoder=config.train_text_encoder, base=base, seed=config.seed)
+    else:
+        pipe.unet.requires_grad_(True)
+        pipe.text_encoder.requires_grad_(config.train_text_encoder)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    fused = (lambda adapters: load(lora=adapters)) if config.lora.rank else None
+    return Model(pipe, Denoiser(pipe.unet, pipe.text_encoder).train(), device, fused)
+

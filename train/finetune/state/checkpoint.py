@@ -1,0 +1,89 @@
+"""Checkpoints of a training run: written aside, renamed when whole, read back exactly.
+
+A checkpoint is one file, ``checkpoints/step-000500.pt``, of tensors and numbers alone, so that it is read with
+``weights_only=True``. A file cut short by a kill or a full disk keeps its temporary name and is never picked up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from afresh.errors import UserError
+from afresh.files import write_atomic
+from afresh.progress import get_logger
+
+log = get_logger(__name__)
+_NAME = re.compile(r"step-(\d+)\.pt$")
+
+
+class Stateful(Protocol):
+    """What owns a part of the run's state: tensors, numbers, and lists and dictionaries of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Take over a state."""
+        ...
+
+
+def collect_state(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """What a checkpoint holds: the state of every part, which is the same on every process."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore_state(state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
+    """Give the parts of :func:`collect_state` their state back."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """``(step, path)`` of each whole checkpoint, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.search(path.name))]
+    return sorted(found)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state of a run after ``step`` optimizer steps, and drop all but the newest ``keep`` checkpoints.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; older checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}.pt"
+    try:
+        with write_atomic(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
+        reason = str(error).partition("\n")[0]  # torch's goes on with a stack of C++ frames
+        raise UserError(
+            f"{path}: the checkpoint could not be written: {reason}; make room, and the same command goes on from "
+            f"{f'step {older[-1][0]}' if (older := list_checkpoints(folder)) else 'the beginning'}"
+        ) from error
+    for _, old in list_checkpoints(folder)[: -max(keep, 1)]:
+        old.unlink()
+    return path
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed left behind; nobody else may be writing there."""
+    for path in folder.glob(".tmp-*"):
+        path.unlink(missing_ok=True)
+
+
+def load_latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, as ``(step, state)``; None if there is none."""
+    for step, path in reversed(list_checkpoints(folder)):
+        try:
+            return step, torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            log.warning("%s: unreadable checkpoint left out (%s)", path, error)
+    return None
+

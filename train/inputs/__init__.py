@@ -1,0 +1,1 @@
+"""What jobs are given: files of prompts, and the carried sample set."""

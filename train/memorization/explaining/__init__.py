@@ -1,0 +1,1 @@
+"""``train explain``: the words that a prompt's memorization hangs on."""

@@ -1,0 +1,123 @@
+"""``train explain``: explain, try changes, write the page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from afresh.errors import UsageError
+from afresh.files import write_atomic, write_json
+from afresh.progress import get_logger, progress
+from train.denoising.loading import open_pipeline
+from train.inputs.prompts import Prompt, read_prompts
+from train.memorization.config import ExplainConfig
+from train.memorization.explaining.changes import suggest
+from train.memorization.explaining.significance import explain
+
+
+class ExplainSummary(dict[str, Any]):
+    """The job's summary; on a terminal it is shown as bars."""
+
+    def view(self, *, colour: bool = False) -> str:
+        """See :func:`train.memorization.explaining.page.terminal_view`."""
+        from train.memorization.explaining.page import terminal_view
+
+        parts = [terminal_view(row, colour=colour) for row in self["explanations"]]
+        if len(parts) > 1 and "left_without_most" in self:
+            most, least = (100 * self[key] for key in ("left_without_most", "left_without_least"))
+            parts.append(
+                f"{len(parts)} prompts: {most:.0f} % of the magnitude is left without the most significant word, "
+                f"{least:.0f} % without the least significant one"
+            )
+        return "\n\n".join(parts)
+
+
+def run_explain(config: ExplainConfig) -> ExplainSummary:
+    """The job behind ``train explain``: explain, try changes, write the page.
+
+    Returns:
+        ``explanations``, one a prompt (see :meth:`Explanation.as_json`), each with its ``changes``; the mean share of
+        the magnitude that is left without the most and without the least significant word, in ``left_without_most`` and
+        ``left_without_least`` (over the prompts that have both); the settings.
+
+    Raises:
+        UserError: the prompts or the model cannot be used.
+    """
+    from train.memorization.explaining.page import render
+
+    prompts = _read(config)
+    first = [config.first_seed if prompt.seed is None else prompt.seed for prompt in prompts]
+    seeds = np.array(first)[:, None] + np.arange(config.seeds)
+    pipe = open_pipeline(config)
+    trajectory: dict[str, Any] = {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.scale,
+        "form": config.form,
+        "batch_size": config.batch_size,
+    }
+    start = time.perf_counter()
+    rows = []
+    with progress(total=seeds.size, desc="explain", unit="trajectories") as bar:
+        explanations = explain(
+            pipe,
+            [prompt.caption for prompt in prompts],
+            steps=config.steps,
+            seeds=seeds,
+            gradient_checkpointing=config.gradient_checkpointing,
+            bar=bar,
+            **trajectory,
+        )
+    options: dict[str, Any] = {"words": config.words, "replacements": config.replacements, "instead": config.instead}
+    for explanation in progress(explanations, desc="changes", unit="prompts"):
+        changes = suggest(pipe, explanation, **options, **trajectory)
+        rows.append(explanation.as_json() | {"changes": [vars(change) for change in changes]})
+    summary = ExplainSummary(
+        explanations=rows,
+        **_left(rows),
+        steps=config.steps,
+        num_inference_steps=config.num_inference_steps,
+        seeds=config.seeds,
+        scale=config.scale,
+        form=config.form,
+        model=config.model,
+        seconds_per_prompt=(time.perf_counter() - start) / len(prompts),
+    )
+    if config.out:
+        out = Path(config.out)
+        with write_atomic(out) as temporary:
+            temporary.write_text(render(summary), encoding="utf-8")
+        write_json(out.with_suffix(".json"), summary)
+        get_logger(__name__).info(f"wrote {out}")
+    return summary
+
+
+def _read(config: ExplainConfig) -> list[Prompt]:
+    if bool(config.prompt) == bool(config.prompts):
+        raise UsageError("train explain needs either --prompt or --prompts")
+    if config.instead and not config.prompt:
+        raise UsageError("--instead goes with --prompt, not with a file of prompts")
+    if config.out and Path(config.out).suffix != ".html":
+        raise UsageError(f"out is {config.out!r}: expected a file that ends in .html")
+    for option, least in (("seeds", 1), ("steps", 1), ("words", 0), ("replacements", 0), ("batch_size", 1)):
+        if getattr(config, option) < least:
+            raise UsageError(f"{option} is {getattr(config, option)}: expected at least {least}")
+    if config.steps > config.num_inference_steps:
+        raise UsageError(f"steps is {config.steps}: there are {config.num_inference_steps} (num_inference_steps)")
+    return [Prompt(config.prompt)] if config.prompt else read_prompts(config.prompts)
+
+
+def _left(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean shares of the magnitude that are left without the most and without the least significant word."""
+    most, least = [], []
+    for row in rows:
+        removed = [change for change in row["changes"] if change["kind"] == "removed"]
+        control = [change for change in row["changes"] if change["kind"] == "control"]
+        if removed and control and row["magnitude"] > 0:
+            most.append(removed[0]["magnitude"] / row["magnitude"])
+            least.append(control[0]["magnitude"] / row["magnitude"])
+    return {"left_without_most": float(np.mean(most)), "left_without_least": float(np.mean(least))} if most else {}
+

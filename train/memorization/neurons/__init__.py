@@ -1,0 +1,1 @@
+"""The value neurons behind memorized prompts: found, blocked, written to files."""

@@ -1,0 +1,128 @@
+"""The first denoising step of a prompt from several noises, with any neurons blocked: similarity and magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from afresh.errors import UsageError
+from train.denoising.predictions import to_eps
+from train.denoising.stable_diffusion import encode_captions, initial_noise, latent_shape
+from train.memorization.neurons.blocking import gates
+from train.memorization.neurons.value_neurons import (
+    widths,
+)
+from train.memorization.signals.magnitude import magnitude
+from train.memorization.signals.ssim import ms_ssim, rescaled
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+Criterion = Literal["similarity", "magnitude"]
+STEPS = (0, 10, 20)
+"""Of 50 DDIM steps, where the magnitude is taken; the similarity is taken at the first."""
+
+
+class FirstStep:
+    """The first denoising step of one prompt from several noises, with any neurons blocked in each row of a batch.
+
+    Args:
+        pipe: Stable Diffusion.
+        caption: the prompt.
+        seeds: of the initial noises.
+        layers: whose neurons can be blocked.
+        batch_size: images per UNet pass.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        caption: str,
+        seeds: Sequence[int],
+        *,
+        layers: Mapping[str, nn.Module] | None = None,
+        batch_size: int = 32,
+    ):
+        from diffusers import DDIMScheduler
+
+        if len(set(seeds)) < 2:
+            raise UsageError(f"seeds are {list(seeds)}: a score among seeds needs at least two")
+        self.unet, self.layers, self.batch_size = pipe.unet, dict(layers or {}), batch_size
+        self.splits = np.cumsum([0, *widths(self.layers).values()])
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(50)
+        self.timesteps = [int(scheduler.timesteps[step]) for step in STEPS]
+        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.prediction_type = scheduler.config.prediction_type
+        noises = [initial_noise(latent_shape(self.unet), int(seed)) for seed in seeds]
+        self.x_T = torch.stack(noises).to(self.unet.device, self.unet.dtype)
+        self.empty, self.prompt = encode_captions(pipe, ["", caption]).to(self.unet.dtype)
+        self.evaluations = 0
+        self._unblocked: Tensor | None = None
+
+    def eps(self, rows: Sequence[int], factors: Tensor | None, embeds: Tensor, t: int) -> Tensor:
+        """``ε(x_T, e)`` of some seeds at timestep t, differentiable in the factors.
+
+        Args:
+            rows: seeds, by position.
+            factors: ``[rows, units]``, 0 for the neurons that are blocked in a row; None blocks none.
+            embeds: ``[tokens, width]``.
+        """
+        self.evaluations += len(rows)
+        x = self.x_T[list(rows)]
+        with gates(self.layers) as gate:
+            if factors is not None:
+                for number, name in enumerate(self.layers):
+                    gate[name] = factors[:, None, self.splits[number] : self.splits[number + 1]]
+            embeds = embeds.expand(len(rows), -1, -1)
+            output = self.unet(x, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        return to_eps(output.float(), x.float(), self.alphas_cumprod[t], self.prediction_type)
+
+    def difference(self, rows: Sequence[int], factors: Tensor | None = None) -> Tensor:
+        """``δ = ε(x_T, e_p) − x_T``, each channel brought to [0, 1]."""
+        eps = self.eps(rows, factors, self.prompt, self.timesteps[0])
+        return rescaled(eps - self.x_T[list(rows)].float())
+
+    @property
+    def unblocked(self) -> Tensor:
+        """The differences of all seeds with no neuron blocked."""
+        if self._unblocked is None:
+            with torch.no_grad():
+                self._unblocked = self._batched(lambda rows: self.difference(rows), range(len(self.x_T)))
+        return self._unblocked
+
+    def similarity(self, rows: Sequence[int], factors: Tensor | None) -> Tensor:
+        """MS-SSIM of the differences with neurons blocked to those without: ``[rows]``."""
+        return ms_ssim(self.difference(rows, factors), self.unblocked[list(rows)])
+
+    def magnitude(self, rows: Sequence[int], factors: Tensor | None) -> Tensor:
+        """The text-conditional noise magnitude with neurons blocked in both halves, on the same pure noise at each of
+        the timesteps, averaged: ``[rows]``.
+        """
+        parts = [[self.eps(rows, factors, embeds, t) for embeds in (self.prompt, self.empty)] for t in self.timesteps]
+        return torch.stack([magnitude(cond, uncond) for cond, uncond in parts]).mean(dim=0)
+
+    def scores(self, criterion: Criterion) -> NDArray[np.float32]:
+        """How memorized each seed is, with no neuron blocked: ``[seeds]``.
+
+        By similarity it is the highest MS-SSIM of its difference to another seed's (§3.1), by magnitude its magnitude.
+        """
+        rows = list(range(len(self.x_T)))
+        if criterion == "magnitude":
+            with torch.no_grad():
+                return self._batched(lambda part: self.magnitude(part, None), rows).cpu().numpy()
+        first, second = np.triu_indices(len(rows), 1)
+        among = np.zeros((len(rows), len(rows)), np.float32)
+        among[first, second] = ms_ssim(self.unblocked[first], self.unblocked[second]).cpu().numpy()
+        return np.maximum(among, among.T).max(axis=1)
+
+    def _batched(self, function: Callable[[Sequence[int]], Tensor], rows: Sequence[int]) -> Tensor:
+        size = self.batch_size
+        return torch.cat([function(rows[start : start + size]) for start in range(0, len(rows), size)])
+

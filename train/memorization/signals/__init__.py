@@ -1,0 +1,1 @@
+"""Signals of memorization: the protocol, their names, and a file for each."""

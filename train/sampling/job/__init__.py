@@ -1,0 +1,1 @@
+"""``train sample``: images for a file of prompts, their records and pictures."""

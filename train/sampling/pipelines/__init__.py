@@ -1,0 +1,1 @@
+"""Denoising loops with guidance: Stable Diffusion's, and pixel space's."""

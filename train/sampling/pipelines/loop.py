@@ -1,0 +1,208 @@
+"""What the guided pipelines share: one call's guidance, between the model's parametrisation and ε-space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afresh.progress import get_logger
+from train.denoising.predictions import output_per_eps, to_eps
+from train.denoising.schedules import alpha_bar_at
+from train.sampling.guidance import MIN_ALPHA_BAR, Guidance, Part, Run, Start, State, guide
+from train.sampling.trace import Trace
+
+log = get_logger(__name__)
+Denoiser = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""``(x_t, t, conditioning, rows)`` → the model's output: for all images, or for the images ``rows``."""
+
+
+class GuidedLoop:
+    """The guidance terms of one call of a pipeline, and their trace.
+
+    Args:
+        scheduler: with its timesteps set.
+        denoiser: the model under the conditions of this call.
+        run: what terms see of the call.
+        guidance: the terms, in order.
+        t: the first timestep.
+        trace_tensors: also keep tensors in the trace.
+
+    Raises:
+        ValueError: terms were given, and the scheduler has no ``ᾱ_t``.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        denoiser: Denoiser,
+        run: Run,
+        guidance: Sequence[Guidance],
+        t: Tensor,
+        trace_tensors: bool = False,
+    ) -> None:
+        if guidance and alpha_bar_at(scheduler, t) is None:
+            raise ValueError(f"guidance needs ᾱ_t, which {type(scheduler).__name__} does not have")
+        self.scheduler, self.denoiser, self.run = scheduler, denoiser, run
+        self.terms = list(guidance)
+        self.steps = [(term.name, term.start(run)) for term in guidance]
+        self.trace = Trace()
+        self._tensors = trace_tensors
+        self._columns: dict[str, Any] = {}
+        self._finite: list[tuple[float, Tensor, Tensor]] = []  # t, and of each image the model's output and the guided
+
+    def prepare(
+        self,
+        t: Tensor,
+        latents: Tensor,
+        embeds_uncond: Tensor | None,
+        embeds_cond: Tensor | None,
+        prompts: Sequence[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``latents`` and ``embeds_cond`` as the terms' ``prepare`` leaves them, one after the other.
+
+        Args:
+            t: the first timestep.
+            latents: ``[n, c, h, w]`` as the scheduler keeps them.
+            embeds_uncond, embeds_cond: conditioning of each image.
+            prompts: of each image, where they are known.
+        """
+        terms = [term for term in self.terms if hasattr(term, "prepare")]
+        if not terms:
+            return latents, embeds_cond
+        scale = float(self.scheduler.scale_model_input(torch.ones(1), t))
+        alpha_bar = alpha_bar_at(self.scheduler, t)
+        assert alpha_bar is not None  # the constructor saw to it
+        noise = latents.float() * scale
+        start = Start(
+            run=self.run,
+            t=float(t),
+            alpha_bar=alpha_bar,
+            noise=noise,
+            x_t=noise,
+            embeds_uncond=embeds_uncond,
+            embeds_cond=embeds_cond,
+            prompts=prompts,
+            denoise=self._in_eps(t, latents.dtype, alpha_bar),
+        )
+        for term in terms:
+            change = term.prepare(start)
+            if change is None:
+                continue
+            for name, values in change.columns.items():
+                self._columns[name if name not in self._columns else f"{term.name}.{name}"] = values
+            if change.x_t is not None:
+                latents = latents.index_put((change.rows,), (change.x_t / scale).to(latents.dtype))
+                start = replace(start, x_t=start.x_t.index_put((change.rows,), change.x_t))
+            if change.embeds_cond is not None:
+                assert embeds_cond is not None
+                embeds_cond = embeds_cond.index_put((change.rows,), change.embeds_cond.to(embeds_cond.dtype))
+                start = replace(start, embeds_cond=embeds_cond)
+        return latents, embeds_cond
+
+    def correct(
+        self,
+        step: int,
+        t: Tensor,
+        x_t: Tensor,
+        output_uncond: Tensor | None,
+        output_cond: Tensor,
+        output: Tensor,
+        embeds_uncond: Tensor | None,
+        embeds_cond: Tensor | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        """The model's output with the terms' corrections of ``ε̂``; images without one keep every bit.
+
+        Args:
+            step: from 0.
+            t: timestep.
+            x_t: ``[n, c, h, w]``, as the model was given it.
+            output_uncond, output_cond: the model's outputs; ``output_uncond`` is None without classifier-free guidance.
+            output: of both, ``[n, c, h, w]``, or ``[n, 2c, h, w]`` from a model that also predicts variances.
+            embeds_uncond, embeds_cond: conditioning of each image.
+            guidance_scale: ``s_0``.
+        """
+        alpha_bar = alpha_bar_at(self.scheduler, t)
+        if alpha_bar is None or alpha_bar < MIN_ALPHA_BAR:
+            return self._watched(t, output, output)
+        prediction_type = self.scheduler.config.prediction_type
+        dtype, channels, x_t = x_t.dtype, x_t.shape[1], x_t.float()
+
+        def eps(output: Tensor) -> Tensor:
+            return to_eps(output[:, :channels].float(), x_t, alpha_bar, prediction_type)
+
+        state = State(
+            run=self.run,
+            step=step,
+            t=float(t),
+            alpha_bar=alpha_bar,
+            guidance_scale=guidance_scale,
+            x_t=x_t,
+            eps_uncond=None if output_uncond is None else eps(output_uncond),
+            eps_cond=eps(output_cond),
+            eps_hat=eps(output),
+            embeds_uncond=embeds_uncond,
+            embeds_cond=embeds_cond,
+            denoise=self._in_eps(t, dtype, alpha_bar),
+        )
+        eps_hat, parts, columns = guide(self.steps, state)
+        if self._columns:  # of the preparation: beside the first step's own
+            columns, self._columns = {**self._columns, **columns}, {}
+        self.trace.add(state, eps_hat, parts, columns, tensors=self._tensors)
+        guided = _add(output, parts, output_per_eps(prediction_type, alpha_bar), channels)
+        return self._watched(t, output, guided)
+
+    def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
+        """Name the images whose prediction was no number at some step: they come out black, and the others as ever.
+
+        Args:
+            prompts: of each image, where they are known.
+        """
+        if not self._finite:
+            return
+        times = [t for t, _, _ in self._finite]
+        own, guided = (torch.stack(flags).cpu() for flags in list(zip(*self._finite, strict=True))[1:])
+        for image in (~guided.all(0)).nonzero().flatten().tolist():
+            first = int((~guided[:, image]).nonzero()[0])
+            log.warning(
+                "image %d of the batch%s: %s is not finite at t = %g, and the image is lost. Half precision overflows "
+                "in some models: try bfloat16 or float32",
+                image + 1,
+                f" ({prompts[image]!r})" if prompts is not None else "",
+                "the guided prediction" if own[first, image] else "the model's output",
+                times[first],
+            )
+
+    def _watched(self, t: Tensor, output: Tensor, guided: Tensor) -> Tensor:
+        """``guided``; remembers which images are numbers, before guidance and after it."""
+        self._finite.append((float(t), _finite(output), _finite(guided)))
+        return guided
+
+    def _in_eps(self, t: Tensor, dtype: torch.dtype, alpha_bar: float) -> Callable[[Tensor, Any, Tensor], Tensor]:
+        prediction_type = self.scheduler.config.prediction_type
+
+        def denoise(x_t: Tensor, embeds: Tensor | None, rows: Tensor) -> Tensor:
+            if alpha_bar < MIN_ALPHA_BAR:
+                raise ValueError("the first step of a schedule of zero terminal SNR says nothing of ε: skip it")
+            output = self.denoiser(x_t.to(dtype), t, embeds, rows)[:, : x_t.shape[1]]
+            return to_eps(output.float(), x_t, alpha_bar, prediction_type)
+
+        return denoise
+
+
+def _finite(output: Tensor) -> Tensor:
+    """``[n]`` bool: whether all of an image's numbers are."""
+    return torch.isfinite(output).flatten(1).all(1)
+
+
+def _add(output: Tensor, parts: dict[str, Part], factor: float, channels: int) -> Tensor:
+    for rows, delta in parts.values():
+        changed = output[rows]
+        noise = (changed[:, :channels].float() + factor * delta).to(output.dtype)
+        output = output.index_put((rows,), torch.cat([noise, changed[:, channels:]], 1))
+    return output
+

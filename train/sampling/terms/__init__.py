@@ -1,0 +1,1 @@
+"""Guidance terms, a file a method, and their names."""

@@ -1,0 +1,171 @@
+"""Guidance by name, for ``train sample``: names joined by ``+`` act in that order, as in ``tokens+amg``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afresh.errors import UsageError
+from train.memorization.thresholds import FILE, Thresholds, model_thresholds
+from train.sampling.config import AMGConfig, SampleConfig, configured
+from train.sampling.guidance import Guidance
+from train.sampling.terms.amg import AMG
+from train.sampling.terms.basin import AttractionBasin
+from train.sampling.terms.initial_noise import NoiseAdjustment
+from train.sampling.terms.prompt_embedding import PromptMinimisation
+from train.sampling.terms.random_tokens import RandomTokens
+from train.sampling.terms.rejection import Rejection
+
+if TYPE_CHECKING:
+    from curate.embed.protocol import Embedder
+    from curate.index.training_index import TrainingIndex
+
+
+# What a name stands for: settings out of the job's, and what is made of them.
+SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
+    "amg": lambda c: c.amg,
+    "amg-strong": lambda c: replace(c.amg, preset="strong"),
+    "amg-early": lambda c: replace(c.amg, preset="early"),
+    "prompt": lambda c: c.prompt,
+    "basin": lambda c: c.basin,
+    "opposite": lambda c: replace(c.basin, before=-c.scale),
+    "noise": lambda c: c.noise,
+    "noise-batch": lambda c: replace(c.noise, method="batch"),
+    "tokens": lambda c: c.tokens,
+    "numbers": lambda c: replace(c.tokens, kind="number"),
+    "rejection": lambda c: c.rejection,
+}
+TERMS: dict[str, Callable[[Any], Guidance]] = {
+    "prompt": PromptMinimisation,
+    "basin": AttractionBasin,
+    "opposite": AttractionBasin,
+    "noise": NoiseAdjustment,
+    "noise-batch": NoiseAdjustment,
+    "tokens": RandomTokens,
+    "numbers": RandomTokens,
+}
+INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
+# Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
+AUTO = {
+    "prompt": ("prompt", "target"),
+    "basin": ("basin", "least"),
+    "opposite": ("basin", "least"),
+    "noise": ("noise", "target"),
+}
+
+
+def names(guidance: str) -> list[str]:
+    """The names in ``guidance``; none of ``none``.
+
+    Raises:
+        UsageError: one is unknown, or stands twice.
+    """
+    if guidance in ("", "none"):
+        return []
+    found = guidance.split("+")
+    for name in found:
+        if name not in SETTINGS:
+            known = ", ".join(["none", *SETTINGS])
+            raise UsageError(f"--guidance {guidance}: {name!r} is not known; choose of {known}, or several joined by +")
+    if len(set(found)) < len(found):
+        raise UsageError(f"--guidance {guidance}: a name stands twice")
+    return found
+
+
+def needs_index(guidance: str) -> bool:
+    """Whether one of the names looks images up in the training set."""
+    return any(name in INDEXED for name in names(guidance))
+
+
+def used(config: SampleConfig) -> list[str]:
+    """The names in ``config.guidance``, and AMG where it joins them because of ``never_above``."""
+    found = names(config.guidance)
+    joins = config.never_above is not None and not any(isinstance(SETTINGS[name](config), AMGConfig) for name in found)
+    return [*found, "amg"] if joins else found
+
+
+def settings(config: SampleConfig) -> dict[str, dict[str, Any]]:
+    """The settings of each name that is used, and no others."""
+    return {name: asdict(SETTINGS[name](config)) for name in used(config)}
+
+
+def check(config: SampleConfig) -> None:
+    """Raise UsageError if a name is unknown, or a setting of one that is used makes no sense."""
+    for name in used(config):
+        chosen = SETTINGS[name](config)
+        if not isinstance(chosen, AMGConfig):
+            configured(type(chosen), chosen, {})
+            continue
+        try:
+            chosen.resolved()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if chosen.preset == "pixels":
+            raise UsageError("amg.preset pixels is not on the scale of an index: choose main, strong or early")
+
+
+def automatic(config: SampleConfig) -> list[tuple[str, str]]:
+    """``(term, setting)`` of each setting that is used and ``auto``, checked against the model's thresholds.
+
+    Raises:
+        UsageError: the model has none, or none of the setting's form.
+    """
+    found = [AUTO[name] for name in names(config.guidance) if name in AUTO]
+    found = [(term, name) for term, name in dict.fromkeys(found) if getattr(getattr(config, term), name) == "auto"]
+    thresholds = model_thresholds(config.model) if found else None
+    for term, name in found:
+        if thresholds is None:
+            raise UsageError(
+                f"--{term}.{name} auto: {config.model} has no {FILE}; `train detect --calibrate 0.01` writes it, "
+                "or give a number"
+            )
+        form = getattr(config, term).form
+        if form != thresholds.form:
+            raise UsageError(
+                f"--{term}.{name} auto: {Path(config.model) / FILE} has thresholds of the form {thresholds.form}, "
+                f"but {term}.form is {form}"
+            )
+    return found
+
+
+def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: float, timesteps: int) -> SampleConfig:
+    """``config`` with a number in the place of every ``auto`` that is used: the threshold at timestep ``t``.
+
+    Raises:
+        UsageError: nothing was calibrated at ``t``.
+    """
+    for term, name in automatic(config):
+        value = None if thresholds is None else thresholds.at(t, timesteps)
+        if value is None:
+            raise UsageError(
+                f"--{term}.{name} auto: nothing in {Path(config.model) / FILE} is for timestep {t:g}, the first here: "
+                "calibrate with as many num_inference_steps, or give a number"
+            )
+        config = replace(config, **{term: replace(getattr(config, term), **{name: value})})
+    return config
+
+
+def make(
+    config: SampleConfig, index: TrainingIndex | None, embedder: Embedder | None
+) -> tuple[list[Guidance], Rejection | None]:
+    """The terms of the loop, and what stands around it.
+
+    Raises:
+        UsageError: a setting is wrong; names it.
+    """
+    terms: list[Guidance] = []
+    rejection = None
+    for name in names(config.guidance):
+        chosen = SETTINGS[name](config)
+        if name in INDEXED:
+            assert index is not None and embedder is not None  # the job saw to it
+            if name == "rejection":
+                rejection = Rejection(index, embedder, chosen)
+            else:
+                terms.append(AMG(index, embedder, chosen))
+        else:
+            terms.append(TERMS[name](chosen))
+    return terms, rejection
+
