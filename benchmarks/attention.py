@@ -14,8 +14,7 @@ import time
 import torch
 
 from train.denoising.attention import set_attention
-from train.denoising.loading import load_pipeline
-from train.quickstart import sample_model_dir
+from train.denoising.loading import load_pipeline, sample_model_dir
 
 BATCH, ROUNDS = 32, 7
 

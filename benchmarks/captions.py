@@ -39,7 +39,7 @@ PATTERNS = (
 
 def make_captions(n: int, seed: int = 0) -> tuple[list[str], list[tuple[int, int]]]:
     """``n`` captions, and the pairs (original, edited copy) among them."""
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     parts = ("pretrain", "finetune", "held_out")
     texts = " ".join(sample.caption or "" for part in parts for sample in load_part(part))

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from afresh.cores import cpu_count
+from curate.sample_set import sample_set_dir
+from train.denoising.loading import sample_model_dir
 from train.finetune import loop
 from train.finetune.config import FinetuneConfig
-from train.inputs.sample_set import sample_set_dir
-from train.quickstart import sample_model_dir
 
 WARM_UP = 10
 

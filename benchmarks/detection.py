@@ -31,12 +31,12 @@ from curate.config import DedupConfig
 from curate.embed.ngrams import embed_captions
 from train.denoising.loading import load_pipeline
 from train.denoising.stable_diffusion import initial_noise, latent_shape
-from train.inputs.prompts import read_prompts
 from train.memorization.config import MEMORIZED
 from train.memorization.detection.separation import labels_of, read_outcomes, separation
 from train.memorization.scoring import score
 from train.memorization.signals.magnitude import magnitude
 from train.memorization.signals.registry import SIGNALS
+from train.prompts import read_prompts
 from train.sampling import GuidedStableDiffusion
 
 SETTINGS = ((1, 1), (1, 4), (5, 4))

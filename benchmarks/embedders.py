@@ -63,7 +63,7 @@ BENCHMARK_EDITS: dict[str, edits.Edit] = {
 
 def carried_samples() -> list[Image.Image]:
     """The carried emoji."""
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     parts = ("pretrain", "finetune", "held_out")
     return [decode_image(sample.image) for part in parts for sample in load_part(part)]

@@ -30,7 +30,7 @@ from benchmarks.filter_effect import COPY, POLICIES
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
 from train.denoising.attention import set_attention
-from train.denoising.loading import load_pipeline
+from train.denoising.loading import load_pipeline, sample_model_dir
 from train.denoising.stable_diffusion import encode_captions, pixel_size
 from train.finetune.caches.latents import encode_moments
 from train.finetune.config import Calibration, FilterConfig
@@ -41,7 +41,6 @@ from train.finetune.model.diffusion import Diffusion, draw_randomness, sample_po
 from train.finetune.model.loss import squared_errors, weighted_loss
 from train.memorization.signals.magnitude import magnitude
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
-from train.quickstart import sample_model_dir
 from train.sample_model.small import SmallModel, build_pipeline
 
 CPU = torch.device("cpu")

@@ -32,12 +32,13 @@ from curate.config import DedupConfig
 from curate.decisions.sample_lists import write_ids
 from curate.dedup import run_dedup
 from curate.reading.samples import read_samples
-from train.config import MessConfig, QuickstartConfig
+from train.denoising.loading import sample_model_dir
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.evaluate import run_evaluate
 from train.finetune.config import Calibration, FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
-from train.quickstart import make_mess, sample_model_dir
+from train.quickstart.config import MessConfig, QuickstartConfig
+from train.quickstart.mess import make_mess
 
 log = get_logger(__name__)
 COPY = re.compile(r"-copy\d+$")

@@ -68,7 +68,7 @@ def mosaics(rows: int, seed: int = 0) -> np.ndarray:
 
     from curate.embed.layout import LayoutEmbedder
     from curate.reading.images import decode_image, stack_images
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     parts = ("pretrain", "finetune", "held_out")
     images = [decode_image(sample.image) for part in parts for sample in load_part(part)]

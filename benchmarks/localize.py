@@ -33,11 +33,11 @@ from train.denoising.loading import load_pipeline
 from train.denoising.stable_diffusion import encode_captions, initial_noise, latent_shape
 from train.evaluation.judging.dual_encoder import DualEncoder
 from train.evaluation.judging.metrics import memorized_share
-from train.inputs.prompts import read_prompts
 from train.memorization.neurons.blocking import gates
 from train.memorization.neurons.localization import Localizer
 from train.memorization.neurons.search import Blocking, candidate_sets, refine, select
 from train.memorization.neurons.value_neurons import Mask, activations, to_mask
+from train.prompts import read_prompts
 from train.sampling.pipelines.session import open_index
 
 SEEDS = (100,)

@@ -54,8 +54,8 @@ from train.evaluation.judging.judge import PIXEL_COPY, Judge
 from train.evaluation.judging.measuring import evaluate_images
 from train.evaluation.judging.originals import read_images
 from train.evaluation.protocol import read_protocol
-from train.inputs.prompts import read_prompts
 from train.memorization.config import MEMORIZED
+from train.prompts import read_prompts
 from train.sampling.config import SampleConfig
 from train.sampling.job.job import run_sample
 from train.sampling.pipelines.session import open_index

@@ -32,15 +32,14 @@ from afresh.files import write_json
 from afresh.progress import get_logger
 from benchmarks.filter_effect import read_settings
 from benchmarks.localize import Measure, draw, slopes
-from train.denoising.loading import load_pipeline
+from train.denoising.loading import load_pipeline, sample_model_dir
 from train.evaluation.judging.metrics import memorized_share
 from train.finetune.config import FinetuneConfig
 from train.finetune.loop import run_finetune
-from train.inputs.prompts import read_prompts
 from train.memorization.config import MEMORIZED
 from train.memorization.neurons.localization import Localizer
 from train.memorization.neurons.value_neurons import Mask, activations, value_layers
-from train.quickstart import sample_model_dir
+from train.prompts import read_prompts
 from train.sampling.pipelines.session import open_index
 
 log = get_logger(__name__)

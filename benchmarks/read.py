@@ -40,7 +40,7 @@ SIDE = 512
 def photographs(count: int, seed: int = 0) -> Iterator[bytes]:
     """Encoded images; see the head of this file."""
     from curate.reading.images import decode_image
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     images = [decode_image(sample.image) for sample in load_part("pretrain")]
     rng = np.random.default_rng(seed)

@@ -179,7 +179,7 @@ def sample_case(run: Path, steps: int, scale: float) -> tuple[Case, list[str], l
     from diffusers import StableDiffusionPipeline
 
     from train.evaluation.protocol import read_protocol
-    from train.inputs.prompts import read_prompts
+    from train.prompts import read_prompts
     from train.sampling.pipelines.session import open_index
 
     protocol = read_protocol(run / "protocol.yaml")

@@ -149,7 +149,7 @@ def _chained(n: int, pairs: int, rng: np.random.Generator) -> Pairs:
 def _shards(folder: Path) -> list[str]:
     """Real shards of carried images, some of which are repeated to fill them."""
     from curate.reading.writing import write_shard
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     images = [sample.image for sample in load_part("pretrain")]
     paths = [folder / f"real-{number}.tar" for number in range(SHARDS)]

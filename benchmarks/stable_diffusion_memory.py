@@ -86,7 +86,7 @@ def random_pipeline(pixels: int) -> StableDiffusionPipeline:
 def write_images(folder: Path) -> None:
     """A shard of eight carried samples; the trainer scales them up."""
     from curate.reading.writing import write_shard
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     write_shard(str(folder / "000000.tar"), [(s.key, dict(s.members)) for s in load_part("finetune")[:8]])
 

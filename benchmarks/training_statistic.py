@@ -35,7 +35,7 @@ from afresh.progress import progress
 from benchmarks.filter_effect import COPY, Size, finetune_settings, prepare, read_settings
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
-from train.denoising.loading import load_pipeline
+from train.denoising.loading import load_pipeline, sample_model_dir
 from train.denoising.predictions import to_eps
 from train.denoising.stable_diffusion import encode_captions, pixel_size
 from train.finetune.caches.latents import encode_moments
@@ -46,7 +46,6 @@ from train.memorization.config import MEMORIZED
 from train.memorization.detection.roc import roc_auc, tpr_at_fpr
 from train.memorization.signals.magnitude import magnitude
 from train.memorization.thresholds import BANDS
-from train.quickstart import sample_model_dir
 from train.sampling.config import SampleConfig
 from train.sampling.job.job import run_sample
 

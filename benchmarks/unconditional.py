@@ -37,11 +37,11 @@ from afresh.progress import get_logger
 from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from curate.reading.images import decode_image, stack_images
+from curate.sample_set import load_part
 from train.evaluation.judging.drawn import Drawn
 from train.evaluation.judging.dual_encoder import DualEncoder
 from train.evaluation.judging.judge import Judge
 from train.evaluation.judging.metrics import frechet_distance
-from train.inputs.sample_set import load_part
 from train.sample_model.pixels import SIDE, TRAINING_SET, PixelsConfig, PixelSet, pixel_set, run
 from train.sampling.guidance import Guidance
 from train.sampling.pipelines.unconditional import GuidedUnconditional

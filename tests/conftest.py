@@ -34,7 +34,7 @@ def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def sample_shards() -> list[str]:
     """Paths of the four carried tar shards."""
-    from train.inputs.sample_set import sample_shards
+    from curate.sample_set import sample_shards
 
     return sample_shards()
 

@@ -40,7 +40,7 @@ def loaded_heavies(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["curate", "train", "curate.cli", "train.cli", "curate.config", "train.config"]
+    "module", ["curate", "train", "curate.cli", "train.cli", "curate.config", "train.quickstart.config"]
 )
 def test_packages_and_configs_import_nothing_heavy(module):
     assert loaded_heavies(f"import {module}") == []

@@ -10,8 +10,8 @@ from afresh.configs import Verb
 
 VERBS = {
     "quickstart": Verb(
-        "train.config:QuickstartConfig",
-        "train.quickstart:run_quickstart",
+        "train.quickstart.config:QuickstartConfig",
+        "train.quickstart.job:run_quickstart",
         "curate, fine-tune, sample and evaluate on the carried sample set, in minutes",
     ),
     "finetune": Verb(

@@ -30,9 +30,9 @@ from curate.reading.samples import Sample, read_samples
 from curate.reading.writing import write_shard
 from curate.report import run_report
 from curate.results.ledger import SCHEMA, read_ledger
+from curate.sample_set import load_part
 from curate.search import run_search
 from curate.stages.write import with_account
-from train.inputs.sample_set import load_part
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from afresh.errors import UserError
-from train.inputs.prompts import Prompt, read_prompts, write_prompts
+from train.prompts import Prompt, read_prompts, write_prompts
 
 PROMPTS = [
     Prompt("red apple, food fruit", 1, Path("apple.png"), 7),

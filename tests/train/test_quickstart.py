@@ -12,10 +12,12 @@ import pytest
 
 from afresh.errors import UsageError
 from curate.config import DedupConfig
-from train.config import MessConfig, QuickstartConfig
+from curate.sample_set import load_part
+from train.denoising.loading import sample_model_dir
 from train.finetune.config import FilterConfig, FinetuneConfig
-from train.inputs.sample_set import load_part
-from train.quickstart import plant_copies, run_quickstart, sample_model_dir
+from train.quickstart.config import MessConfig, QuickstartConfig
+from train.quickstart.job import run_quickstart
+from train.quickstart.mess import plant_copies
 
 
 def small(out: Path, **changes) -> QuickstartConfig:
@@ -110,7 +112,7 @@ def test_the_sample_model_is_a_small_pipeline_that_diffusers_alone_loads_and_dra
 
 
 def test_the_carried_shards_are_the_ones_the_split_was_made_for():
-    from train.inputs.sample_set import sample_set_dir
+    from curate.sample_set import sample_set_dir
 
     split = json.loads((sample_set_dir() / "split.json").read_text())
     keys = sorted(key for part in split.values() for key in part)

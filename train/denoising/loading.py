@@ -147,3 +147,7 @@ def open_pipeline(config: Any) -> StableDiffusionPipeline:
         lora=config.lora,
     )
 
+
+def sample_model_dir() -> Path:
+    """Folder of the carried sample model."""
+    return Path(__file__).parents[1] / "assets" / "sample_model"

@@ -24,12 +24,12 @@ from train.evaluation.judging.judge import PIXEL_COPY
 from train.evaluation.judging.metrics import thumbnails
 from train.evaluation.reporting.audit_report import draw_curves, figure_of, render, write_rows
 from train.evaluation.reporting.figure import draw_figure
-from train.inputs.prompts import Prompt, read_prompts
 from train.memorization.auditing import Audit, Measure, audit, copy_similarity
 from train.memorization.config import MEMORIZED
 from train.memorization.detection.roc import bootstrap_interval, roc_auc
 from train.memorization.neurons.blocking import blocked
 from train.memorization.neurons.files import read_neurons
+from train.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,10 +18,10 @@ from afresh.progress import get_logger
 from train.evaluation.config import LocalizeConfig
 from train.evaluation.judging.drawn import Drawn, read_drawn
 from train.evaluation.judging.metrics import memorized_share, similarity_among_seeds
-from train.inputs.prompts import Prompt, write_prompts
 from train.memorization.config import MEMORIZED
 from train.memorization.neurons.localization import Localized
 from train.memorization.neurons.value_neurons import count, random_neurons
+from train.prompts import Prompt, write_prompts
 from train.sampling.config import SampleConfig
 from train.sampling.job.job import run_sample
 from train.sampling.pipelines.session import open_index

@@ -32,7 +32,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     from train.evaluation.judging.dual_encoder import DualEncoder
     from train.evaluation.reporting.report import story, write_report
-    from train.inputs.prompts import read_prompts
+    from train.prompts import read_prompts
     from train.sampling.config import AMGConfig, SampleConfig
     from train.sampling.job.job import run_sample
     from train.sampling.pipelines.session import open_index

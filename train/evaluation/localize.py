@@ -20,10 +20,10 @@ from afresh.runs import refuse_other_settings
 from train.denoising.loading import open_pipeline
 from train.evaluation.blocking import _report
 from train.evaluation.config import LocalizeConfig
-from train.inputs.prompts import Prompt, read_prompts
 from train.memorization.neurons.localization import Localization, Localized, Localizer
 from train.memorization.neurons.value_neurons import Neurons, count, value_layers, widths
 from train.memorization.neurons.weights import save_rows, zero_rows
+from train.prompts import Prompt, read_prompts
 from train.sampling.pipelines.session import fingerprint
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ def load_pixels(renditions: list[str]) -> torch.Tensor:
     from curate.reading.images import decode_image, stack_images
     from curate.reading.samples import Sample, read_samples
     from curate.reading.urls import expand_shards
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     samples = load_part("pretrain")
     if renditions:

@@ -181,7 +181,7 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
     from curate.reading.images import decode_image, stack_images
     from curate.reading.samples import Sample, read_samples
     from curate.reading.urls import expand_shards
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     samples = load_part("pretrain") + load_part("finetune")
     forms = [captions_of(sample) for sample in samples]
@@ -299,7 +299,7 @@ def measure(model: DualEncoder) -> dict[str, Any]:
     """
     from curate.embed.edits import EDITS
     from curate.reading.images import decode_image
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     result: dict[str, Any] = {}
     copy_space: dict[str, np.ndarray] = {}

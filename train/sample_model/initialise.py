@@ -27,7 +27,7 @@ class InitialiseConfig:
 
 def initialise(config: InitialiseConfig) -> None:
     """Learn the tokenizer from the pretrain captions, draw random weights, save."""
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
     from train.sample_model.small import build_pipeline
 
     captions = [sample.caption for sample in load_part("pretrain") if sample.caption]

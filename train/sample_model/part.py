@@ -11,7 +11,7 @@ from pathlib import Path
 
 from curate.reading.samples import Sample
 from curate.reading.writing import write_shard
-from train.inputs.sample_set import PARTS, load_part
+from curate.sample_set import PARTS, load_part
 
 
 def write_part(name: str, folder: Path, per_shard: int = 500) -> list[str]:

@@ -31,7 +31,7 @@ from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from curate.reading.images import decode_image, stack_images
 from curate.reading.samples import Sample
-from train.inputs.sample_set import load_part
+from curate.sample_set import load_part
 
 SIDE = 32
 TRAINING_SET = "training_set.json"

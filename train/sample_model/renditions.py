@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from curate.reading.writing import write_shard
-from train.inputs.sample_set import load_part
+from curate.sample_set import load_part
 
 SIDE = 64
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from curate.reading.images import decode_image
 from curate.reading.samples import Sample, read_samples
-from train.inputs.sample_set import PARTS, sample_set_dir, sample_shards
+from curate.sample_set import PARTS, sample_set_dir, sample_shards
 
 SIZES = {"pretrain": 1206, "finetune": 500, "held_out": 200}
 TWINS = 0.95

@@ -11,7 +11,7 @@ from curate.dedup import run_dedup
 from curate.reading.urls import find_shards, shard_names
 from curate.reading.writing import write_shard
 from curate.results.ledger import read_ledger
-from train.inputs.sample_set import load_part
+from curate.sample_set import load_part
 
 
 def test_a_list_comes_back_as_it_was_written_sorted_and_without_repeats(tmp_path):

@@ -17,7 +17,7 @@ from curate.reading.images import decode_image, stack_images
 @pytest.fixture(scope="module")
 def held_out() -> list:
     """Images that the detector was not trained on."""
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
 
     return [decode_image(sample.image) for sample in load_part("held_out")]
 

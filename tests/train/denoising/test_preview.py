@@ -9,9 +9,8 @@ from diffusers import AutoencoderKL
 
 from curate.embed.registry import load_embedder
 from train.denoising.decoding import _Decoder
-from train.denoising.loading import load_pipeline
+from train.denoising.loading import load_pipeline, sample_model_dir
 from train.denoising.preview import LinearDecoder, dead_leaves, preview_of
-from train.quickstart import sample_model_dir
 from train.sampling import GuidedStableDiffusion
 
 CPU = torch.device("cpu")

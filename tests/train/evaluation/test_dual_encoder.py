@@ -86,8 +86,8 @@ def test_the_carried_weights_are_small():
 
 def test_the_carried_one_finds_the_captions_of_images_it_never_saw(carried):
     from curate.reading.images import decode_image
+    from curate.sample_set import load_part
     from train.evaluation.judging.metrics import retrieval_rank
-    from train.inputs.sample_set import load_part
 
     samples = load_part("held_out")
     images = carried.embed_images([decode_image(sample.image) for sample in samples])
@@ -101,7 +101,7 @@ def test_the_carried_one_finds_the_captions_of_images_it_never_saw(carried):
 def test_the_carried_one_tells_copies_from_look_alikes(carried):
     from curate.embed.edits import EDITS
     from curate.reading.images import decode_image
-    from train.inputs.sample_set import load_part
+    from curate.sample_set import load_part
     from train.memorization.detection.roc import roc_auc
 
     held_out = [decode_image(sample.image) for sample in load_part("held_out")]
@@ -117,11 +117,11 @@ def test_the_carried_one_tells_copies_from_look_alikes(carried):
 
 
 def test_the_recipe_continues_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch):
-    import train.inputs.sample_set
+    import curate.sample_set
     import train.sample_model.dual_encoder as recipe
 
-    load_part = train.inputs.sample_set.load_part
-    monkeypatch.setattr(train.inputs.sample_set, "load_part", lambda name: load_part(name)[:40])
+    load_part = curate.sample_set.load_part
+    monkeypatch.setattr(curate.sample_set, "load_part", lambda name: load_part(name)[:40])
     monkeypatch.setattr(recipe, "measure", lambda model: {})
     small = DualEncoderConfig(width=32, queries=4, buckets=512, text_width=16)
 

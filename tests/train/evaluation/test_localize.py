@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from afresh.errors import UsageError, UserError
+from curate.sample_set import load_part
 from train.denoising.loading import load_pipeline
 from train.evaluation.config import LocalizeConfig
 from train.evaluation.localize import REMOVED, run_localize
-from train.inputs.sample_set import load_part
 from train.memorization.neurons.blocking import blocked
 from train.memorization.neurons.files import read_neurons
 from train.memorization.neurons.first_step import FirstStep

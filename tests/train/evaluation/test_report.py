@@ -17,6 +17,7 @@ from curate.embed.edits import EDITS
 from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from curate.reading.images import decode_image, stack_images
+from curate.sample_set import load_part
 from train.denoising.adapters import add_lora, save_lora
 from train.denoising.config import LoRAConfig
 from train.denoising.loading import load_pipeline
@@ -30,7 +31,6 @@ from train.evaluation.protocol import read_protocol
 from train.evaluation.reporting.conclusions import conclude, headline
 from train.evaluation.reporting.figure import Cell, Figure, percent
 from train.evaluation.reporting.report import story, write_report
-from train.inputs.sample_set import load_part
 
 HOSTILE = '<script>alert("1")</script> & "quoted" face'
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curate.reading.writing import write_shard
-from train.inputs.sample_set import load_part
+from curate.sample_set import load_part
 from train.sample_model.small import tiny_pipeline
 
 

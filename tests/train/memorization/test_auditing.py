@@ -20,10 +20,10 @@ from train.evaluation.audit import compared, row_correlation, rows_of, run_audit
 from train.evaluation.config import AuditConfig
 from train.evaluation.judging.metrics import pixel_correlation
 from train.evaluation.reporting.audit_report import conclude
-from train.inputs.prompts import Prompt, write_prompts
 from train.memorization import Audit, audit
 from train.memorization.auditing import _draws, draw, encode_images, search_embeds, starting_point
 from train.memorization.neurons.value_neurons import value_layers
+from train.prompts import Prompt, write_prompts
 
 SHAPE = (4, 16, 16)
 TOKENS, WIDTH = 3, 5

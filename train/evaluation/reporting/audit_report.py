@@ -11,9 +11,9 @@ import numpy as np
 
 from afresh.files import write_atomic
 from train.evaluation.reporting.figure import STYLE, Cell, Figure, data_url, escaped, figure_html, percent
-from train.inputs.prompts import Prompt
 from train.memorization.auditing import Audit
 from train.memorization.config import MEMORIZED
+from train.prompts import Prompt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,6 @@ from afresh.errors import UsageError, UserError
 from afresh.files import digest, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.loading import chosen_device, open_pipeline
-from train.inputs.prompts import Prompt, read_prompts, repeated_captions
 from train.memorization.config import DetectConfig
 from train.memorization.detection.charts import draw_chart, draw_trajectories
 from train.memorization.detection.journal import open_journal, write_table
@@ -22,6 +21,7 @@ from train.memorization.detection.separation import labels_of, read_outcomes, su
 from train.memorization.scoring import Scores, Scoring, check
 from train.memorization.signals.registry import find_signals
 from train.memorization.thresholds import FILE, calibrate
+from train.prompts import Prompt, read_prompts
 
 SCORING = (
     "model", "revision", "variant", "model_config", "lora", "steps", "num_inference_steps", "seeds", "first_seed",
@@ -168,3 +168,31 @@ def write_thresholds(
     write_json(path, found)
     return {"threshold": found["threshold"], "file": str(path)}
 
+
+def repeated_captions(path: str, limit: int) -> list[Prompt]:
+    """The captions that occur most often in a training set, the most frequent first, ties in the set's order.
+
+    Captions are counted as normalised texts, kept and dropped samples alike; each is given as it first stands there.
+
+    Args:
+        path: output folder of ``curate dedup``, its index, or the URL of one.
+        limit: most captions.
+
+    Raises:
+        UsageError: ``limit`` is not positive, or the URL cannot be opened.
+        UserError: there is no index, or no caption in it.
+    """
+    from curate.index.training_index import TrainingIndex
+    from curate.reading.captions import normalise_caption
+
+    if limit < 1:
+        raise UsageError(f"limit is {limit}: expected at least 1")
+    index = TrainingIndex.load(path)
+    first: dict[str, tuple[int, str]] = {}
+    for caption, count in zip(index.captions, index.counts.tolist(), strict=True):
+        if caption is not None and caption.strip():
+            first.setdefault(normalise_caption(caption), (count, caption.strip()))
+    if not first:
+        raise UserError(f"{path}: no sample of this index has a caption")
+    ranked = sorted(first.values(), key=lambda entry: -entry[0])
+    return [Prompt(caption) for _, caption in ranked[:limit]]

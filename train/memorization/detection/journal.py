@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from afresh.errors import UserError
 from afresh.files import write_atomic
 from afresh.runs import locked, refuse_other_settings
-from train.inputs.prompts import Prompt
 from train.memorization.scoring import PromptScore, Scores
+from train.prompts import Prompt
 
 
 class Journal:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afresh.errors import UserError
-from train.inputs.prompts import Prompt
 from train.memorization.config import MEMORIZED
 from train.memorization.detection.roc import bootstrap_interval, roc_auc, tpr_at_fpr
 from train.memorization.scoring import Scores
+from train.prompts import Prompt
 
 
 def labels_of(prompts: Sequence[Prompt]) -> NDArray[np.int64]:

@@ -13,10 +13,10 @@ from afresh.errors import UsageError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.loading import open_pipeline
-from train.inputs.prompts import Prompt, read_prompts
 from train.memorization.config import ExplainConfig
 from train.memorization.explaining.changes import suggest
 from train.memorization.explaining.significance import explain
+from train.prompts import Prompt, read_prompts
 
 
 class ExplainSummary(dict[str, Any]):

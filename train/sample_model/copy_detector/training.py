@@ -36,7 +36,7 @@ from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from curate.embed.copy_detector import WEIGHTS, CopyDetector
 from curate.reading.images import decode_image, stack_images
-from train.inputs.sample_set import load_part
+from curate.sample_set import load_part
 from train.sample_model.copy_detector.edits import attacked, edited
 from train.sample_model.copy_detector.measures import embedded, measure, pixels_alike
 

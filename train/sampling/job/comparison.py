@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.inputs.prompts import Prompt
+from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.job import pictures as picture
 from train.sampling.job.folder import Folder

@@ -11,7 +11,7 @@ from typing import Any
 from afresh.errors import UserError
 from afresh.files import to_json
 from afresh.progress import get_logger
-from train.inputs.prompts import Prompt
+from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.job import pictures as picture
 from train.sampling.job import shares

@@ -14,7 +14,7 @@ from typing import Any
 
 from afresh.errors import UsageError, UserError
 from afresh.progress import get_logger
-from train.inputs.prompts import read_prompts
+from train.prompts import read_prompts
 from train.sampling.config import SampleConfig
 from train.sampling.job import shares
 from train.sampling.job.comparison import write_comparison

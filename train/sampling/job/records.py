@@ -18,8 +18,8 @@ from PIL import Image, PngImagePlugin
 
 from afresh.errors import UserError
 from afresh.files import write_atomic, write_json
-from train.inputs.prompts import Prompt
 from train.memorization.config import MEMORIZED
+from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 
 RECORD = "afresh"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
 from train.denoising.loading import chosen_device, open_pipeline
-from train.inputs.prompts import Prompt
 from train.memorization.thresholds import Thresholds, model_thresholds
+from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
 from train.sampling.similarity import check_embedder, check_not_empty

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from curate.sample_set import load_part, parts
 from tests.train.finetune.runs import log_lines, settings
 from train.finetune.config import Augmentation
 from train.finetune.data.augment import augment, draw
 from train.finetune.data.order import generator
 from train.finetune.loop import run_finetune
-from train.inputs.sample_set import load_part, parts
 
 
 def test_an_image_is_augmented_alike_whatever_batch_it_falls_in():

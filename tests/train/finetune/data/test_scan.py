@@ -15,10 +15,10 @@ from PIL import Image
 from afresh.errors import UsageError, UserError
 from curate.reading.samples import Sample, read_samples
 from curate.reading.writing import write_shard
+from curate.sample_set import load_part
 from train.finetune.config import ShardGroup
 from train.finetune.data import scan as scan_module
 from train.finetune.data.scan import sample_captions, scan
-from train.inputs.sample_set import load_part
 
 
 def image(width: int, height: int, **options) -> bytes:

@@ -11,8 +11,8 @@ from curate.config import DedupConfig
 from curate.dedup import run_dedup
 from curate.reading.samples import read_samples
 from curate.reading.writing import write_shard
+from curate.sample_set import load_part
 from train.finetune.filter.calibration import ENOUGH, MagnitudeQuantiles, unique_samples
-from train.inputs.sample_set import load_part
 from train.memorization.thresholds import BANDS
 
 

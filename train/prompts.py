@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UserError
 from afresh.files import write_atomic
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -53,35 +53,6 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     return prompts
-
-
-def repeated_captions(path: str, limit: int) -> list[Prompt]:
-    """The captions that occur most often in a training set, the most frequent first, ties in the set's order.
-
-    Captions are counted as normalised texts, kept and dropped samples alike; each is given as it first stands there.
-
-    Args:
-        path: output folder of ``curate dedup``, its index, or the URL of one.
-        limit: most captions.
-
-    Raises:
-        UsageError: ``limit`` is not positive, or the URL cannot be opened.
-        UserError: there is no index, or no caption in it.
-    """
-    from curate.index.training_index import TrainingIndex
-    from curate.reading.captions import normalise_caption
-
-    if limit < 1:
-        raise UsageError(f"limit is {limit}: expected at least 1")
-    index = TrainingIndex.load(path)
-    first: dict[str, tuple[int, str]] = {}
-    for caption, count in zip(index.captions, index.counts.tolist(), strict=True):
-        if caption is not None and caption.strip():
-            first.setdefault(normalise_caption(caption), (count, caption.strip()))
-    if not first:
-        raise UserError(f"{path}: no sample of this index has a caption")
-    ranked = sorted(first.values(), key=lambda entry: -entry[0])
-    return [Prompt(caption) for _, caption in ranked[:limit]]
 
 
 def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:

@@ -26,9 +26,7 @@ PARTS = ("pretrain", "finetune", "held_out")
 
 def sample_set_dir() -> Path:
     """Folder of the carried shards, their licence note and ``split.json``."""
-    import curate
-
-    return Path(curate.__file__).parent / "assets" / "noto-emoji"
+    return Path(__file__).parent / "assets" / "noto-emoji"
 
 
 def sample_shards() -> list[str]:

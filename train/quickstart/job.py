@@ -16,107 +16,24 @@ Every stage leaves what it made and is not repeated, so a run that was stopped g
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger
 from afresh.runs import claim
-from curate.embed.edits import EDITS, Edit
-from curate.reading.images import decode_image
-from curate.reading.samples import Sample
-from curate.reading.writing import write_shard
-from train.config import MessConfig, QuickstartConfig
-from train.inputs.sample_set import load_part
+from train.denoising.loading import sample_model_dir
+from train.quickstart.config import QuickstartConfig
+from train.quickstart.mess import make_mess
 
 log = get_logger(__name__)
-COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
 COLUMNS = (
     "model", "guidance", "prompts", "images", "memorized_share", "copied_share", "pixel_copied_share", "similarity",
     "similarity_among_seeds", "alignment", "retrieval_rank", "quality", "seconds_per_image",
 )  # fmt: skip
-
-
-def sample_model_dir() -> Path:
-    """Folder of the carried sample model."""
-    return Path(__file__).parent / "assets" / "sample_model"
-
-
-def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[str, dict[str, bytes]]], list[int]]:
-    """Repeat some samples many times, most copies altered a little, as sets gathered from the web have them.
-
-    Args:
-        samples: a clean set with captions.
-        mess: how many, how often, how altered.
-
-    Returns:
-        ``(key, members)`` of the raw set in a random order, and the rows of ``samples`` that were repeated.
-    """
-    rng = np.random.default_rng(mess.seed)
-    repeated = sorted(rng.choice(len(samples), mess.images, replace=False).tolist())
-    raw = [(sample.key, dict(sample.members)) for sample in samples]
-    for row in repeated:
-        sample = samples[row]
-        caption = sample.caption or ""
-        for copy in range(1, mess.copies):
-            members = {ext: data for ext, data in sample.members.items() if ext != "json"}
-            if rng.random() >= mess.exact:
-                edit = EDITS[COPY_EDITS[rng.integers(len(COPY_EDITS))]]
-                members.pop(str(sample.image_ext))
-                members["jpg"] = encode_copy(sample, edit, rng)
-            if rng.random() < mess.other_caption:
-                members["txt"] = f"an emoji of {caption.split(',')[0]}".encode()
-            raw.append((f"{sample.key}-copy{copy:02d}", members))
-    order = rng.permutation(len(raw))
-    return [raw[i] for i in order], repeated
-
-
-def encode_copy(sample: Sample, edit: Edit, rng: np.random.Generator) -> bytes:
-    """An altered image of a sample, as JPEG bytes."""
-    buffer = io.BytesIO()
-    edit(decode_image(sample.image), rng).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
-    """Write the raw shards, the held-out shards, the originals and the prompt files."""
-    samples, held_out = load_part("finetune"), load_part("held_out")
-    raw, repeated = plant_copies(samples, config.mess)
-    half = (len(raw) + 1) // 2
-    for number in range(2):
-        write_shard(str(out / "raw" / f"{number:06d}.tar"), raw[number * half : (number + 1) * half])
-    write_shard(str(out / "held_out" / "000000.tar"), [(s.key, dict(s.members)) for s in held_out])
-
-    rng = np.random.default_rng(config.mess.seed + 1)
-    chosen = sorted(rng.choice(len(held_out), config.held_out_captions, replace=False).tolist())
-    prompts = {
-        "repeated": [(samples[row], 1) for row in repeated],
-        "held_out": [(held_out[row], 0) for row in chosen],
-    }
-    for kind, rows in prompts.items():
-        lines = [prompt_line(sample, label, out) for sample, label in rows]
-        with write_atomic(out / "prompts" / f"{kind}.jsonl") as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
-    lines = [prompt_line(sample, label, out) for sample, label in prompts["repeated"]]
-    lines += [prompt_line(sample, 0, out) for sample in held_out]
-    with write_atomic(out / "prompts" / "detect.jsonl") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    return {"samples": len(raw), "planted": len(raw) - len(samples), "repeated": len(repeated)}
-
-
-def prompt_line(sample: Sample, label: int, out: Path) -> str:
-    """One row of a prompt file, whose original image is written beside it."""
-    name = f"{sample.key}.{sample.image_ext}"
-    with write_atomic(out / "prompts" / "originals" / name) as temporary:
-        temporary.write_bytes(sample.image)
-    row = {"caption": sample.caption, "label": label, "image": f"originals/{name}"}
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:

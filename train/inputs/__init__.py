@@ -1,1 +1,0 @@
-"""What jobs are given: files of prompts, and the carried sample set."""

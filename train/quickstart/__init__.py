@@ -1,0 +1,1 @@
+"""``train quickstart``: the whole story on the carried sample set."""
