@@ -62,7 +62,7 @@ def preview_of(vae: Any, decode: Any, device: torch.device) -> LinearDecoder:
     """The linear preview of a VAE; fitted once, then kept for as long as the VAE lives.
 
     Args:
-        vae: an ``AutoencoderKL``.
+        vae: an ``AutoencoderKL``, or a tiny one.
         decode: its decoder in float32, latents as the UNet sees them → pixels in [0, 1].
         device: to compute on.
     """
@@ -73,7 +73,9 @@ def preview_of(vae: Any, decode: Any, device: torch.device) -> LinearDecoder:
             pairs = []
             for image in images.split(1):  # in slices: a real VAE's activations are large
                 image = image.to(device, vae.dtype)
-                latents = (vae.encode(image * 2 - 1).latent_dist.mode() * vae.config.scaling_factor).float()
+                encoded = vae.encode(image * 2 - 1)
+                latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+                latents = (latents * vae.config.scaling_factor).float()
                 pairs.append((latents, decode(latents)))
             latents, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         _fitted[vae] = LinearDecoder.fit(latents, pixels)

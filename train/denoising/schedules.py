@@ -1,4 +1,4 @@
-"""Noise schedules: the signal and noise coefficients at t, and DDIM's step."""
+"""Noise schedules: the signal and noise coefficients at t, noising, targets, and DDIM's step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.denoising.coefficients import Coefficients
+from train.denoising.predictions import Prediction, check_space
 
-def alpha_bar_at(scheduler: Any, t: Tensor | float) -> float | None:
-    """``ᾱ_t`` at the step that ``scheduler`` is about to take; None for flow-matching schedulers, which have
-    none.
+
+class NoiseSchedule:
+    """The forward process of a model that is defined by betas, whatever sampler it comes with, and DDIM's way back.
+
+    Args:
+        scheduler: of the pipeline; its betas, rescaling and prediction type count, its kind does not.
+        device: of :attr:`alpha_bar`.
+
+    Attributes:
+        timesteps: how many the model was trained with.
+        space: what the model predicts: epsilon, v_prediction or sample.
+        alpha_bar: ``[timesteps]`` float32, ``ᾱ``.
+        init_sigma: what the first noise is multiplied by.
+    """
+
+    def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
+        from diffusers import DDIMScheduler
+
+        # DDIM's reading of the config: others' tables may be in other units, or missing.
+        self._ddim: Any = DDIMScheduler.from_config(scheduler.config)
+        self.timesteps = int(self._ddim.config.num_train_timesteps)
+        self.space: str = check_space(self._ddim.config.prediction_type)
+        self.init_sigma = float(self._ddim.init_noise_sigma)
+        self.alpha_bar: Tensor = self._ddim.alphas_cumprod.to(device)
+        self._numbers: list[float] = self._ddim.alphas_cumprod.tolist()
+
+    def steps(self, num_inference_steps: int) -> list[int]:
+        """The timesteps of a DDIM trajectory, from noise to image."""
+        self._ddim.set_timesteps(num_inference_steps)
+        return self._ddim.timesteps.tolist()
+
+    def at(self, t: int | Tensor) -> Coefficients:
+        """The coefficients at a timestep, as numbers; of timesteps ``[n]``, as ``[n, 1, 1, 1]``."""
+        if isinstance(t, Tensor) and t.ndim:
+            return Coefficients.of_alpha_bar(self._table(t.device)[t].view(-1, 1, 1, 1))
+        return Coefficients.of_alpha_bar(self._numbers[int(t)])
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal to noise, ``ᾱ_t / (1−ᾱ_t)``, of timesteps ``[n]``."""
+        alpha_bar = self._table(t.device)[t]
+        return alpha_bar / (1 - alpha_bar)
+
+    def _table(self, device: torch.device) -> Tensor:
+        """``ᾱ`` where the timesteps are."""
+        if self.alpha_bar.device != device:
+            self.alpha_bar = self.alpha_bar.to(device)
+        return self.alpha_bar
+
+    def noised(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """``x_t`` of ``x_0`` and ``ε``, ``[n, c, h, w]`` each."""
+        at = self.at(t)
+        return at.signal * x_0 + at.noise * eps
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the model's output is compared with in training: ``ε``, or ``v = √ᾱ_t ε − √(1−ᾱ_t) x_0``, or ``x_0``."""
+        if self.space == "epsilon":
+            return eps
+        if self.space == "sample":
+            return x_0
+        at = self.at(t)
+        return at.signal * eps - at.noise * x_0
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Prediction:
+        """The model's output ``[n, c, h, w]`` for ``x_t`` at ``t``, in every space."""
+        return Prediction(output, x_t, self.at(t), self.space)
+
+    def step(self, prediction: Prediction, following: int) -> Tensor:
+        """DDIM (Song et al., 2021, eq. 12 with σ = 0): ``x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s) ε̂``, not clipped.
+
+        Args:
+            prediction: at the step before, of the guided output.
+            following: the timestep ``s``.
+        """
+        at = self.at(following)
+        return at.signal * prediction.x0 + at.noise * prediction.eps
+
+
+def coefficients_at(scheduler: Any, t: Tensor | float) -> Coefficients | None:
+    """The coefficients at the step that a sampler is about to take, of the variance-preserving ``x_t`` that the model
+    is given; None for flow-matching schedulers, whose models no guidance here is made for.
 
     Schedulers that work in ``σ`` know it better than ``t`` does (Karras spacing rounds ``t``): ``ᾱ =
     1/(1+σ²)``. Call it after ``scale_model_input``.
@@ -24,11 +103,10 @@ def alpha_bar_at(scheduler: Any, t: Tensor | float) -> float | None:
             index = scheduler.index_for_timestep(t)
         if not getattr(scheduler, "state_in_first_order", True) and hasattr(scheduler, "sigmas_interpol"):
             sigmas = scheduler.sigmas_interpol
-        return 1.0 / (1.0 + float(sigmas[int(index)]) ** 2)
+        return Coefficients.of_alpha_bar(1.0 / (1.0 + float(sigmas[int(index)]) ** 2))
     table = scheduler.alphas_cumprod
     position = min(max(float(t), 0.0), len(table) - 1.0)
     low = int(position)
     if low == position:
-        return float(table[low])
-    return float(torch.lerp(table[low], table[low + 1], position - low))
-
+        return Coefficients.of_alpha_bar(float(table[low]))
+    return Coefficients.of_alpha_bar(float(torch.lerp(table[low], table[low + 1], position - low)))

@@ -3,20 +3,178 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from curate.reading.images import stack_images
+from train.denoising.conditioning import MASK, Conditioning
+from train.denoising.network import FLOAT16_GAIN, frozen, running_device
+from train.denoising.predictions import Prediction
+from train.denoising.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from PIL.Image import Image
+
+IDS, TIMESTEP, IMAGE = "ids", "timestep_cond", "image_embeds"
+"""Parts of a conditioning beside the prompt's embeddings: token ids that are not encoded yet, the guidance scale of a
+distilled model, and image prompts (``image_embeds.0``, …)."""
 
 
-FLOAT16_GAIN = 1024.0
-"""Factor on what is differentiated through a float16 model, whose gradients would vanish among its small numbers."""
+class StableDiffusionDenoiser(torch.nn.Module):
+    """A pipeline's UNet and text encoder as one module, so that both train under one data-parallel wrapper.
+
+    Args:
+        pipe: any Stable Diffusion pipeline; its parts are shared.
+        cross_attention_kwargs: of a call of the pipeline, for the UNet.
+        encoding: options of ``pipe.encode_prompt`` in a call of the pipeline (``clip_skip``, ``lora_scale``); None
+            encodes prompts as the model was trained.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        *,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        encoding: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        # A pipeline that was loaded without its text encoder takes embeddings alone.
+        self.unet, self.text_encoder = pipe.unet, getattr(pipe, "text_encoder", None)
+        self.pipe = pipe
+        self._cross_attention_kwargs, self._encoding = cross_attention_kwargs, encoding
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """Of the pipeline's scheduler, as it was when first asked for."""
+        return NoiseSchedule(self.pipe.scheduler)
+
+    @property
+    def network(self) -> UNet2DConditionModel:
+        """The UNet."""
+        return self.unet
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(c, h, w)`` of the latents that the UNet takes by default."""
+        return latent_shape(self.unet)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet runs."""
+        return running_device(self.unet)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet's weights."""
+        return self.unet.dtype
+
+    @property
+    def gain(self) -> float:
+        """Factor on what is differentiated, so that float16's gradients do not vanish."""
+        return FLOAT16_GAIN if self.dtype == torch.float16 else 1.0
+
+    # ------------------------------------------------------------------------------------------------- conditioning
+
+    def tokens(self, prompts: Sequence[str]) -> Conditioning:
+        """Token ids, which :meth:`forward` encodes: what a text encoder that is trained sees. On the CPU."""
+        return Conditioning({IDS: tokenize(self.pipe, prompts)})
+
+    def encoded(self, conditioning: Conditioning) -> Conditioning:
+        """Prompt embeddings in the place of token ids; with gradients where the text encoder is trained."""
+        if IDS not in conditioning.parts:
+            return conditioning
+        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
+        with contextlib.nullcontext() if trained else torch.no_grad():
+            ids = conditioning.parts[IDS].to(running_device(self.text_encoder))
+            return Conditioning({"embeds": self.text_encoder(ids)[0]})
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The text encoder's output ``[n, tokens, width]`` for prompts."""
+        if self._encoding is None:
+            return self.encoded(self.tokens(prompts))
+        embeds = self.pipe.encode_prompt(list(prompts), self.pipe._execution_device, 1, False, **self._encoding)[0]
+        return Conditioning({"embeds": embeds})
+
+    # ------------------------------------------------------------------------------------------------- the denoiser
+
+    def forward(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Tensor:
+        """The UNet's output, like ``x_t``.
+
+        Args:
+            x_t: ``[n, c, h, w]``.
+            t: a timestep, or one an image ``[n]``.
+            conditioning: of n images, or of one for all.
+        """
+        parts = self.encoded(conditioning).expand(len(x_t)).parts
+        options: dict[str, Any] = {}
+        if MASK in parts:
+            options["encoder_attention_mask"] = parts[MASK]
+        if TIMESTEP in parts:
+            options["timestep_cond"] = parts[TIMESTEP]
+        if images := [parts[name] for name in sorted(parts) if name.startswith(f"{IMAGE}.")]:
+            options["added_cond_kwargs"] = {IMAGE: images}
+        if self._cross_attention_kwargs is not None:
+            options["cross_attention_kwargs"] = self._cross_attention_kwargs
+        return self.unet(x_t, t, encoder_hidden_states=parts["embeds"], return_dict=False, **options)[0]
+
+    def predict(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Prediction:
+        """The output in float32, in every space."""
+        return self.schedule.prediction(self(x_t, t, conditioning).float(), x_t.float(), t)
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """``x_T`` of seeds, ``[n, c, h, w]``."""
+        drawn = torch.stack([initial_noise(self.shape, int(seed)) for seed in seeds])
+        return drawn.to(self.device, self.dtype) * self.schedule.init_sigma
+
+    def frozen(self, *, checkpointing: bool = False) -> AbstractContextManager[None]:
+        """See :func:`train.denoising.network.frozen`."""
+        return frozen(self.unet, checkpointing=checkpointing)
+
+    # ------------------------------------------------------------------------------------------------------- images
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Latents ``[n, c, h, w]`` float32 of images squashed to the model's square: the VAE's posterior means."""
+        vae, latents = self.pipe.vae, []
+        for image in images:
+            pixels = torch.from_numpy(stack_images([image], pixel_size(self.pipe))).to(running_device(vae), vae.dtype)
+            latents.append(vae.encode(pixels * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor)
+        return torch.cat(latents)
+
+    @torch.no_grad()
+    def draw(
+        self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float
+    ) -> list[Image]:
+        """What the stock pipeline draws by DDIM from noise ``x_T [n, c, h, w]`` under a conditioning of n images."""
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        parts = {name: getattr(self.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+        stock = StableDiffusionPipeline(
+            **parts,
+            scheduler=DDIMScheduler.from_config(self.pipe.scheduler.config),  # its own: drawing moves its state
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        stock.set_progress_bar_config(disable=True)
+        embeds = conditioning.embeds.to(self.device, self.dtype)
+        return stock(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=self.encode([""]).embeds.to(self.dtype).expand_as(embeds),
+            latents=x_T.to(self.device, self.dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        ).images
 
 
-def tokenize(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+def tokenize(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
     """Token ids padded to the tokenizer's length: ``[n, tokens]`` int64. Longer captions are cut."""
     return pipe.tokenizer(
         list(captions),
@@ -27,10 +185,14 @@ def tokenize(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Te
     ).input_ids
 
 
-@torch.no_grad()
-def encode_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
-    """The text encoder's output ``[n, tokens, width]`` for captions, on the pipeline's device."""
-    return pipe.text_encoder(tokenize(pipe, captions).to(pipe.text_encoder.device))[0]
+def encode_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+    """The text encoder's output ``[n, tokens, width]`` for captions, where the pipeline runs."""
+    return StableDiffusionDenoiser(pipe).encode(captions).embeds
+
+
+def end_positions(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+    """``[n]`` int64: where the first end-of-text token of each prompt stands."""
+    return (tokenize(pipe, prompts) == pipe.tokenizer.eos_token_id).int().argmax(dim=1)
 
 
 def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
@@ -40,36 +202,11 @@ def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
     return int(unet.config.in_channels), int(height), int(width)
 
 
-def initial_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """``x_T`` of a seed, float32 on the CPU: one noise on every device and in every dtype."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@contextlib.contextmanager
-def frozen(unet: UNet2DConditionModel, *, checkpointing: bool = False) -> Iterator[None]:
-    """The UNet without gradients of its weights while the block runs, so that those of its inputs cost less memory.
-
-    Args:
-        unet: left as it was when the block ends.
-        checkpointing: compute activations again in the backward pass instead of keeping them: about a third more time
-            for a fraction of the memory.
-    """
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    switch = checkpointing and not unet.is_gradient_checkpointing
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    if switch:
-        unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if switch:
-            unet.disable_gradient_checkpointing()
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def pixel_size(pipe: StableDiffusionPipeline) -> int:
     """Side in pixels of the images that the pipeline draws by default."""
     return int(pipe.unet.config.sample_size) * pipe.vae_scale_factor
-

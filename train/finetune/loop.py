@@ -23,6 +23,8 @@ from afresh.errors import UsageError, UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
 from train.denoising.attention import set_attention
+from train.denoising.network import network_of
+from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.batches import batch_positions, dead_workers_named, make_batches, upcoming_positions
 from train.finetune.batches.captions import Captions
 from train.finetune.batches.faults import FaultLog
@@ -33,7 +35,7 @@ from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
 from train.finetune.filter.filter import MemorizationFilter
 from train.finetune.filter.settings import chosen_thresholds, reference_samples
-from train.finetune.model.diffusion import Diffusion, draw_randomness, sample_posterior, sampling_scheduler
+from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.model.loss import min_snr_weights, squared_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
@@ -139,14 +141,14 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     model = load_model(config, device)
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
-    diffusion = Diffusion(model.pipe.scheduler, device)
+    schedule = NoiseSchedule(model.pipe.scheduler, device)
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
     trained = model.trained  # only now: where weights are spread, they are others than before
     # Again: what is fastest depends on the device and the precision.
-    set_attention(model.pipe.unet, config.attention, mixed_precision=accelerator.mixed_precision)
+    set_attention(network_of(model.pipe), config.attention, mixed_precision=accelerator.mixed_precision)
     if config.compile:
-        model.pipe.unet.compile()  # in place, so that no name in the state dict changes
+        network_of(model.pipe).compile()  # in place, so that no name in the state dict changes
     average = Average(trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
@@ -162,7 +164,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
     memorization = MemorizationFilter(
         config.filter,
-        diffusion,
+        schedule,
         predict_unconditional,
         len(shard_set),
         config.seed,
@@ -206,7 +208,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     step = start
     while step < config.steps:
         set_learning_rate(optimizer, learning_rate(step, config))
-        tally, suspects = Tally(device, diffusion.timesteps), Suspects()
+        tally, suspects = Tally(device, schedule.timesteps), Suspects()
         for micro in range(config.gradient_accumulation):
             with meter.waiting():
                 batch = batches.next()
@@ -214,14 +216,14 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             draws = draw_randomness(
                 batch.positions,
                 batch.latent_shape,
-                diffusion.timesteps,
+                schedule.timesteps,
                 config.seed,
                 noise_offset=config.noise_offset,
                 input_perturbation=config.input_perturbation,
             )
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
-            x_t = diffusion.noised(x_0, input_noise, t)
+            x_t = schedule.noised(x_0, input_noise, t)
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform)
             readable = batch.weight > 0
 
@@ -234,8 +236,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                     output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
                 )
                 weights = batch.weight * kept
-                errors = squared_errors(output, diffusion.target(x_0, noise, t))
-                losses = errors * min_snr_weights(diffusion.alpha_bar[t], diffusion.prediction_type, config.snr_gamma)
+                errors = squared_errors(output, schedule.target(x_0, noise, t))
+                losses = errors * min_snr_weights(schedule.snr(t), schedule.space, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
             tally.add(loss, errors, t, readable, weights, kept, magnitudes)
@@ -324,7 +326,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             "model": str(out / "model"),
         }
         size = config.resolution or model.size
-        write_cards(config, summary, shard_set.urls, len(shard_set), size, diffusion.prediction_type)
+        write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space)
         write_json(out / "summary.json", summary)
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()

@@ -23,16 +23,8 @@ from numpy.typing import NDArray
 from afresh.errors import UserError
 from afresh.progress import Progress
 from curate.embed.registry import load_embedder
-from curate.reading.images import stack_images
-from train.denoising.predictions import to_eps
-from train.denoising.stable_diffusion import (
-    FLOAT16_GAIN,
-    encode_captions,
-    frozen,
-    initial_noise,
-    latent_shape,
-    pixel_size,
-)
+from train.denoising.conditioning import Conditioning
+from train.denoising.families import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -102,7 +94,7 @@ def audit(
         num_inference_steps: DDIM steps of the drawn images.
         guidance_scale: their classifier-free guidance scale.
         batch_size: images per UNet call.
-        gradient_checkpointing: see :func:`train.denoising.stable_diffusion.frozen`; for large models.
+        gradient_checkpointing: see :func:`train.denoising.network.frozen`; for large models.
         bar: told of each step of each image and restart.
 
     Raises:
@@ -114,27 +106,17 @@ def audit(
     measures = measures or {"similarity": copy_similarity(load_embedder("copy-detector"))}
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     pairs = [(image, restart) for image in range(len(images)) for restart in range(restarts)]
-    x_0 = encode_images(pipe, images)[[image for image, _ in pairs]]
-    captions = encode_captions(pipe, list(prompts)).float()
+    denoiser = denoiser_of(pipe)
+    x_0 = denoiser.encode_images(images)[[image for image, _ in pairs]]
+    captions = denoiser.encode(list(prompts)).embeds.float()
     start = torch.stack([starting_point(captions[image], search_seed, restart) for image, restart in pairs])
-    originals = [images[image] for image, _ in pairs for _ in numbers]
 
-    points: list[int] = []
-    found: dict[str, list[Floats]] = {name: [] for name in measures}
-    drawn: list[Image] = []
-    before: list[Image] = []
+    def look(embeds: torch.Tensor) -> list[Image]:
+        return draw(pipe, embeds, numbers, num_inference_steps, guidance_scale, batch_size)
 
-    def measure(step: int, embeds: torch.Tensor) -> None:
-        nonlocal drawn
-        drawn = draw(pipe, embeds, numbers, num_inference_steps, guidance_scale, batch_size)
-        points.append(step)
-        for name, compare in measures.items():
-            values = np.asarray(compare(drawn, originals), np.float32)
-            found[name].append(values.reshape(len(images), restarts, len(numbers)))
-
-    measure(0, start)
-    before = drawn
-    losses = []
+    points = _Points(measures, [images[image] for image, _ in pairs for _ in numbers], (len(images), restarts, -1))
+    points.add(0, look(start))
+    losses, embeds = [], start
     search = search_embeds(
         pipe,
         x_0,
@@ -147,25 +129,57 @@ def audit(
         batch_size=batch_size,
         gradient_checkpointing=gradient_checkpointing,
     )
-    embeds = start
     for step, (embeds, loss) in enumerate(search, 1):
         losses.append(loss)
         if not torch.isfinite(loss).all():
             image = pairs[int((~torch.isfinite(loss)).nonzero()[0])][0]
             raise UserError(f"prompt {prompts[image]!r}: the loss is not finite at step {step}; try dtype float32")
         if step == steps or step % measure_every == 0:
-            measure(step, embeds)
+            points.add(step, look(embeds))
         if bar is not None:
             bar.update(len(pairs))
-    first = slice(None, None, restarts * len(numbers))
-    return Audit(
-        points=np.array(points, np.int64),
-        measures={name: np.stack(values) for name, values in found.items()},
-        loss=torch.stack(losses, 1).reshape(len(images), restarts, -1).cpu().numpy(),
-        embeds=embeds.reshape(len(images), restarts, *embeds.shape[1:]).cpu(),
-        before=before[first],
-        after=drawn[first],
-    )
+    return points.audit(torch.stack(losses, 1), embeds, restarts * len(numbers))
+
+
+class _Points:
+    """What was drawn on the way, measured.
+
+    Args:
+        measures: see :func:`audit`.
+        originals: one for each image drawn.
+        shape: ``(images, restarts, seeds)`` of what is drawn at a time.
+    """
+
+    def __init__(
+        self, measures: Mapping[str, Measure], originals: Sequence[Image], shape: tuple[int, int, int]
+    ) -> None:
+        self._measures, self._originals, self._shape = measures, originals, shape
+        self._steps: list[int] = []
+        self._found: dict[str, list[Floats]] = {name: [] for name in measures}
+        self._before: list[Image] = []
+        self._drawn: list[Image] = []
+
+    def add(self, step: int, drawn: list[Image]) -> None:
+        """Measure what is drawn after so many steps of the search."""
+        self._steps.append(step)
+        self._before, self._drawn = self._before or drawn, drawn
+        for name, compare in self._measures.items():
+            values = np.asarray(compare(drawn, self._originals), np.float32)
+            self._found[name].append(values.reshape(self._shape))
+
+    def audit(self, loss: torch.Tensor, embeds: torch.Tensor, every: int) -> Audit:
+        """All of it, with the losses ``[images · restarts, steps]`` and the embeddings ``[images · restarts, …]``;
+        ``every`` is how many images are drawn for one original.
+        """
+        first, (images, restarts, _) = slice(None, None, every), self._shape
+        return Audit(
+            points=np.array(self._steps, np.int64),
+            measures={name: np.stack(values) for name, values in self._found.items()},
+            loss=loss.reshape(images, restarts, -1).cpu().numpy(),
+            embeds=embeds.reshape(images, restarts, *embeds.shape[1:]).cpu(),
+            before=self._before[first],
+            after=self._drawn[first],
+        )
 
 
 def search_embeds(
@@ -197,30 +211,29 @@ def search_embeds(
     Yields:
         After each step the embeddings ``[n, tokens, width]`` (a copy), and the loss ``[n]`` before it.
     """
-    unet = pipe.unet
-    alpha_bar, kind = _alpha_bar(pipe).to(x_0.device), pipe.scheduler.config.prediction_type
+    denoiser = denoiser_of(pipe)
+    schedule = denoiser.schedule
     embeds = start.clone().requires_grad_()
     adam = torch.optim.Adam([embeds], lr=learning_rate)
     n = len(x_0)
-    gain = FLOAT16_GAIN if unet.dtype == torch.float16 else 1.0  # Adam does not mind
     for step in range(steps):
-        draws = {restart: _draws(seed, restart, step, noises, x_0.shape[1:], len(alpha_bar)) for restart in restarts}
+        shape, times = x_0.shape[1:], schedule.timesteps
+        draws = {restart: _draws(seed, restart, step, noises, shape, times) for restart in restarts}
         loss = torch.zeros(n, device=x_0.device)
         adam.zero_grad()
-        with frozen(unet, checkpointing=gradient_checkpointing), torch.enable_grad():
+        with denoiser.frozen(checkpointing=gradient_checkpointing), torch.enable_grad():
             for first in range(0, n * noises, batch_size):
                 rows, places = np.divmod(np.arange(first, min(first + batch_size, n * noises)), noises)
                 chosen = [draws[restarts[row]] for row in rows]
                 t = torch.stack([draw[0][place] for draw, place in zip(chosen, places, strict=True)])
                 eps = torch.stack([draw[1][place] for draw, place in zip(chosen, places, strict=True)])
                 t, eps = t.to(x_0.device), eps.to(x_0.device)
-                a = alpha_bar[t].view(-1, 1, 1, 1)
-                x_t = (a.sqrt() * x_0[rows] + (1 - a).sqrt() * eps).to(unet.dtype)
-                output = unet(x_t, t, encoder_hidden_states=embeds[rows].to(unet.dtype), return_dict=False)[0]
-                predicted = to_eps(output.float(), x_t.float(), alpha_bar[t], kind)
+                x_t = schedule.noised(x_0[rows], eps, t).to(denoiser.dtype)
+                cond = Conditioning({"embeds": embeds[rows].to(denoiser.dtype)})
+                predicted = denoiser.predict(x_t, t, cond).eps
                 squared = (predicted - eps).square().flatten(1).mean(1)
-                # Summed over images, so that each has the gradient it would have by itself.
-                (gain * squared.sum() / noises).backward()
+                # Summed over images, so that each has the gradient it would have by itself; Adam minds no gain.
+                (denoiser.gain * squared.sum() / noises).backward()
                 loss.index_add_(0, torch.from_numpy(rows).to(loss.device), squared.detach() / noises)
         adam.step()
         yield embeds.detach().clone(), loss
@@ -234,17 +247,11 @@ def starting_point(caption: torch.Tensor, seed: int, restart: int) -> torch.Tens
     return caption.mean() + caption.std() * noise.to(caption.device)
 
 
-@torch.no_grad()
 def encode_images(pipe: StableDiffusionPipeline, images: Sequence[Image]) -> torch.Tensor:
     """Latents ``[n, c, h, w]`` float32 of images: the mean of the VAE's posterior."""
-    latents = []
-    for image in images:
-        pixels = torch.from_numpy(stack_images([image], pixel_size(pipe))).to(pipe.vae.device, pipe.vae.dtype)
-        latents.append(pipe.vae.encode(pixels * 2 - 1).latent_dist.mean.float() * pipe.vae.config.scaling_factor)
-    return torch.cat(latents)
+    return denoiser_of(pipe).encode_images(images)
 
 
-@torch.no_grad()
 def draw(
     pipe: StableDiffusionPipeline,
     embeds: torch.Tensor,
@@ -254,31 +261,13 @@ def draw(
     batch_size: int,
 ) -> list[Image]:
     """What the stock pipeline draws by DDIM for each of the embeddings ``[n, tokens, width]`` and each seed."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
-    stock = StableDiffusionPipeline(
-        **parts,
-        scheduler=DDIMScheduler.from_config(pipe.scheduler.config),  # its own: drawing moves a scheduler's state
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    stock.set_progress_bar_config(disable=True)
-    shape, dtype, device = latent_shape(pipe.unet), pipe.unet.dtype, pipe.unet.device
-    empty = encode_captions(pipe, [""]).to(dtype)
+    denoiser = denoiser_of(pipe)
     pairs = [(row, seed) for row in range(len(embeds)) for seed in seeds]
     images: list[Image] = []
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
-        chosen = embeds[[row for row, _ in batch]].to(device, dtype)
-        images += stock(
-            prompt_embeds=chosen,
-            negative_prompt_embeds=empty.expand_as(chosen),
-            latents=torch.stack([initial_noise(shape, seed) for _, seed in batch]).to(device, dtype),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        ).images
+        cond, noise = Conditioning({"embeds": embeds[[row for row, _ in batch]]}), denoiser.noise([s for _, s in batch])
+        images += denoiser.draw(cond, noise, steps=num_inference_steps, guidance_scale=guidance_scale)
     return images
 
 
@@ -289,13 +278,6 @@ def copy_similarity(embedder: Embedder) -> Measure:
         return (embedder.embed(drawn) * embedder.embed(originals)).sum(axis=1)
 
     return similarity
-
-
-def _alpha_bar(pipe: StableDiffusionPipeline) -> torch.Tensor:
-    """``ᾱ`` ``[timesteps]`` float32 of the forward process, whatever sampler the pipeline has."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
 
 
 def _draws(

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afresh.errors import UserError
-from train.denoising.stable_diffusion import initial_noise, latent_shape, tokenize
+from train.denoising.families import denoiser_of
+from train.denoising.stable_diffusion import end_positions
 from train.memorization.cross_attention import recorded_attention
 
 if TYPE_CHECKING:
@@ -62,10 +63,11 @@ def bright_ending(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-    unet, shape = pipe.unet, latent_shape(pipe.unet)
-    noise = torch.stack([initial_noise(shape, seed) for seed in seeds]).to(unet.device, unet.dtype)
+    denoiser = denoiser_of(pipe)
+    noise, shape = denoiser.noise(seeds), denoiser.shape
 
-    with recorded_attention(unet, len(prompts), lambda maps: maps.mean(dim=1), on=num_inference_steps == 1) as recorded:
+    alone = num_inference_steps == 1
+    with recorded_attention(denoiser.network, len(prompts), lambda maps: maps.mean(dim=1), on=alone) as recorded:
 
         def at_last(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             recorded.on = step + 2 >= num_inference_steps
@@ -100,11 +102,6 @@ def finest_down_layers(layers: Mapping[str, Tensor]) -> Tensor:
         raise UserError("the UNet has no cross-attention in its down blocks, from which the mask is taken")
     latents = max(maps.shape[1] for maps in down)
     return torch.stack([maps for maps in down if maps.shape[1] == latents]).mean(dim=0)
-
-
-def end_positions(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-    """``[n]`` int64: where the first end-of-text token of each prompt stands."""
-    return (tokenize(pipe, prompts) == pipe.tokenizer.eos_token_id).int().argmax(dim=1)
 
 
 def draw_mask(image: Image, mask: NDArray[np.float32], *, brightest: float | None = None) -> Image:

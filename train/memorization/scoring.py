@@ -22,8 +22,9 @@ from torch import Tensor
 
 from afresh.errors import UsageError, UserError
 from afresh.progress import Progress
-from train.denoising.predictions import to_eps
-from train.denoising.stable_diffusion import encode_captions, initial_noise, latent_shape
+from train.denoising.conditioning import Conditioning
+from train.denoising.families import denoiser_of
+from train.denoising.predictions import Prediction
 from train.memorization.cross_attention import recorded_attention
 from train.memorization.signals.magnitude import Form
 from train.memorization.signals.protocol import Seen, Signal
@@ -178,36 +179,29 @@ class Scoring:
         form: Form,
         batch_size: int,
     ) -> None:
-        from diffusers import DDIMScheduler
-
         table = np.arange(seeds) if isinstance(seeds, int) else np.asarray(seeds, np.int64)
         self.seeds = np.broadcast_to(table, (len(prompts), table.shape[-1]))
         check(steps, num_inference_steps, batch_size)
         if self.seeds.size == 0:
             raise UsageError("nothing to score: there must be at least one prompt and one seed")
         self.signals = find_signals(signals, form, self.seeds.shape[1])
-        self.pipe, self.prompts, self.batch_size = pipe, prompts, batch_size
+        self.denoiser, self.prompts, self.batch_size = denoiser_of(pipe), prompts, batch_size
         self.group = max(1, batch_size // self.seeds.shape[1])
         self.guidance_scale = guidance_scale
 
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
+        schedule = self.denoiser.schedule
         if not any(signal.looks_at == "every step" for signal in self.signals):
             steps = int(any(signal.looks_at == "first step" for signal in self.signals))
-        self.timesteps: list[int] = scheduler.timesteps[:steps].tolist()
+        self.timesteps = schedule.steps(num_inference_steps)[:steps]
         levels = {signal.noise_level for signal in self.signals if signal.noise_level is not None}
-        last = scheduler.config.num_train_timesteps - 1
+        last = schedule.timesteps - 1
         self.noise_levels = {level: min(round(level * (last + 1)), last) for level in sorted(levels, reverse=True)}
-        self.alphas_cumprod: list[float] = scheduler.alphas_cumprod.tolist()
-        self.noise_sigma = float(scheduler.init_noise_sigma)
-        self.prediction_type: str = scheduler.config.prediction_type
-        self.shape = latent_shape(pipe.unet)
-        self.empty = encode_captions(pipe, [""])
+        self.empty = self.denoiser.encode([""])
 
         shared = list(dict.fromkeys(self.seeds.ravel().tolist()))
         # All of them in one batch, the same at every start; more would be work for prompts that are not scored.
         self.shared_seeds = shared if len(shared) <= batch_size and self.seeds.size > len(shared) else []
-        self._shared: dict[int, Tensor] = {}
+        self._shared: dict[int, Prediction] = {}
         moments = [len(self.timesteps) > 1 or needs_unconditional(self._watching(0))]
         moments += [needs_unconditional(self._on_noise(level)) for level in self.noise_levels]
         self.shared_evaluations = len(self.shared_seeds) * sum(moments)
@@ -230,13 +224,13 @@ class Scoring:
     @torch.no_grad()
     def _score(self, rows: range) -> list[PromptScore]:
         pairs = [(row, int(seed)) for row in rows for seed in self.seeds[row]]
-        embeds = encode_captions(self.pipe, [self.prompts[row] for row in rows])
+        encoded = self.denoiser.encode([self.prompts[row] for row in rows])
         observed: dict[str, list[Tensor]] = {signal.name: [] for signal in self.signals}
         evaluations = 0
         for start in range(0, len(pairs), self.batch_size):
             batch = pairs[start : start + self.batch_size]
-            at = torch.tensor([row - rows.start for row, _ in batch], device=embeds.device)
-            found, spent = self._follow([seed for _, seed in batch], embeds[at])
+            at = torch.tensor([row - rows.start for row, _ in batch], device=self.denoiser.device)
+            found, spent = self._follow([seed for _, seed in batch], encoded[at])
             evaluations += spent
             for name, part in found.items():
                 observed[name].append(part)
@@ -262,49 +256,44 @@ class Scoring:
             )
         return result
 
-    def _follow(self, seeds: Sequence[int], embeds: Tensor) -> tuple[dict[str, Tensor], int]:
+    def _follow(self, seeds: Sequence[int], cond: Conditioning) -> tuple[dict[str, Tensor], int]:
         """Observations ``[n, observations, …]`` of each signal, and the evaluations that they took."""
-        unet = self.pipe.unet
-        x_t = torch.stack([initial_noise(self.shape, seed) for seed in seeds]).to(unet.device, unet.dtype)
-        x_t = x_t * self.noise_sigma
+        denoiser, schedule = self.denoiser, self.denoiser.schedule
+        x_t = noise = denoiser.noise(seeds)
         observed: dict[str, list[Tensor]] = {signal.name: [] for signal in self.signals}
         evaluations = 0
 
-        def look(t: int, watching: Sequence[Signal], first: bool, guided: bool, on_noise: bool = False) -> Tensor:
+        def look(t: int, watching: Sequence[Signal], first: bool, guided: bool, on_noise: bool = False) -> Prediction:
             """Evaluate at ``t``, show the signals, and return the guided output (the conditional one without need)."""
             nonlocal evaluations
             unconditional = guided or needs_unconditional(watching)
             shared = self._unconditional(t, seeds) if unconditional and first else None
             maps = any(signal.attention for signal in watching)
             double = unconditional and shared is None
-            with recorded_attention(unet, len(x_t), mean_attention) if maps else nullcontext() as recorded:
-                output = self._denoise(
-                    torch.cat([x_t, x_t]) if double else x_t,
-                    t,
-                    torch.cat([self.empty.expand_as(embeds), embeds]) if double else embeds,
-                )
-            evaluations += len(output)
-            cond = output[-len(x_t) :]
-            uncond = shared if shared is not None else output[: len(x_t)] if double else None
+            both = Conditioning.join([self.empty.expand(len(x_t)), cond]) if double else cond
+            with recorded_attention(denoiser.network, len(x_t), mean_attention) if maps else nullcontext() as recorded:
+                seen_both = denoiser.predict(torch.cat([x_t, x_t]) if double else x_t, t, both)
+            evaluations += len(seen_both.output)
+            own = seen_both[-len(x_t) :]
+            other = shared if shared is not None else seen_both[: len(x_t)] if double else None
             seen = Seen(
-                x_t.float(),
+                own.x_t,
                 t,
-                self.alphas_cumprod[t],
-                self._eps(cond, x_t, t),
-                None if uncond is None else self._eps(uncond, x_t, t),
+                own.at,
+                own.eps,
+                None if other is None else other.eps,
                 {} if recorded is None else recorded.layers,
                 on_noise,
             )
             for signal in watching:
                 observed[signal.name].append(signal.observe(seen).float())
-            return cond if uncond is None else uncond + self.guidance_scale * (cond - uncond)
+            return own if other is None else own.guided_from(other, self.guidance_scale)
 
-        noise = x_t
         for step, t in enumerate(self.timesteps):
             last = step + 1 == len(self.timesteps)
-            output = look(t, self._watching(step), first=step == 0, guided=not last)
+            guided = look(t, self._watching(step), first=step == 0, guided=not last)
             if not last:
-                x_t = self._step(output, x_t.float(), t, self.timesteps[step + 1]).to(unet.dtype)
+                x_t = schedule.step(guided, self.timesteps[step + 1]).to(denoiser.dtype)
         x_t = noise
         for level, t in self.noise_levels.items():
             look(t, self._on_noise(level), first=True, guided=False, on_noise=True)
@@ -317,36 +306,14 @@ class Scoring:
     def _on_noise(self, level: float) -> list[Signal]:
         return [signal for signal in self.signals if signal.noise_level == level]
 
-    def _denoise(self, x_t: Tensor, t: int, embeds: Tensor) -> Tensor:
-        return self.pipe.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0].float()
-
-    def _unconditional(self, t: int, seeds: Sequence[int]) -> Tensor | None:
-        """The output for each seed's initial noise without a prompt, where prompts share their seeds."""
+    def _unconditional(self, t: int, seeds: Sequence[int]) -> Prediction | None:
+        """The prediction for each seed's initial noise without a prompt, where prompts share their seeds."""
         if not self.shared_seeds:
             return None
         if t not in self._shared:
-            unet = self.pipe.unet
-            noise = torch.stack([initial_noise(self.shape, seed) for seed in self.shared_seeds])
-            noise = noise.to(unet.device, unet.dtype) * self.noise_sigma
-            self._shared[t] = self._denoise(noise, t, self.empty.expand(len(noise), -1, -1))
+            noise = self.denoiser.noise(self.shared_seeds)
+            self._shared[t] = self.denoiser.predict(noise, t, self.empty.expand(len(noise)))
         return self._shared[t][[self.shared_seeds.index(seed) for seed in seeds]]
-
-    def _eps(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
-        return to_eps(output, x_t.float(), self.alphas_cumprod[t], self.prediction_type)
-
-    def _step(self, output: Tensor, x_t: Tensor, t: int, following: int) -> Tensor:
-        """DDIM (Song et al., 2021, eq. 12 with σ = 0): ``x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s) ε̂``, not clipped.
-
-        ``x̂_0`` of a v-prediction is ``√ᾱ_t x_t − √(1−ᾱ_t) v``, which stands where ᾱ_t = 0 too.
-        """
-        a_t, a_s = self.alphas_cumprod[t], self.alphas_cumprod[following]
-        if self.prediction_type == "v_prediction":
-            x_0 = a_t**0.5 * x_t - (1 - a_t) ** 0.5 * output
-        elif self.prediction_type == "sample":
-            x_0 = output
-        else:
-            x_0 = (x_t - (1 - a_t) ** 0.5 * output) / a_t**0.5
-        return a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * self._eps(output, x_t, t)
 
 
 def needs_unconditional(signals: Sequence[Signal]) -> bool:

@@ -32,6 +32,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from train.denoising.coefficients import Coefficients
+from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import x0_from_eps
 
 # Below this, x̂_0 = (x_t − √(1−ᾱ_t)·ε̂)/√ᾱ_t has no usable precision (the first step of zero-terminal-SNR
@@ -49,9 +51,9 @@ class Run:
     """Length of the schedule that the model was trained with; ``t`` counts down from it."""
     decode: Callable[[Tensor], Tensor]
     """Latents ``[n, c, h, w]`` → pixels ``[n, 3, H, W]`` in [0, 1]; differentiable, in float32."""
-    encode_prompts: Callable[[Sequence[str]], Tensor]
-    """Texts → prompt embeddings ``[n, tokens, width]``; cut at the tokenizer's limit. Of a class-conditional model:
-    names of classes → labels ``[n]``."""
+    encode_prompts: Callable[[Sequence[str]], Conditioning]
+    """Texts → conditioning, cut at the tokenizer's limit, encoded as the call's own prompts are. Of a class-conditional
+    model: names of classes → labels."""
     tokenizer: Any = None
     """Of a text-conditional model."""
     preview: Callable[[Tensor], Tensor] | None = None
@@ -70,7 +72,8 @@ class State:
     step: int
     """From 0; a second-order scheduler counts both of its evaluations."""
     t: float
-    alpha_bar: float
+    at: Coefficients
+    """Of ``x_t``: ``x_t = signal · x_0 + noise · ε``."""
     guidance_scale: float
     """``s_0``."""
     x_t: Tensor
@@ -81,19 +84,24 @@ class State:
     """``ε(x_t, e_p)``; of an unconditional model ``ε(x_t)``."""
     eps_hat: Tensor
     """``ε̂``: classifier-free guidance and the corrections of the terms before this one."""
-    embeds_uncond: Tensor | None
-    embeds_cond: Tensor | None
-    """Conditioning of each image: prompt embeddings ``[n, tokens, width]``, class labels ``[n]``, or None."""
-    denoise: Callable[[Tensor, Tensor | None, Tensor], Tensor] = field(repr=False)
-    """``(x_t [k, …], embeddings [k, …], rows [k]) → ε [k, …]`` float32 at this step's ``t`` for the images
-    ``rows``; differentiable where gradients are enabled."""
+    uncond: Conditioning | None
+    cond: Conditioning | None
+    """Of each image, without and with the prompt or class; None of an unconditional model. Lengths may differ."""
+    denoise: Callable[[Tensor, Conditioning | None, Tensor], Tensor] = field(repr=False)
+    """``(x_t [k, …], conditioning of k images, rows [k]) → ε [k, …]`` float32 at this step's ``t`` for the images
+    ``rows``, whose image prompts hold; differentiable where gradients are enabled."""
+
+    @property
+    def alpha_bar(self) -> float:
+        """``ᾱ_t``."""
+        return self.at.alpha_bar
 
     def x0(self, rows: Tensor | None = None, eps_hat: Tensor | None = None) -> Tensor:
         """``x̂_0 = (x_t − √(1−ᾱ_t)·ε̂) / √ᾱ_t`` of the images ``rows``, for another ``ε̂`` if given."""
         x_t = self.x_t if rows is None else self.x_t[rows]
         if eps_hat is None:
             eps_hat = self.eps_hat if rows is None else self.eps_hat[rows]
-        return x0_from_eps(x_t, eps_hat, self.alpha_bar)
+        return x0_from_eps(x_t, eps_hat, self.at)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See :attr:`Run.decode`."""
@@ -103,7 +111,7 @@ class State:
         """See :attr:`Run.preview`."""
         return (self.run.preview or self.run.decode)(latents)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See :attr:`Run.encode_prompts`."""
         return self.run.encode_prompts(prompts)
 
@@ -137,17 +145,17 @@ class Start:
     run: Run
     t: float
     """The first timestep."""
-    alpha_bar: float
+    at: Coefficients
     noise: Tensor
     """``[n, c, h, w]`` float32: ``x_T`` as it was drawn, whatever the terms before this one made of it."""
     x_t: Tensor
     """``x_T`` as the terms before this one left it."""
-    embeds_uncond: Tensor | None
-    embeds_cond: Tensor | None
+    uncond: Conditioning | None
+    cond: Conditioning | None
     """As in :class:`State`."""
     prompts: Sequence[str] | None
     """Of each image; None where only embeddings were given."""
-    denoise: Callable[[Tensor, Tensor | None, Tensor], Tensor] = field(repr=False)
+    denoise: Callable[[Tensor, Conditioning | None, Tensor], Tensor] = field(repr=False)
     """As in :class:`State`."""
 
     def generator(self, image: int, salt: str) -> torch.Generator:
@@ -168,8 +176,8 @@ class Change:
     """``[k]`` int64: which images; no image twice."""
     x_t: Tensor | None = None
     """``[k, c, h, w]`` float32: their new ``x_T``."""
-    embeds_cond: Tensor | None = None
-    """``[k, …]``: their new conditioning."""
+    cond: Conditioning | None = None
+    """Of k images: their new conditioning."""
     columns: Mapping[str, Sequence[Any] | Tensor] = field(default_factory=dict)
     """Trace column of the first step → one value an image, ``[n]``."""
 

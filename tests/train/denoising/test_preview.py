@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from curate.embed.registry import load_embedder
-from train.denoising.decoding import _Decoder
+from train.denoising.decoding import Decoder
 from train.denoising.loading import load_pipeline, sample_model_dir
 from train.denoising.preview import LinearDecoder, dead_leaves, preview_of
 from train.sampling import GuidedStableDiffusion
@@ -41,7 +41,7 @@ def test_an_embedder_sees_nearly_the_same_in_the_preview_as_in_the_image(pipe):
     prompts = ["grinning face", "red heart", "flag: Japan", "clock face"]
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     latents = pipe(prompts, num_inference_steps=4, generator=generators, output_type="latent").images
-    decode = _Decoder(pipe.vae, CPU)
+    decode = Decoder(pipe.vae, CPU)
     preview, full = preview_of(pipe.vae, decode, CPU)(latents), decode(latents)
     assert preview.shape == full.shape
     embedder = load_embedder("copy-detector")
@@ -55,7 +55,7 @@ def test_a_vae_is_previewed_by_one_fit_whatever_its_dtype():
     config = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(**config, **blocks).to(torch.bfloat16).eval()
-    preview = preview_of(vae, _Decoder(vae, CPU), CPU)
-    assert preview is preview_of(vae, _Decoder(vae, CPU), CPU)
+    preview = preview_of(vae, Decoder(vae, CPU), CPU)
+    assert preview is preview_of(vae, Decoder(vae, CPU), CPU)
     pixels = preview(torch.randn(1, 4, 6, 6, dtype=torch.bfloat16))
     assert pixels.shape == (1, 3, 12, 12) and pixels.dtype == torch.float32 and preview.factor == 2

@@ -8,9 +8,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 
 from afresh.errors import UsageError
 from tests.train.finetune.runs import log_lines, same, settings, weights
+from train.denoising.schedules import NoiseSchedule
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
-from train.finetune.model.diffusion import Diffusion, draw_randomness, sampling_scheduler
+from train.finetune.model.diffusion import draw_randomness, sampling_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (4, 8, 8)
@@ -54,7 +55,7 @@ def test_the_model_sees_the_perturbed_noise_and_is_asked_for_the_clean_one(model
     seen = {}
 
     def run(name: str, **changes) -> None:
-        noised, target = Diffusion.noised, Diffusion.target
+        noised, target = NoiseSchedule.noised, NoiseSchedule.target
 
         def spy(kind, method):
             def call(self, x_0, noise, t):
@@ -64,8 +65,8 @@ def test_the_model_sees_the_perturbed_noise_and_is_asked_for_the_clean_one(model
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(Diffusion, "noised", spy("input", noised))
-            patch.setattr(Diffusion, "target", spy("target", target))
+            patch.setattr(NoiseSchedule, "noised", spy("input", noised))
+            patch.setattr(NoiseSchedule, "target", spy("target", target))
             run_finetune(settings(model, shards, tmp_path / name, steps=1, **changes))
 
     run("plain")
@@ -78,25 +79,25 @@ def test_the_model_sees_the_perturbed_noise_and_is_asked_for_the_clean_one(model
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
 def test_the_forward_process_is_the_same_whatever_sampler_the_model_came_with(kind):
-    diffusion = Diffusion(kind(**BETAS, prediction_type="v_prediction"), torch.device("cpu"))
+    schedule = NoiseSchedule(kind(**BETAS, prediction_type="v_prediction"), torch.device("cpu"))
     x_0, noise, t = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE), torch.tensor([10, 990])
-    alpha_bar = diffusion.alpha_bar[t].view(-1, 1, 1, 1)
-    torch.testing.assert_close(diffusion.noised(x_0, noise, t), alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise)
+    alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(schedule.noised(x_0, noise, t), alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise)
     v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0
-    torch.testing.assert_close(diffusion.target(x_0, noise, t), v)
+    torch.testing.assert_close(schedule.target(x_0, noise, t), v)
     torch.testing.assert_close(
-        diffusion.to_eps(v, diffusion.noised(x_0, noise, t), t), noise, atol=1e-4, rtol=1e-4
+        schedule.prediction(v, schedule.noised(x_0, noise, t), t).eps, noise, atol=1e-4, rtol=1e-4
     )
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
 def test_zero_terminal_snr_ends_in_pure_noise_and_the_sampler_is_told(kind):
-    before = Diffusion(kind(**BETAS), torch.device("cpu")).alpha_bar
+    before = NoiseSchedule(kind(**BETAS), torch.device("cpu")).alpha_bar
     scheduler = sampling_scheduler(kind(**BETAS), config(zero_terminal_snr=True, prediction_type="v_prediction"))
     saved = scheduler.config
     assert saved.rescale_betas_zero_snr and saved.timestep_spacing == "trailing"
     assert saved.prediction_type == "v_prediction"
-    alpha_bar = Diffusion(scheduler, torch.device("cpu")).alpha_bar
+    alpha_bar = NoiseSchedule(scheduler, torch.device("cpu")).alpha_bar
     assert alpha_bar[-1] == 0 and alpha_bar[0] == pytest.approx(float(before[0]), abs=1e-6)
     scheduler.set_timesteps(10)
     assert int(scheduler.timesteps[0]) == 999

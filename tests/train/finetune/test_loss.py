@@ -18,8 +18,8 @@ def test_min_snr_weights_weigh_the_error_of_x0_alike_whatever_the_model_predicts
     alpha_bar = torch.tensor([0.999, 0.9, 0.5, 0.01])
     snr = alpha_bar / (1 - alpha_bar)
     for kind, per_x0 in (("epsilon", snr), ("v_prediction", 1 / (1 - alpha_bar))):
-        weights = min_snr_weights(alpha_bar, kind, gamma=5.0)
+        weights = min_snr_weights(snr, kind, gamma=5.0)
         torch.testing.assert_close(weights * per_x0, snr.clamp(max=5.0))
-    assert min_snr_weights(torch.tensor([0.0, 0.5]), "epsilon", 5.0).tolist() == [1.0, 1.0]
-    assert min_snr_weights(torch.tensor([0.0, 0.5]), "v_prediction", 5.0).tolist() == [0.0, 0.5]
-    assert min_snr_weights(alpha_bar, "epsilon", 0.0).tolist() == [1.0] * 4
+    assert min_snr_weights(torch.tensor([0.0, 1.0]), "epsilon", 5.0).tolist() == [1.0, 1.0]
+    assert min_snr_weights(torch.tensor([0.0, 1.0]), "v_prediction", 5.0).tolist() == [0.0, 0.5]
+    assert min_snr_weights(snr, "epsilon", 0.0).tolist() == [1.0] * 4

@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler
 
 from afresh.errors import UsageError, UserError
 from train.cli import main
-from train.denoising.stable_diffusion import encode_captions, frozen, initial_noise
+from train.denoising.network import frozen
+from train.denoising.stable_diffusion import encode_captions, initial_noise
 from train.memorization import explain, magnitude, suggest
 from train.memorization.config import ExplainConfig
 from train.memorization.explaining.changes import without

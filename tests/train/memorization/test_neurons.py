@@ -42,7 +42,7 @@ def sizes(pipe):
 def predict(pipe, caption: str = CLEAN[0]) -> torch.Tensor:
     step = FirstStep(pipe, caption, [0, 1])
     with torch.no_grad():
-        return pipe.unet(step.x_T, step.timesteps[0], encoder_hidden_states=step.prompt.expand(2, -1, -1)).sample
+        return pipe.unet(step.x_T, step.timesteps[0], encoder_hidden_states=step.prompt.embeds.expand(2, -1, -1)).sample
 
 
 # ------------------------------------------------------------------------------------------------------ blocking

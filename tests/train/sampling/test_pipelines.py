@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from afresh.errors import UserError
-from train.denoising.schedules import alpha_bar_at
+from train.denoising.schedules import coefficients_at
 from train.memorization.signals.magnitude import magnitude
 from train.sampling.config import AMGConfig, SampleConfig
 from train.sampling.guidance import Correction, Part, Run, State
@@ -145,7 +145,7 @@ def test_a_term_sees_variance_preserving_latents_and_their_alpha_bar(tiny_pipe, 
     t = guided.scheduler.timesteps[3]
     x0, noise = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     x_t = guided.scheduler.scale_model_input(guided.scheduler.add_noise(x0, noise, t[None]), t)
-    alpha_bar = alpha_bar_at(guided.scheduler, t)
+    alpha_bar = coefficients_at(guided.scheduler, t).alpha_bar
     torch.testing.assert_close(x_t, alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise, rtol=1e-4, atol=1e-4)
 
 

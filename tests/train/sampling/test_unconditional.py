@@ -10,6 +10,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 
 from afresh.errors import UsageError, UserError
+from train.denoising.coefficients import Coefficients
+from train.denoising.conditioning import Conditioning
 from train.sampling import AMG, GuidedUnconditional, PixelIndex, Rejection
 from train.sampling.guidance import Correction, Part, Run, State, guide
 from train.sampling.terms.amg_strengths import exponential
@@ -128,7 +130,7 @@ def test_a_term_sees_the_noise_that_the_model_predicts_and_pixels():
         torch.testing.assert_close(state.denoise(state.x_t[rows], None, rows), eps[rows], rtol=1e-4, atol=1e-4)
         pixels = state.decode(state.x0())
         torch.testing.assert_close(pixels, (state.x0() / 2 + 0.5).clamp(0, 1))
-        assert state.eps_uncond is None and state.embeds_cond is None
+        assert state.eps_uncond is None and state.cond is None
 
     guided(batch_size=2, generator=seeds(1, 2), num_inference_steps=3, guidance=[Shift([0], look)])
 
@@ -216,8 +218,10 @@ def state_near(image: torch.Tensor, amount: float = 0.02) -> State:
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     alpha_bar = 0.6
     x_t = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
-    run = Run(2, 1000, lambda x: (x / 2 + 0.5).clamp(0, 1), lambda texts: torch.zeros(len(texts)))
-    return State(run, 0, 300.0, alpha_bar, 1.0, x_t, None, eps, eps, None, None, lambda x, e, rows: eps[rows])
+    labels = Conditioning({"labels": torch.zeros(1)})
+    run = Run(2, 1000, lambda x: (x / 2 + 0.5).clamp(0, 1), lambda texts: labels.expand(len(texts)))
+    at = Coefficients.of_alpha_bar(alpha_bar)
+    return State(run, 0, 300.0, at, 1.0, x_t, None, eps, eps, None, None, lambda x, e, rows: eps[rows])
 
 
 def test_normalised_distance_is_that_of_the_paper():

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from train.denoising.stable_diffusion import tokenize
+from train.denoising.conditioning import Conditioning
 from train.finetune.caches.texts import CachedTexts
 from train.finetune.model.trained import Model
 
@@ -47,10 +47,10 @@ class Captions:
         cached: CachedTexts | None = None,
     ) -> None:
         self.captions, self.dropout, self.cached = captions, dropout, cached
-        self._device = model.empty_ids.device
-        self._ids = lru_cache(REMEMBERED)(lambda text: tokenize(model.pipe, [text])[0])
+        self._device = model.device
+        self._tokens = lru_cache(REMEMBERED)(lambda text: model.denoiser.tokens([text]))
 
-    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Tensor, list[str], Tensor]:
+    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Conditioning, list[str], Tensor]:
         """Each row's chosen caption.
 
         Args:
@@ -58,8 +58,8 @@ class Captions:
             uniform: ``[n, 2]``, see :func:`choose_caption`.
 
         Returns:
-            Of the captions the token ids ``[n, tokens]`` int64, or the embeddings ``[n, tokens, width]`` float32; the
-            ``n`` texts; and whether they are conditional, ``[n]`` bool on the CPU.
+            The captions' tokens, or their embeddings in float32; the ``n`` texts; and whether they are conditional,
+            ``[n]`` bool on the CPU.
         """
         chosen = [
             choose_caption(self.captions(row), numbers, self.dropout)
@@ -68,6 +68,6 @@ class Captions:
         texts = [text for text, _ in chosen]
         conditional = torch.tensor([is_conditional for _, is_conditional in chosen])
         if self.cached is not None:
-            return self.cached.embed(texts), texts, conditional
-        return torch.stack([self._ids(text) for text in texts]).to(self._device), texts, conditional
+            return Conditioning({"embeds": self.cached.embed(texts)}), texts, conditional
+        return Conditioning.join([self._tokens(text) for text in texts]).to(self._device), texts, conditional
 

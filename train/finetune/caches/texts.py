@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from afresh.files import digest
-from train.denoising.stable_diffusion import tokenize
 from train.finetune.caches.parts import Part, Write, in_memory, on_disk, weights_digest
 from train.finetune.data.scan import ShardSet, captions_by_shard
 from train.finetune.data.together import together
@@ -30,10 +29,9 @@ def cache_texts(
     """The embeddings of all captions by the model's text encoder, if they are to be cached."""
     if not where:
         return None
-    device = accelerator.device
 
     def encode(captions: Sequence[str]) -> torch.Tensor:
-        return model.denoiser.encode(tokenize(model.pipe, captions).to(device))
+        return model.denoiser.encode(captions).embeds
 
     vocabulary = [sorted(model.pipe.tokenizer.get_vocab().items()), model.pipe.tokenizer.model_max_length]
     identity = digest([weights_digest(model.denoiser.text_encoder), vocabulary])

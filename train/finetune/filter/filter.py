@@ -29,7 +29,7 @@ from train.finetune.filter.table import VerdictTable
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
 
 if TYPE_CHECKING:
-    from train.finetune.model.diffusion import Diffusion
+    from train.denoising.schedules import NoiseSchedule
 
 
 log = get_logger(__name__)
@@ -44,7 +44,7 @@ class MemorizationFilter:
 
     Args:
         policy: the settings.
-        diffusion: brings the model's output to ε-space.
+        schedule: brings the model's output to ε-space.
         predict_unconditional: ``(x_t, t) →`` the model's output under the empty caption, without gradients.
         samples: how many samples the shard set has.
         seed: of the run.
@@ -57,7 +57,7 @@ class MemorizationFilter:
     def __init__(
         self,
         policy: FilterConfig,
-        diffusion: Diffusion,
+        schedule: NoiseSchedule,
         predict_unconditional: Callable[[Tensor, Tensor], Tensor],
         samples: int,
         seed: int,
@@ -65,7 +65,7 @@ class MemorizationFilter:
         reference: Tensor | None = None,
         together: bool = False,
     ) -> None:
-        self.policy, self.diffusion, self.predict_unconditional = policy, diffusion, predict_unconditional
+        self.policy, self.schedule, self.predict_unconditional = policy, schedule, predict_unconditional
         self.seed, self.together, self.reference = seed, together, reference
         self.table = VerdictTable(samples, judges=policy.policy != "off")
         # What its last verdict was against → for how many further visits that holds.
@@ -117,7 +117,7 @@ class MemorizationFilter:
         kept = torch.ones(len(t), device=device)
         magnitudes = torch.full_like(kept, torch.nan)
         if self.policy.policy != "off":
-            bands = timestep_band(t, self.diffusion.timesteps)
+            bands = timestep_band(t, self.schedule.timesteps)
             visits = self.table.seen[rows].long()
             judged = is_judged(t, captioned, rows, visits, self.policy, self.seed) & self.watched[bands]
             if step < self.policy.warmup_steps:
@@ -131,9 +131,9 @@ class MemorizationFilter:
             if len(asked):
                 index = asked.to(device)
                 x, times = x_t[index], t[asked].to(device)
-                eps_uncond = self.diffusion.to_eps(self.predict_unconditional(x, times), x, times)
+                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times), x, times).eps
                 if len(chosen):
-                    eps_cond = self.diffusion.to_eps(output[index], x, times)
+                    eps_cond = self.schedule.prediction(output[index], x, times).eps
                     limits = self._limits(keys[chosen], bands[chosen], step).to(device)
                     kept[index], magnitudes[index] = filter_weights(eps_cond, eps_uncond, limits, self.policy.form)
                     magnitudes = torch.where(counted, magnitudes, torch.nan)
@@ -180,7 +180,7 @@ class MemorizationFilter:
         """
         rows, t, keys, bits, left_out = records.unbind(dim=1)
         rows, magnitudes = rows.long(), bits.contiguous().view(torch.float32)
-        bands, judged = timestep_band(t.long(), self.diffusion.timesteps), ~magnitudes.isnan()
+        bands, judged = timestep_band(t.long(), self.schedule.timesteps), ~magnitudes.isnan()
         reached = torch.zeros_like(judged)  # by what was known before the step, as it was weighed
         at = judged.nonzero()[:, 0]
         reached[at] = magnitudes[at] >= self._limits(keys[at], bands[at], step)

@@ -8,18 +8,14 @@ changes no other draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from afresh.errors import UsageError
-from train.denoising.predictions import to_eps
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import generator
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 
 class Draws(NamedTuple):
@@ -112,34 +108,3 @@ def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
             kind = DDIMScheduler
             changes["clip_sample"] = False  # DDIM's default, for pixels
     return kind.from_config(scheduler.config, **changes) if changes else scheduler
-
-
-class Diffusion:
-    """The noise schedule of a pipeline, and what the model is to predict.
-
-    Args:
-        scheduler: the one that the model is sampled with (:func:`sampling_scheduler`); any that is defined by betas.
-        device: where ``alpha_bar`` (``ᾱ``, ``[timesteps]`` float32) is kept.
-    """
-
-    def __init__(self, scheduler: SchedulerMixin, device: torch.device) -> None:
-        from diffusers import DDPMScheduler
-
-        # The forward process is DDPM's, whatever the sampler: others' add_noise may be in other units, or missing.
-        self.scheduler: Any = DDPMScheduler.from_config(scheduler.config)
-        self.timesteps = int(self.scheduler.config.num_train_timesteps)
-        self.prediction_type: str = self.scheduler.config.prediction_type
-        self.alpha_bar: Tensor = self.scheduler.alphas_cumprod.to(device)
-
-    def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε``."""
-        return self.scheduler.add_noise(x_0, noise, t)
-
-    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model's output is compared with: ``ε``, or ``v = √ᾱ_t ε − √(1−ᾱ_t) x_0``."""
-        return noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(x_0, noise, t)
-
-    def to_eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model's output as the noise it predicts."""
-        return to_eps(output, x_t, self.alpha_bar[t], self.prediction_type)
-

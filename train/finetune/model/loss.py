@@ -15,24 +15,23 @@ def squared_errors(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
 
 
-def min_snr_weights(alpha_bar_t: Tensor, prediction_type: str, gamma: float) -> Tensor:
+def min_snr_weights(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Min-SNR-γ weights (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023).
 
-    With ``SNR = ᾱ_t / (1−ᾱ_t)``, the loss on ``x_0`` is weighted by ``min(SNR, γ)``; on ``ε`` that is
+    With a timestep's ``SNR`` (``ᾱ_t / (1−ᾱ_t)``), the loss on ``x_0`` is weighted by ``min(SNR, γ)``; on ``ε`` that is
     ``min(SNR, γ)/SNR``, and on ``v``, whose error is ``(SNR + 1)`` times that of ``x_0``, ``min(SNR, γ)/(SNR + 1)``.
 
     Args:
-        alpha_bar_t: ``[n]`` cumulative alphas in [0, 1); 0 is allowed (zero-terminal-SNR schedules).
+        snr: ``[n]``; 0 is allowed (zero-terminal-SNR schedules).
         prediction_type: ``epsilon`` or ``v_prediction``.
         gamma: ``γ``; the paper takes 5. 0 leaves all weights at 1.
 
     Returns:
         ``[n]`` float32.
     """
-    alpha_bar = alpha_bar_t.float()
+    snr = snr.float()
     if gamma == 0:
-        return torch.ones_like(alpha_bar)
-    snr = alpha_bar / (1 - alpha_bar)
+        return torch.ones_like(snr)
     if prediction_type == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1)
     return (gamma / snr).clamp(max=1.0)  # min(SNR, γ)/SNR without 0/0

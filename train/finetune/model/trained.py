@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shutil
 from collections.abc import Callable
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from train.denoising.adapters import add_lora, save_lora
+from train.denoising.conditioning import Conditioning
 from train.denoising.loading import check_trainable, load_pipeline
-from train.denoising.stable_diffusion import pixel_size, tokenize
+from train.denoising.stable_diffusion import StableDiffusionDenoiser, pixel_size
 from train.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -24,42 +24,20 @@ if TYPE_CHECKING:
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Denoiser(torch.nn.Module):
-    """Text encoder and UNet as one module, so that both train under one data-parallel wrapper."""
-
-    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def encode(self, ids: Tensor) -> Tensor:
-        """Prompt embeddings ``[n, tokens, width]`` of token ids ``[n, tokens]``."""
-        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
-        with contextlib.nullcontext() if trained else torch.no_grad():
-            return self.text_encoder(ids)[0]
-
-    def forward(self, x_t: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        """The UNet's output for noised latents ``[n, 4, h, w]``, timesteps ``[n]`` and prompts.
-
-        A prompt is token ids ``[n, tokens]`` or, where it was encoded before, its embedding ``[n, tokens, width]``.
-        """
-        embeddings = prompt if prompt.is_floating_point() else self.encode(prompt)
-        return self.unet(x_t, t, embeddings.expand(len(x_t), -1, -1)).sample
-
-
 class Model:
     """A pipeline while it is trained.
 
     Attributes:
         pipe: the pipeline that the parts belong to.
-        denoiser: UNet and text encoder; the optimizer and the data-parallel wrapper go around it.
+        denoiser: network and text encoder as one module; the optimizer and the data-parallel wrapper go around it.
         size: side of the training images in pixels.
-        empty_ids: token ids of the empty caption, ``[1, tokens]``, on the device.
+        device: that it trains on.
     """
 
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
-        denoiser: Denoiser,
+        denoiser: StableDiffusionDenoiser,
         device: torch.device,
         fused: Callable[[str], StableDiffusionPipeline] | None = None,
     ) -> None:
@@ -67,8 +45,8 @@ class Model:
         self._fused = fused
         self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
         self.size = pixel_size(pipe)
-        self.empty_ids = tokenize(pipe, [""]).to(device)
-        self._empty: Tensor | None = None
+        self.device = device
+        self._empty: Conditioning | None = None
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -77,13 +55,14 @@ class Model:
 
     @torch.no_grad()
     def predict_unconditional(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The UNet's output under the empty caption: like ``x_t``, float32.
+        """The model's output under the empty caption: like ``x_t``, float32.
 
         Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
         """
         if self._empty is None:  # encoded once, unless the text encoder changes
+            tokens = self.denoiser.tokens([""]).to(self.device)
             trained = any(p.requires_grad for p in self.denoiser.text_encoder.parameters())
-            self._empty = self.empty_ids if trained else self.denoiser.encode(self.empty_ids)
+            self._empty = tokens if trained else self.denoiser.encoded(tokens)
         return self.denoiser(x_t, t, self._empty).float()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -144,5 +123,5 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     fused = (lambda adapters: load(lora=adapters)) if config.lora.rank else None
-    return Model(pipe, Denoiser(pipe.unet, pipe.text_encoder).train(), device, fused)
+    return Model(pipe, StableDiffusionDenoiser(pipe).train(), device, fused)
 

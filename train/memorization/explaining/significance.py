@@ -12,7 +12,7 @@ significant ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from afresh.errors import UsageError, UserError
 from afresh.progress import Progress
-from train.denoising.predictions import to_eps
-from train.denoising.stable_diffusion import FLOAT16_GAIN, encode_captions, frozen, initial_noise, latent_shape
+from train.denoising.conditioning import Conditioning
+from train.denoising.families import denoiser_of
+from train.denoising.protocol import Denoiser
 from train.memorization.explaining.explanation import Explanation, read_tokens
 from train.memorization.signals.magnitude import Form, magnitude
 
@@ -42,6 +43,37 @@ def token_significance(m: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
     """
     (gradient,) = torch.autograd.grad(m.sum(), embeds)  # rows do not mix: the sum keeps every image's own gradient
     return torch.linalg.vector_norm(gradient.float(), dim=2)
+
+
+def gradients_along(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    seeds: Sequence[int],
+    timesteps: Sequence[int],
+    guidance_scale: float,
+    form: Form,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """At each step of a guided DDIM trajectory the magnitudes ``m_t [n]`` and ``‖∂m_t/∂e_i‖₂ [n, tokens]``.
+
+    Args:
+        denoiser: with its weights frozen.
+        cond: of the n images.
+        seeds: n, of the initial noises.
+        timesteps: of the steps.
+        guidance_scale, form: see :func:`explain`.
+    """
+    x_t, empty = denoiser.noise(seeds), denoiser.encode([""]).expand(len(seeds))
+    embeds = cond.embeds.float().requires_grad_()
+    for step, t in enumerate(timesteps):
+        with torch.no_grad():
+            uncond = denoiser.predict(x_t, t, empty)
+        prompted = denoiser.predict(x_t, t, cond.with_embeds(embeds.to(cond.embeds.dtype)))
+        m = magnitude(prompted.eps, uncond.eps, form=form)
+        yield m.detach(), token_significance(m * denoiser.gain, embeds) / denoiser.gain
+        if step + 1 < len(timesteps):
+            with torch.no_grad():
+                guided = prompted.guided_from(uncond, guidance_scale)
+                x_t = denoiser.schedule.step(guided, timesteps[step + 1]).to(denoiser.dtype)
 
 
 def explain(
@@ -72,15 +104,13 @@ def explain(
         guidance_scale: classifier-free guidance scale that the trajectory follows.
         form: of the magnitude; ``"rms"`` divides magnitude and significance by the root of a latent's size.
         batch_size: prompt and seed pairs per UNet call.
-        gradient_checkpointing: see :func:`train.denoising.stable_diffusion.frozen`; for large models.
+        gradient_checkpointing: see :func:`train.denoising.network.frozen`; for large models.
         bar: told of each pair that is done.
 
     Raises:
         UsageError: no prompt, no seed, or ``steps`` out of range.
         UserError: a magnitude or a gradient is not finite.
     """
-    from diffusers import DDIMScheduler
-
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not 1 <= steps <= num_inference_steps:
         raise UsageError(f"steps is {steps}: expected 1 to num_inference_steps, which is {num_inference_steps}")
@@ -91,41 +121,22 @@ def explain(
     if table.size == 0:
         raise UsageError("nothing to explain: there must be at least one prompt and one seed")
 
-    unet = pipe.unet
-    device, dtype, shape = unet.device, unet.dtype, latent_shape(unet)
-    gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    timesteps = scheduler.timesteps[:steps].tolist()
-    empty, encoded = encode_captions(pipe, [""]), encode_captions(pipe, prompts)
-
+    denoiser = denoiser_of(pipe)
+    timesteps = denoiser.schedule.steps(num_inference_steps)[:steps]
+    encoded = denoiser.encode(prompts)
     pairs = [(row, column) for row in range(len(prompts)) for column in range(table.shape[1])]
     magnitudes = np.empty((*table.shape, steps), np.float32)
-    significance = np.empty((*table.shape, steps, encoded.shape[1]), np.float32)
-    with frozen(unet, checkpointing=gradient_checkpointing):
+    significance = np.empty((*table.shape, steps, encoded.tokens), np.float32)
+    with denoiser.frozen(checkpointing=gradient_checkpointing):
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
-            x_t = torch.stack([initial_noise(shape, int(table[pair])) for pair in batch]).to(device, dtype)
-            x_t = x_t * scheduler.init_noise_sigma
-            embeds = encoded[[row for row, _ in batch]].float().requires_grad_()
-            for step, t in enumerate(timesteps):
-                options = {"return_dict": False}
-                with torch.no_grad():
-                    uncond = unet(x_t, t, encoder_hidden_states=empty.expand_as(embeds), **options)[0].float()
-                cond = unet(x_t, t, encoder_hidden_states=embeds.to(dtype), **options)[0].float()
-                alpha_bar, prediction_type = scheduler.alphas_cumprod[t], scheduler.config.prediction_type
-                m = magnitude(
-                    to_eps(cond, x_t.float(), alpha_bar, prediction_type),
-                    to_eps(uncond, x_t.float(), alpha_bar, prediction_type),
-                    form=form,
-                )
-                found = token_significance(m * gain, embeds) / gain
+            cond = encoded[[row for row, _ in batch]]
+            numbers = [int(table[pair]) for pair in batch]
+            follow = gradients_along(denoiser, cond, numbers, timesteps, guidance_scale, form)
+            for step, (m, found) in enumerate(follow):
                 for i, pair in enumerate(batch):
                     magnitudes[(*pair, step)] = m[i].item()
                     significance[(*pair, step)] = found[i].cpu().numpy()
-                if step + 1 < steps:
-                    guided = uncond + guidance_scale * (cond.detach() - uncond)
-                    x_t = scheduler.step(guided, t, x_t.float(), return_dict=False)[0].to(dtype)
             if bar is not None:
                 bar.update(len(batch))
 

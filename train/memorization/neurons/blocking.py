@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from train.denoising.network import network_of, running_device
 from train.memorization.neurons.value_neurons import Neurons, to_mask, value_layers, widths
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ def blocked(pipe: StableDiffusionPipeline | nn.Module, neurons: Neurons) -> Iter
     Raises:
         UserError: the model lacks a layer or a unit.
     """
-    unet: Any = getattr(pipe, "unet", pipe)
-    layers = value_layers(unet, up_blocks=True)
+    network = network_of(pipe)
+    layers = value_layers(network, up_blocks=True)
     sizes = widths(layers)
     to_mask(neurons, sizes)
     with gates({name: layers[name] for name in neurons}) as factors:
         for name, units in neurons.items():
-            factor = torch.ones(sizes[name], device=unet.device)
+            factor = torch.ones(sizes[name], device=running_device(network))
             factor[list(units)] = 0
             factors[name] = factor
         yield

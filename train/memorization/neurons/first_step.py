@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from afresh.errors import UsageError
-from train.denoising.predictions import to_eps
-from train.denoising.stable_diffusion import encode_captions, initial_noise, latent_shape
+from train.denoising.conditioning import Conditioning
+from train.denoising.families import denoiser_of
 from train.memorization.neurons.blocking import gates
-from train.memorization.neurons.value_neurons import (
-    widths,
-)
+from train.memorization.neurons.value_neurons import widths
 from train.memorization.signals.magnitude import magnitude
 from train.memorization.signals.ssim import ms_ssim, rescaled
 
@@ -49,30 +47,25 @@ class FirstStep:
         layers: Mapping[str, nn.Module] | None = None,
         batch_size: int = 32,
     ):
-        from diffusers import DDIMScheduler
-
         if len(set(seeds)) < 2:
             raise UsageError(f"seeds are {list(seeds)}: a score among seeds needs at least two")
-        self.unet, self.layers, self.batch_size = pipe.unet, dict(layers or {}), batch_size
+        self.denoiser, self.layers, self.batch_size = denoiser_of(pipe), dict(layers or {}), batch_size
         self.splits = np.cumsum([0, *widths(self.layers).values()])
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(50)
-        self.timesteps = [int(scheduler.timesteps[step]) for step in STEPS]
-        self.alphas_cumprod = scheduler.alphas_cumprod
-        self.prediction_type = scheduler.config.prediction_type
-        noises = [initial_noise(latent_shape(self.unet), int(seed)) for seed in seeds]
-        self.x_T = torch.stack(noises).to(self.unet.device, self.unet.dtype)
-        self.empty, self.prompt = encode_captions(pipe, ["", caption]).to(self.unet.dtype)
+        timesteps = self.denoiser.schedule.steps(50)
+        self.timesteps = [timesteps[step] for step in STEPS]
+        self.x_T = self.denoiser.noise(seeds)
+        both = self.denoiser.encode(["", caption]).to(dtype=self.denoiser.dtype)
+        self.empty, self.prompt = both[:1], both[1:]
         self.evaluations = 0
         self._unblocked: Tensor | None = None
 
-    def eps(self, rows: Sequence[int], factors: Tensor | None, embeds: Tensor, t: int) -> Tensor:
+    def eps(self, rows: Sequence[int], factors: Tensor | None, cond: Conditioning, t: int) -> Tensor:
         """``ε(x_T, e)`` of some seeds at timestep t, differentiable in the factors.
 
         Args:
             rows: seeds, by position.
             factors: ``[rows, units]``, 0 for the neurons that are blocked in a row; None blocks none.
-            embeds: ``[tokens, width]``.
+            cond: of one image.
         """
         self.evaluations += len(rows)
         x = self.x_T[list(rows)]
@@ -80,9 +73,7 @@ class FirstStep:
             if factors is not None:
                 for number, name in enumerate(self.layers):
                     gate[name] = factors[:, None, self.splits[number] : self.splits[number + 1]]
-            embeds = embeds.expand(len(rows), -1, -1)
-            output = self.unet(x, t, encoder_hidden_states=embeds, return_dict=False)[0]
-        return to_eps(output.float(), x.float(), self.alphas_cumprod[t], self.prediction_type)
+            return self.denoiser.predict(x, t, cond).eps
 
     def difference(self, rows: Sequence[int], factors: Tensor | None = None) -> Tensor:
         """``δ = ε(x_T, e_p) − x_T``, each channel brought to [0, 1]."""
@@ -105,7 +96,7 @@ class FirstStep:
         """The text-conditional noise magnitude with neurons blocked in both halves, on the same pure noise at each of
         the timesteps, averaged: ``[rows]``.
         """
-        parts = [[self.eps(rows, factors, embeds, t) for embeds in (self.prompt, self.empty)] for t in self.timesteps]
+        parts = [[self.eps(rows, factors, one, t) for one in (self.prompt, self.empty)] for t in self.timesteps]
         return torch.stack([magnitude(cond, uncond) for cond, uncond in parts]).mean(dim=0)
 
     def scores(self, criterion: Criterion) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from afresh.errors import UsageError
 from afresh.progress import Progress
+from train.denoising.network import network_of
 from train.memorization.neurons.first_step import Criterion, FirstStep
 from train.memorization.neurons.search import Blocking, candidate_sets, ranked_sets, refine, select
 from train.memorization.neurons.value_neurons import (
@@ -165,7 +166,7 @@ class Localizer:
         if number and criterion != "magnitude":
             raise UsageError("a number of neurons goes by the gradient of the magnitude: set criterion to magnitude")
         self.pipe, self.clean, self.criterion, self.batch_size = pipe, list(clean), criterion, batch_size
-        self.layers = value_layers(pipe.unet, up_blocks=up_blocks)
+        self.layers = value_layers(network_of(pipe), up_blocks=up_blocks)
         self.sizes = widths(self.layers)
         self.number = number
         if not 0 <= number <= sum(self.sizes.values()):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.denoising.stable_diffusion import frozen
 from train.memorization.neurons.first_step import Criterion, FirstStep
 from train.memorization.neurons.value_neurons import (
     Mask,
@@ -51,7 +50,7 @@ class Blocking:
     def measures(self, rows: Sequence[int], masks: Mask) -> NDArray[np.float32]:
         """Of each row, with ``masks [rows, units]`` blocked: ``[rows]``."""
         parts, size = [], self.step.batch_size
-        factors = torch.from_numpy(~masks).to(self.step.unet.device, self.step.unet.dtype)
+        factors = torch.from_numpy(~masks).to(self.step.denoiser.device, self.step.denoiser.dtype)
         for start in range(0, len(rows), size):
             parts.append(self.measure(rows[start : start + size], factors[start : start + size]))
         return torch.cat(parts).cpu().numpy()
@@ -89,8 +88,9 @@ class Blocking:
     def slope(self, row: int, mask: Mask) -> tuple[float, NDArray[np.float32]]:
         """A seed's measure, and how fast it grows as each unit is unblocked, to first order: ``[units]``."""
         step, before = self.step, self.step.evaluations
-        with torch.enable_grad(), frozen(step.unet):
-            factors = torch.from_numpy(~mask).to(step.unet.device, step.unet.dtype)[None].requires_grad_()
+        with torch.enable_grad(), step.denoiser.frozen():
+            blocked = torch.from_numpy(~mask).to(step.denoiser.device, step.denoiser.dtype)
+            factors = blocked[None].requires_grad_()
             measure = self.measure([row], factors).sum()
             slopes = torch.autograd.grad(measure, factors)[0][0]
         step.evaluations += (GRADIENT_COST - 1) * (step.evaluations - before)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from afresh.errors import UserError
-from train.denoising.stable_diffusion import encode_captions
+from train.denoising.families import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -130,10 +130,10 @@ def activations(
     Returns:
         ``[captions, units of all layers]``.
     """
-    rows = []
+    rows, denoiser = [], denoiser_of(pipe)
     for start in range(0, len(captions), batch_size):
-        e = encode_captions(pipe, captions[start : start + batch_size])
-        parts = [layer(e.to(pipe.unet.dtype)).float().abs().mean(dim=1) for layer in layers.values()]
+        e = denoiser.encode(captions[start : start + batch_size]).embeds.to(denoiser.dtype)
+        parts = [layer(e).float().abs().mean(dim=1) for layer in layers.values()]
         rows.append(torch.cat(parts, dim=1).cpu().numpy())
     return np.concatenate(rows)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from afresh.errors import UserError
 from afresh.files import write_atomic
+from train.denoising.network import network_of
 from train.memorization.neurons.value_neurons import Neurons, to_mask, value_layers, widths
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def restore_rows(pipe: StableDiffusionPipeline | nn.Module, rows: Mapping[str, T
 
 
 def _editable(pipe: StableDiffusionPipeline | nn.Module, neurons: Neurons) -> dict[str, nn.Module]:
-    layers = value_layers(getattr(pipe, "unet", pipe), up_blocks=True)
+    layers = value_layers(network_of(pipe), up_blocks=True)
     to_mask(neurons, widths(layers))
     for name in neurons:
         if hasattr(layers[name], "base_layer"):

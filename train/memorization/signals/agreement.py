@@ -41,7 +41,7 @@ class Agreement:
 
     def observe(self, seen: Seen) -> Tensor:
         """``[n, c, h, w]``: ``x̂_0`` with each channel brought to [0, 1], which makes its factor ``√ᾱ_t`` idle."""
-        return rescaled(seen.x_t - (1 - seen.alpha_bar) ** 0.5 * seen.eps_cond)
+        return rescaled(seen.x_t - seen.at.noise * seen.eps_cond)
 
     def combine(self, observed: Tensor) -> Tensor:
         """``[seeds, steps, c, h, w]`` → ``[seeds]``, in [0, 1]."""

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from train.denoising.coefficients import Coefficients
+
 LooksAt = Literal["every step", "first step", "no step"]
 
 
@@ -18,7 +20,8 @@ class Seen:
     x_t: Tensor
     """``[n, c, h, w]``; the initial noise at the first step and at a noise level of a signal's own."""
     t: int
-    alpha_bar: float
+    at: Coefficients
+    """Of ``x_t``."""
     eps_cond: Tensor
     """``ε(x_t, e_p)``, ``[n, c, h, w]``."""
     eps_uncond: Tensor | None
@@ -28,6 +31,11 @@ class Seen:
     latents; empty where no signal asked for it."""
     on_noise: bool = False
     """Whether this is the initial noise at a signal's :attr:`~Signal.noise_level` rather than a step."""
+
+    @property
+    def alpha_bar(self) -> float:
+        """``ᾱ_t``."""
+        return self.at.alpha_bar
 
 
 class Signal(Protocol):

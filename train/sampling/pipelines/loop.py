@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from afresh.progress import get_logger
+from train.denoising.coefficients import Coefficients
+from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import output_per_eps, to_eps
-from train.denoising.schedules import alpha_bar_at
+from train.denoising.schedules import coefficients_at
 from train.sampling.guidance import MIN_ALPHA_BAR, Guidance, Part, Run, Start, State, guide
 from train.sampling.trace import Trace
 
 log = get_logger(__name__)
-Denoiser = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""``(x_t, t, conditioning, rows)`` → the model's output: for all images, or for the images ``rows``."""
+Denoise = Callable[[Tensor, Tensor, Any], Tensor]
+"""``(x_t, t, conditioning)`` → the model's output: a denoiser of ``train.denoising``."""
 
 
 class GuidedLoop:
@@ -38,13 +40,13 @@ class GuidedLoop:
     def __init__(
         self,
         scheduler: Any,
-        denoiser: Denoiser,
+        denoiser: Denoise,
         run: Run,
         guidance: Sequence[Guidance],
         t: Tensor,
         trace_tensors: bool = False,
     ) -> None:
-        if guidance and alpha_bar_at(scheduler, t) is None:
+        if guidance and coefficients_at(scheduler, t) is None:
             raise ValueError(f"guidance needs ᾱ_t, which {type(scheduler).__name__} does not have")
         self.scheduler, self.denoiser, self.run = scheduler, denoiser, run
         self.terms = list(guidance)
@@ -58,35 +60,35 @@ class GuidedLoop:
         self,
         t: Tensor,
         latents: Tensor,
-        embeds_uncond: Tensor | None,
-        embeds_cond: Tensor | None,
+        uncond: Conditioning | None,
+        cond: Conditioning | None,
         prompts: Sequence[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``latents`` and ``embeds_cond`` as the terms' ``prepare`` leaves them, one after the other.
+    ) -> tuple[Tensor, Conditioning | None]:
+        """``latents`` and ``cond`` as the terms' ``prepare`` leaves them, one after the other.
 
         Args:
             t: the first timestep.
             latents: ``[n, c, h, w]`` as the scheduler keeps them.
-            embeds_uncond, embeds_cond: conditioning of each image.
+            uncond, cond: of each image.
             prompts: of each image, where they are known.
         """
         terms = [term for term in self.terms if hasattr(term, "prepare")]
         if not terms:
-            return latents, embeds_cond
+            return latents, cond
         scale = float(self.scheduler.scale_model_input(torch.ones(1), t))
-        alpha_bar = alpha_bar_at(self.scheduler, t)
-        assert alpha_bar is not None  # the constructor saw to it
+        at = coefficients_at(self.scheduler, t)
+        assert at is not None  # the constructor saw to it
         noise = latents.float() * scale
         start = Start(
             run=self.run,
             t=float(t),
-            alpha_bar=alpha_bar,
+            at=at,
             noise=noise,
             x_t=noise,
-            embeds_uncond=embeds_uncond,
-            embeds_cond=embeds_cond,
+            uncond=uncond,
+            cond=cond,
             prompts=prompts,
-            denoise=self._in_eps(t, latents.dtype, alpha_bar),
+            denoise=self._in_eps(t, latents.dtype, at, cond),
         )
         for term in terms:
             change = term.prepare(start)
@@ -97,11 +99,11 @@ class GuidedLoop:
             if change.x_t is not None:
                 latents = latents.index_put((change.rows,), (change.x_t / scale).to(latents.dtype))
                 start = replace(start, x_t=start.x_t.index_put((change.rows,), change.x_t))
-            if change.embeds_cond is not None:
-                assert embeds_cond is not None
-                embeds_cond = embeds_cond.index_put((change.rows,), change.embeds_cond.to(embeds_cond.dtype))
-                start = replace(start, embeds_cond=embeds_cond)
-        return latents, embeds_cond
+            if change.cond is not None:
+                assert cond is not None
+                cond = cond.put(change.rows, change.cond)
+                start = replace(start, cond=cond)
+        return latents, cond
 
     def correct(
         self,
@@ -111,8 +113,8 @@ class GuidedLoop:
         output_uncond: Tensor | None,
         output_cond: Tensor,
         output: Tensor,
-        embeds_uncond: Tensor | None,
-        embeds_cond: Tensor | None,
+        uncond: Conditioning | None,
+        cond: Conditioning | None,
         guidance_scale: float,
     ) -> Tensor:
         """The model's output with the terms' corrections of ``ε̂``; images without one keep every bit.
@@ -123,37 +125,37 @@ class GuidedLoop:
             x_t: ``[n, c, h, w]``, as the model was given it.
             output_uncond, output_cond: the model's outputs; ``output_uncond`` is None without classifier-free guidance.
             output: of both, ``[n, c, h, w]``, or ``[n, 2c, h, w]`` from a model that also predicts variances.
-            embeds_uncond, embeds_cond: conditioning of each image.
+            uncond, cond: of each image.
             guidance_scale: ``s_0``.
         """
-        alpha_bar = alpha_bar_at(self.scheduler, t)
-        if alpha_bar is None or alpha_bar < MIN_ALPHA_BAR:
+        at = coefficients_at(self.scheduler, t)
+        if at is None or at.alpha_bar < MIN_ALPHA_BAR:
             return self._watched(t, output, output)
         prediction_type = self.scheduler.config.prediction_type
         dtype, channels, x_t = x_t.dtype, x_t.shape[1], x_t.float()
 
         def eps(output: Tensor) -> Tensor:
-            return to_eps(output[:, :channels].float(), x_t, alpha_bar, prediction_type)
+            return to_eps(output[:, :channels].float(), x_t, at, prediction_type)
 
         state = State(
             run=self.run,
             step=step,
             t=float(t),
-            alpha_bar=alpha_bar,
+            at=at,
             guidance_scale=guidance_scale,
             x_t=x_t,
             eps_uncond=None if output_uncond is None else eps(output_uncond),
             eps_cond=eps(output_cond),
             eps_hat=eps(output),
-            embeds_uncond=embeds_uncond,
-            embeds_cond=embeds_cond,
-            denoise=self._in_eps(t, dtype, alpha_bar),
+            uncond=uncond,
+            cond=cond,
+            denoise=self._in_eps(t, dtype, at, cond),
         )
         eps_hat, parts, columns = guide(self.steps, state)
         if self._columns:  # of the preparation: beside the first step's own
             columns, self._columns = {**self._columns, **columns}, {}
         self.trace.add(state, eps_hat, parts, columns, tensors=self._tensors)
-        guided = _add(output, parts, output_per_eps(prediction_type, alpha_bar), channels)
+        guided = _add(output, parts, output_per_eps(prediction_type, at), channels)
         return self._watched(t, output, guided)
 
     def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
@@ -182,14 +184,18 @@ class GuidedLoop:
         self._finite.append((float(t), _finite(output), _finite(guided)))
         return guided
 
-    def _in_eps(self, t: Tensor, dtype: torch.dtype, alpha_bar: float) -> Callable[[Tensor, Any, Tensor], Tensor]:
+    def _in_eps(
+        self, t: Tensor, dtype: torch.dtype, at: Coefficients, own: Conditioning | None
+    ) -> Callable[[Tensor, Conditioning | None, Tensor], Tensor]:
         prediction_type = self.scheduler.config.prediction_type
 
-        def denoise(x_t: Tensor, embeds: Tensor | None, rows: Tensor) -> Tensor:
-            if alpha_bar < MIN_ALPHA_BAR:
+        def denoise(x_t: Tensor, conditioning: Conditioning | None, rows: Tensor) -> Tensor:
+            if at.alpha_bar < MIN_ALPHA_BAR:
                 raise ValueError("the first step of a schedule of zero terminal SNR says nothing of ε: skip it")
-            output = self.denoiser(x_t.to(dtype), t, embeds, rows)[:, : x_t.shape[1]]
-            return to_eps(output.float(), x_t, alpha_bar, prediction_type)
+            if conditioning is not None and own is not None:
+                conditioning = conditioning.beside(own[rows])
+            output = self.denoiser(x_t.to(dtype), t, conditioning)[:, : x_t.shape[1]]
+            return to_eps(output.float(), x_t, at, prediction_type)
 
         return denoise
 

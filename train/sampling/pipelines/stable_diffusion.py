@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -22,10 +22,15 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 )
 from torch import Tensor
 
-from train.denoising.decoding import _Decoder
+from train.denoising.conditioning import Conditioning
+from train.denoising.decoding import Decoder
 from train.denoising.preview import preview_of
+from train.denoising.stable_diffusion import IMAGE, TIMESTEP, StableDiffusionDenoiser
 from train.sampling.guidance import Guidance, Run
 from train.sampling.pipelines.loop import GuidedLoop
+
+Callback: TypeAlias = Callable[..., dict[str, Tensor]]
+"""Also diffusers' ``PipelineCallback`` and ``MultiPipelineCallbacks``, which name the tensors that they ask for."""
 
 
 @dataclass
@@ -95,10 +100,7 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
-        callback_on_step_end: Callable[..., dict[str, Tensor]]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         guidance: Sequence[Guidance] = (),
@@ -107,177 +109,183 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
         """Draw images. All arguments but the last two are those of ``StableDiffusionPipeline``.
 
         Args:
-            guidance: terms that correct ``ε̂``, in this order; before ``guidance_rescale``, which then sees
-                the result.
-            trace_tensors: also keep ``x_t``, ``eps_uncond``, ``eps_cond``, ``eps_hat`` and each part's
-                ``delta.<part>`` in the trace (float32, on the CPU), from which every ``ε̂`` can be
-                recomputed.
+            guidance: terms that correct ``ε̂``, in this order; before ``guidance_rescale``, which then sees the result.
+            trace_tensors: also keep ``x_t``, ``eps_uncond``, ``eps_cond``, ``eps_hat`` and each part's ``delta.<part>``
+                in the trace (float32, on the CPU), from which every ``ε̂`` can be recomputed.
 
         Returns:
             :class:`GuidedOutput`, or the stock pipeline's ``(images, nsfw)`` with ``return_dict=False``.
 
         Raises:
-            ValueError: as the stock pipeline; or guidance was asked of a model or scheduler that has no
-                ``ε``.
+            ValueError: as the stock pipeline; or guidance was asked of a model or scheduler that has no ``ε``.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if not height or not width:
-            size = self.unet.config.sample_size
-            sides = (size, size) if isinstance(size, int) else size
-            height, width = (side * self.vae_scale_factor for side in sides)
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            None,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            list(callback_on_step_end_tensor_inputs),
+        self._guidance_scale, self._guidance_rescale, self._clip_skip = guidance_scale, guidance_rescale, clip_skip
+        self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
+        watch, inputs = callback_on_step_end, list(callback_on_step_end_tensor_inputs)
+        if isinstance(watch, PipelineCallback | MultiPipelineCallbacks):
+            inputs = list(watch.tensor_inputs)
+        height, width = self._size(height, width)
+        texts, images = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds), ip_adapter_image
+        self.check_inputs(prompt, height, width, None, *texts[1:], images, ip_adapter_image_embeds, inputs)
+        uncond, cond = self._conditions(texts, (images, ip_adapter_image_embeds), num_images_per_prompt)
+        device, batch_size = self._execution_device, len(cond)
+        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        channels, dtype = self.unet.config.in_channels, cond.embeds.dtype
+        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
+        denoiser = StableDiffusionDenoiser(
+            self,
+            cross_attention_kwargs=cross_attention_kwargs,
+            encoding={"lora_scale": (cross_attention_kwargs or {}).get("scale"), "clip_skip": clip_skip},
         )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
+        loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, batch_size), guidance, steps[0], trace_tensors)
+        prompts = _repeated(prompt, num_images_per_prompt)
+        latents, prepared = loop.prepare(steps[0], latents, uncond, cond, prompts)
+        halves, options = (uncond, prepared or cond), self.prepare_extra_step_kwargs(generator, eta)
+        latents = self._denoised(loop, steps, num_inference_steps, latents, halves, options, watch, inputs)
+        loop.warn_of_broken(prompts)
+        pixels, nsfw = self._finished(latents, output_type, generator, dtype)
+        return GuidedOutput(pixels, nsfw, loop.trace.rows()) if return_dict else (pixels, nsfw)
 
-        if prompt_embeds is not None:
-            batch_size = len(prompt_embeds) * num_images_per_prompt
-        else:
-            batch_size = (1 if isinstance(prompt, str) else len(prompt or ())) * num_images_per_prompt
-        device = self._execution_device
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """In pixels; the model's own where one is not given."""
+        if height and width:
+            return height, width
+        size = self.unet.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+    def _conditions(
+        self,
+        texts: tuple[Any, Any, Tensor | None, Tensor | None],
+        pictures: tuple[Any, Any],
+        num_images_per_prompt: int,
+    ) -> tuple[Conditioning | None, Conditioning]:
+        """Of the empty (or negative) prompt, if there is classifier-free guidance, and of the prompt.
+
+        Args:
+            texts: prompt, negative prompt, and the embeddings of both.
+            pictures: image prompts, and their embeddings.
+            num_images_per_prompt: images of each prompt.
+        """
+        prompt, negative_prompt, prompt_embeds, negative_prompt_embeds = texts
+        device, cfg = self._execution_device, self.do_classifier_free_guidance
+        embeds, negative = self.encode_prompt(
             prompt,
             device,
             num_images_per_prompt,
-            self.do_classifier_free_guidance,
+            cfg,
             negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
+            lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
+            clip_skip=self.clip_skip,
         )
-        if self.do_classifier_free_guidance:  # one pass over both halves
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        added_cond_kwargs = None
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            image_embeds = self.prepare_ip_adapter_image_embeds(
-                ip_adapter_image,
-                ip_adapter_image_embeds,
-                device,
-                batch_size,
-                self.do_classifier_free_guidance,
-            )
-            added_cond_kwargs = {"image_embeds": image_embeds}
-
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
-        latents = self.prepare_latents(
-            batch_size,
-            self.unet.config.in_channels,
-            height,
-            width,
-            prompt_embeds.dtype,
-            device,
-            generator,
-            latents,
-        )
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-        timestep_cond = None
+        parts: dict[str, Tensor] = {}  # both halves' where there are two
+        if any(picture is not None for picture in pictures):
+            images = self.prepare_ip_adapter_image_embeds(*pictures, device, len(embeds), cfg)
+            parts = {f"{IMAGE}.{number}": image for number, image in enumerate(images)}
         if self.unet.config.time_cond_proj_dim is not None:  # guidance-distilled models
-            scales = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
-            timestep_cond = self.get_guidance_scale_embedding(
-                scales, embedding_dim=self.unet.config.time_cond_proj_dim
-            ).to(device=device, dtype=latents.dtype)
-        denoiser = _Denoiser(self, batch_size, timestep_cond, added_cond_kwargs)
+            scales = torch.tensor(self.guidance_scale - 1).repeat(len(embeds))
+            width = self.unet.config.time_cond_proj_dim
+            timestep = self.get_guidance_scale_embedding(scales, embedding_dim=width)
+            parts[TIMESTEP] = timestep.to(device=device, dtype=embeds.dtype)
+        if not cfg:
+            return None, Conditioning({"embeds": embeds, **parts})
+        both = {name: part.chunk(2) for name, part in parts.items()}
+        halves = [{name: half[i] for name, half in both.items()} for i in range(2)]
+        return Conditioning({"embeds": negative, **halves[0]}), Conditioning({"embeds": embeds, **halves[1]})
 
-        decode = _Decoder(self.vae, device)
-        run = Run(
+    def _run(self, denoiser: StableDiffusionDenoiser, batch_size: int) -> Run:
+        """What terms see of the call."""
+        device = self._execution_device
+        decode = Decoder(self.vae, device)
+        return Run(
             batch_size=batch_size,
             train_timesteps=self.scheduler.config.num_train_timesteps,
             decode=decode,
-            encode_prompts=lambda texts: self.encode_prompt(list(texts), device, 1, False, clip_skip=clip_skip)[0],
+            encode_prompts=denoiser.encode,
             tokenizer=self.tokenizer,
             preview=lambda latents: preview_of(self.vae, decode, device)(latents),
         )
-        first = torch.as_tensor(timesteps[0])
-        loop = GuidedLoop(self.scheduler, denoiser, run, guidance, first, trace_tensors)
-        latents, embeds_cond = loop.prepare(
-            first, latents, *self._halves(prompt_embeds), _repeated(prompt, num_images_per_prompt)
-        )
-        if guidance and embeds_cond is not None:
-            embeds_uncond = self._halves(prompt_embeds)[0]
-            prompt_embeds = embeds_cond if embeds_uncond is None else torch.cat([embeds_uncond, embeds_cond])
+
+    def _denoised(
+        self,
+        loop: GuidedLoop,
+        timesteps: Sequence[Any],
+        num_inference_steps: int,
+        latents: Tensor,
+        conditions: tuple[Conditioning | None, Conditioning],
+        step_kwargs: dict[str, Any],
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """The denoising loop: ``x_T [n, c, h, w]`` → ``x_0``."""
+        uncond, cond = conditions
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                cfg = self.do_classifier_free_guidance
+                cfg = uncond is not None
                 x_t = self.scheduler.scale_model_input(torch.cat([latents] * 2) if cfg else latents, t)
-                output = denoiser(x_t, t, prompt_embeds)
+                # One pass over both halves.
+                output = loop.denoiser(x_t, t, Conditioning.join([uncond, cond]) if uncond is not None else cond)
                 output_uncond, output_cond = output.chunk(2) if cfg else (None, output)
                 if output_uncond is not None:
                     output = output_uncond + self.guidance_scale * (output_cond - output_uncond)
-
                 output = loop.correct(
-                    i,
-                    t,
-                    x_t[:batch_size],
-                    output_uncond,
-                    output_cond,
-                    output,
-                    *self._halves(prompt_embeds),
-                    self.guidance_scale,
+                    i, t, x_t[: len(latents)], output_uncond, output_cond, output, uncond, cond, self.guidance_scale
                 )
-
                 if cfg and self.guidance_rescale > 0.0:
                     output = rescale_noise_cfg(output, output_cond, guidance_rescale=self.guidance_rescale)
-                latents = self.scheduler.step(output, t, latents, **extra_step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    offered = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                    }
-                    offered = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, offered)
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
+                if callback is not None:
+                    latents, uncond, cond = self._called_back(callback, callback_inputs, i, t, latents, uncond, cond)
                 due = i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0
                 if i == len(timesteps) - 1 or due:
                     progress_bar.update()
+        return latents
 
-        loop.warn_of_broken(_repeated(prompt, num_images_per_prompt))
+    def _called_back(
+        self,
+        callback: Callback,
+        names: Sequence[str],
+        step: int,
+        t: Any,
+        latents: Tensor,
+        uncond: Conditioning | None,
+        cond: Conditioning,
+    ) -> tuple[Tensor, Conditioning | None, Conditioning]:
+        """What a callback leaves of the tensors that it asked for, which are called as in the stock pipeline.
+
+        Its ``prompt_embeds`` are both halves; ends it classifier-free guidance, they are the prompt's alone.
+        """
+        length = max(cond.tokens, uncond.tokens if uncond is not None else 0)
+        halves = [one.padded(length).embeds for one in (uncond, cond) if one is not None]
+        offered = {"latents": latents, "prompt_embeds": torch.cat(halves), "negative_prompt_embeds": halves[0]}
+        changed = callback(self, step, t, {name: offered[name] for name in names})
+        embeds = changed.pop("prompt_embeds", offered["prompt_embeds"])
+        if embeds is not offered["prompt_embeds"] or self.do_classifier_free_guidance != (uncond is not None):
+            own = embeds.chunk(2) if self.do_classifier_free_guidance else [embeds[-len(latents) :]]
+            base = cond if uncond is None else uncond
+            uncond = base.padded(length).with_embeds(own[0]) if len(own) > 1 else None
+            cond = cond.padded(length).with_embeds(own[-1])
+        return changed.pop("latents", latents), uncond, cond
+
+    def _finished(
+        self, latents: Tensor, output_type: str, generator: Any, dtype: torch.dtype
+    ) -> tuple[Any, list[bool] | None]:
+        """Images in the form that was asked for, and which of them the safety checker blacked out."""
         nsfw = None
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)[
-                0
-            ]
-            images, nsfw = self.run_safety_checker(images, device, prompt_embeds.dtype)
+        images = latents
+        if output_type != "latent":
+            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)
+            images, nsfw = self.run_safety_checker(decoded[0], self._execution_device, dtype)
         denormalise = [not flag for flag in nsfw] if nsfw is not None else [True] * len(images)
         images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=denormalise)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, nsfw
-        return GuidedOutput(images=images, nsfw_content_detected=nsfw, trace=loop.trace.rows())
-
-    def _halves(self, prompt_embeds: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Of the empty (or negative) prompt, if there is classifier-free guidance, and of the prompt."""
-        if not self.do_classifier_free_guidance:
-            return None, prompt_embeds
-        embeds_uncond, embeds_cond = prompt_embeds.chunk(2)
-        return embeds_uncond, embeds_cond
+        return images, nsfw
 
 
 def _repeated(prompt: str | list[str] | None, times: int) -> list[str] | None:
@@ -285,35 +293,3 @@ def _repeated(prompt: str | list[str] | None, times: int) -> list[str] | None:
     if prompt is None:
         return None
     return [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(times)]
-
-
-class _Denoiser:
-    """The UNet under the conditions of one call."""
-
-    def __init__(
-        self,
-        pipe: GuidedStableDiffusion,
-        batch_size: int,
-        timestep_cond: Tensor | None,
-        added_cond_kwargs: dict[str, list[Tensor]] | None,
-    ) -> None:
-        self._pipe, self._batch_size = pipe, batch_size
-        self._timestep_cond, self._added_cond_kwargs = timestep_cond, added_cond_kwargs
-
-    def __call__(self, x: Tensor, t: Tensor, embeds: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """The model's output for the whole batch, both halves, or for the images ``rows`` under a prompt."""
-        timestep_cond, added = self._timestep_cond, self._added_cond_kwargs
-        if rows is not None:
-            timestep_cond = None if timestep_cond is None else timestep_cond[rows]
-            if added is not None:  # IP-adapter images: the conditional half is the last
-                added = {name: [image[-self._batch_size :][rows] for image in images] for name, images in added.items()}
-        return self._pipe.unet(
-            x,
-            t,
-            encoder_hidden_states=embeds,
-            timestep_cond=timestep_cond,
-            cross_attention_kwargs=self._pipe.cross_attention_kwargs,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-

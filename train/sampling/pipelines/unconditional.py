@@ -17,6 +17,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNe
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from train.denoising.conditioning import Conditioning
+from train.denoising.pixels import PixelDenoiser
 from train.sampling.guidance import Guidance, Run
 from train.sampling.pipelines.loop import GuidedLoop
 
@@ -119,19 +121,20 @@ class GuidedUnconditional(DiffusionPipeline):
         cfg = guidance_scale != 1.0
         if cfg and (labels is None or self.config.null_class is None):
             raise ValueError("guidance_scale needs class_labels and a null class: from_pipe(pipe, null_class=…)")
-        null = torch.full_like(labels, self.config.null_class) if cfg and labels is not None else None
+        uncond = cond = None
+        if labels is not None:
+            cond = Conditioning({"labels": labels})
+            uncond = Conditioning({"labels": torch.full_like(labels, self.config.null_class)}) if cfg else None
 
         size = self.unet.config.sample_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        channels = self.unet.config.in_channels
-        shape = (batch_size, channels, *sides)
+        shape = (batch_size, self.unet.config.in_channels, *sides)
         place = torch.device("cpu") if device.type == "mps" else device  # mps draws no reproducible numbers
         image = randn_tensor(shape, generator=generator, device=place, dtype=self.unet.dtype).to(device)
 
         if num_inference_steps is None:
             num_inference_steps = 1000 if isinstance(self.scheduler, DDPMScheduler) else 50
         self.scheduler.set_timesteps(num_inference_steps)
-        timesteps = self.scheduler.timesteps
         image = image * float(self.scheduler.init_noise_sigma)  # 1 for DDPM and DDIM
         offered = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator}
         accepted = set(inspect.signature(self.scheduler.step).parameters)
@@ -141,24 +144,12 @@ class GuidedUnconditional(DiffusionPipeline):
             batch_size=batch_size,
             train_timesteps=self.scheduler.config.num_train_timesteps,
             decode=lambda x: (x.float() / 2 + 0.5).clamp(0, 1),
-            encode_prompts=lambda texts: self._named(texts, device),
+            encode_prompts=lambda texts: Conditioning({"labels": self._named(texts, device)}),
         )
-        loop = GuidedLoop(self.scheduler, self._denoise, run, guidance, timesteps[0], trace_tensors)
-        image, labels = loop.prepare(timesteps[0], image, null, labels)
-        for i, t in enumerate(self.progress_bar(timesteps)):
-            output_uncond = None
-            x_t = self.scheduler.scale_model_input(image, t)
-            if null is None or labels is None:
-                output = output_cond = self._denoise(x_t, t, labels)
-            else:
-                both = self._denoise(torch.cat([x_t] * 2), t, torch.cat([null, labels]))
-                output_uncond, output_cond = both.chunk(2)
-                noise = output_uncond + guidance_scale * (output_cond - output_uncond)
-                # Variances, where the model predicts them, are those under the class, as in DiT.
-                output = torch.cat([noise[:, :channels], output_cond[:, channels:]], 1)
-            output = loop.correct(i, t, x_t, output_uncond, output_cond, output, null, labels, guidance_scale)
-            image = self.scheduler.step(output, t, image, **step_kwargs).prev_sample
-
+        first, denoiser = self.scheduler.timesteps[0], PixelDenoiser(self.unet)
+        loop = GuidedLoop(self.scheduler, denoiser, run, guidance, first, trace_tensors)
+        image, cond = loop.prepare(first, image, uncond, cond)
+        image = self._denoised(loop, image, uncond, cond, guidance_scale, step_kwargs)
         loop.warn_of_broken()
         image = (image / 2 + 0.5).clamp(0, 1)
         images: Any = image
@@ -171,8 +162,31 @@ class GuidedUnconditional(DiffusionPipeline):
             return (images,)
         return GuidedImages(images=images, trace=loop.trace.rows())
 
-    def _denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        return self.unet(x_t, t, class_labels=labels).sample
+    def _denoised(
+        self,
+        loop: GuidedLoop,
+        image: Tensor,
+        uncond: Conditioning | None,
+        cond: Conditioning | None,
+        guidance_scale: float,
+        step_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The denoising loop: noise ``[n, c, h, w]`` → images in [-1, 1]."""
+        channels = image.shape[1]
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            output_uncond = None
+            x_t = self.scheduler.scale_model_input(image, t)
+            if uncond is None or cond is None:
+                output = output_cond = loop.denoiser(x_t, t, cond)
+            else:
+                both = loop.denoiser(torch.cat([x_t] * 2), t, Conditioning.join([uncond, cond]))
+                output_uncond, output_cond = both.chunk(2)
+                noise = output_uncond + guidance_scale * (output_cond - output_uncond)
+                # Variances, where the model predicts them, are those under the class, as in DiT.
+                output = torch.cat([noise[:, :channels], output_cond[:, channels:]], 1)
+            output = loop.correct(i, t, x_t, output_uncond, output_cond, output, uncond, cond, guidance_scale)
+            image = self.scheduler.step(output, t, image, **step_kwargs).prev_sample
+        return image
 
     def _labels(self, labels: Labels | None, batch_size: int, device: torch.device) -> Tensor | None:
         conditional = getattr(self.unet, "class_embedding", None) is not None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from afresh.errors import UsageError
+from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import x0_from_eps
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Correction, Part, Run, State, StepFunction
@@ -157,13 +158,13 @@ class AMG:
 
     def _deduplication(self, state: State, image: _Guided, memory: _Memory, trace: _Columns) -> Part:
         """G_dup (eq. 16)."""
-        assert state.eps_uncond is not None and state.embeds_uncond is not None
+        assert state.eps_uncond is not None and state.uncond is not None
         config = self.config
         assert config.floor is not None
         image.s_2 = deduplication_strength(image.sigma, state.guidance_scale, image.s_1, config.c_2, config.floor)
         acts = image.s_2 > 0
         rows, s_2 = image.rows[acts], image.s_2[acts]
-        image.embeds_near = state.embeds_uncond[image.rows]
+        image.near_cond = state.uncond[image.rows]
         if not len(rows):
             return Part(rows, state.x_t[rows])
         captions = [
@@ -173,21 +174,21 @@ class AMG:
         ]
         trace.fill(rows, caption=captions)
         for caption in captions:
-            if caption not in memory.embeds:
-                memory.embeds[caption] = state.encode_prompts([caption])
-        embeds = torch.cat([memory.embeds[caption] for caption in captions])
-        image.embeds_near = image.embeds_near.index_put((acts.nonzero().flatten(),), embeds)
-        eps_near = self._near_noise(state, embeds, rows)
+            if caption not in memory.encoded:
+                memory.encoded[caption] = state.encode_prompts([caption])
+        e_N = Conditioning.join([memory.encoded[caption] for caption in captions])
+        image.near_cond = image.near_cond.put(acts.nonzero().flatten(), e_N)
+        eps_near = self._near_noise(state, e_N, rows)
         return Part(rows, -_broadcast(s_2) * (eps_near - state.eps_uncond[rows]))
 
     @staticmethod
-    def _near_noise(state: State, embeds: Tensor, rows: Tensor) -> Tensor:
+    def _near_noise(state: State, e_N: Conditioning, rows: Tensor) -> Tensor:
         """``ε(x_t, e_N)``: known already where the prompt is that caption, as of a memorized image it mostly is."""
-        assert state.embeds_cond is not None
-        own = (embeds == state.embeds_cond[rows]).reshape(len(rows), -1).all(1)
+        assert state.cond is not None
+        own = e_N.same_text(state.cond[rows])
         eps_near = state.eps_cond[rows]
         if not own.all():
-            eps_near[~own] = state.denoise(state.x_t[rows[~own]], embeds[~own], rows[~own])
+            eps_near[~own] = state.denoise(state.x_t[rows[~own]], e_N[~own], rows[~own])
         return eps_near
 
     def _dissimilarity(self, state: State, image: _Guided, eps_hat: Tensor, t: float, trace: _Columns) -> Part:
@@ -219,7 +220,7 @@ class AMG:
             if self.config.through_unet:  # the same value, with its dependence on x_t
                 again = self._text_guided(state, image, x_t)
                 eps_hat = eps_hat + again - again.detach()
-            pixels = self._decode(state, x0_from_eps(x_t, eps_hat, state.alpha_bar))
+            pixels = self._decode(state, x0_from_eps(x_t, eps_hat, state.at))
             sigma, nearest = self.similarity.against(pixels)
             views = [sigma]
             for edited in random_edits(pixels, self.config.edits, generator):
@@ -231,25 +232,25 @@ class AMG:
     @staticmethod
     def _text_guided(state: State, image: _Guided, x_t: Tensor) -> Tensor:
         """``ε̂`` as a function of ``x_t``: classifier-free guidance, G_spe and G_dup at their strengths."""
-        embeds_cond = None if state.embeds_cond is None else state.embeds_cond[image.rows].clone()
-        eps_cond = state.denoise(x_t, embeds_cond, image.rows)
-        if state.embeds_uncond is None:
+        cond = None if state.cond is None else state.cond[image.rows].clone()
+        eps_cond = state.denoise(x_t, cond, image.rows)
+        if state.uncond is None:
             return eps_cond
-        eps_uncond = state.denoise(x_t, state.embeds_uncond[image.rows].clone(), image.rows)
+        eps_uncond = state.denoise(x_t, state.uncond[image.rows].clone(), image.rows)
         eps_hat = eps_uncond + _broadcast(state.guidance_scale - image.s_1) * (eps_cond - eps_uncond)
-        if image.embeds_near is not None and (image.s_2 > 0).any():
-            eps_near = state.denoise(x_t, image.embeds_near.clone(), image.rows)
+        if image.near_cond is not None and (image.s_2 > 0).any():
+            eps_near = state.denoise(x_t, image.near_cond.clone(), image.rows)
             eps_hat = eps_hat - _broadcast(image.s_2) * (eps_near - eps_uncond)
         return eps_hat
 
 
 @dataclass
 class _Memory:
-    """What one run remembers: flags of each image ``[n]``, on the CPU, and embeddings of captions."""
+    """What one run remembers: flags of each image ``[n]``, on the CPU, and encoded captions."""
 
     measured: Tensor
     guided: Tensor
-    embeds: dict[str, Tensor] = field(default_factory=dict)
+    encoded: dict[str, Conditioning] = field(default_factory=dict)
 
 
 @dataclass
@@ -266,13 +267,13 @@ class _Guided:
     """Of each, the training samples nearer than the threshold, nearest first: rows of the index."""
     s_1: Tensor
     s_2: Tensor
-    embeds_near: Tensor | None = None
-    """``[k, …]`` of e_N; the empty prompt's where ``s_2`` is 0."""
+    near_cond: Conditioning | None = None
+    """Of k images: e_N; the empty prompt's where ``s_2`` is 0."""
 
     def take(self, positions: Tensor) -> _Guided:
         """Some of them."""
         near = [self.near[i] for i in positions.tolist()]
-        embeds = None if self.embeds_near is None else self.embeds_near[positions]
+        near_cond = None if self.near_cond is None else self.near_cond[positions]
         return _Guided(
             self.rows[positions],
             self.sigma[positions],
@@ -280,7 +281,7 @@ class _Guided:
             near,
             self.s_1[positions],
             self.s_2[positions],
-            embeds,
+            near_cond,
         )
 
 

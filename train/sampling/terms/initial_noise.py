@@ -59,7 +59,7 @@ class NoiseAdjustment:
             ValueError: there is no classifier-free guidance.
         """
         c = self.config
-        if start.embeds_uncond is None or start.embeds_cond is None:
+        if start.uncond is None or start.cond is None:
             raise ValueError("noise adjustment needs a prompt and classifier-free guidance")
         adjust = adjusted_without_gradients if c.method == "batch" else adjusted
         rows = torch.arange(start.run.batch_size, device=start.x_t.device)
@@ -72,8 +72,8 @@ class NoiseAdjustment:
 
 def text_direction(start: Start, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """``ε(x, e_p)`` and ``ε(x, e_∅)`` of the images ``rows``."""
-    assert start.embeds_uncond is not None and start.embeds_cond is not None
-    cond, uncond = start.embeds_cond[rows].clone(), start.embeds_uncond[rows].clone()
+    assert start.uncond is not None and start.cond is not None
+    cond, uncond = start.cond[rows].clone(), start.uncond[rows].clone()
     return start.denoise(x, cond, rows), start.denoise(x, uncond, rows)
 
 

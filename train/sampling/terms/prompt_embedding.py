@@ -47,29 +47,29 @@ class PromptMinimisation:
             ValueError: there is no text, or no classifier-free guidance.
         """
         c = self.config
-        if start.embeds_uncond is None or start.embeds_cond is None or start.embeds_cond.ndim != 3:
+        if start.uncond is None or start.cond is None or not start.cond.tokens:
             raise ValueError("prompt minimisation needs a prompt and classifier-free guidance")
         rows = torch.arange(start.run.batch_size, device=start.x_t.device)
         found = [minimise(start, chunk, c) for chunk in rows.split(c.slice)]
         embeds, before, after, steps = (torch.cat(columns) for columns in zip(*found, strict=True))
         columns = {"prompt_magnitude": before, "prompt_magnitude_after": after, "prompt_steps": steps}
         acts = steps > 0
-        return Change(rows[acts], embeds_cond=embeds[acts], columns=columns)
+        return Change(rows[acts], cond=start.cond[rows[acts]].with_embeds(embeds[acts]), columns=columns)
 
 
 def minimise(start: Start, rows: Tensor, c: PromptConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Embeddings of the images ``rows``, ``m`` before and after, and the number of steps taken: ``[k, …]``."""
-    assert start.embeds_uncond is not None and start.embeds_cond is not None
-    x_t = start.x_t[rows]
-    eps_uncond = start.denoise(x_t, start.embeds_uncond[rows], rows)
+    assert start.uncond is not None and start.cond is not None
+    x_t, cond = start.x_t[rows], start.cond[rows].clone()
+    eps_uncond = start.denoise(x_t, start.uncond[rows], rows)
     with torch.inference_mode(False), torch.enable_grad():
         x_t, eps_uncond = x_t.clone(), eps_uncond.clone()
-        embeds = start.embeds_cond[rows].float().clone()
+        embeds = cond.embeds.float().clone()
         first, rest = embeds[:, :1], embeds[:, 1:].clone().requires_grad_()
 
         def m(rest: Tensor) -> Tensor:
-            embeds = torch.cat([first, rest], 1).to(start.embeds_cond.dtype)  # type: ignore[union-attr]
-            return magnitude(start.denoise(x_t, embeds, rows), eps_uncond, form=c.form)
+            changed = cond.with_embeds(torch.cat([first, rest], 1).to(cond.embeds.dtype))
+            return magnitude(start.denoise(x_t, changed, rows), eps_uncond, form=c.form)
 
         rest, before, after, steps = descend(m, rest, number("prompt.target", c.target), c.steps, c.lr)
     return torch.cat([first, rest], 1), before, after, steps

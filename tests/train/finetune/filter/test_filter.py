@@ -37,11 +37,11 @@ class OneNumber:
     """A filter over predictions whose magnitude is given: ``ε(x, e_p)`` has it in one element, ``ε(x, ∅)`` is zero."""
 
     def __init__(self, policy: FilterConfig, samples: int = 8, thresholds: Thresholds | None = None, **options) -> None:
-        diffusion = SimpleNamespace(timesteps=1000, to_eps=lambda output, x_t, t: output)
+        schedule = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(eps=output))
         self.asked: list[int] = []
         if thresholds is None and not policy.calibrate.steps:
             thresholds = Thresholds.of(policy.threshold, policy.form)
-        self.filter = MemorizationFilter(policy, diffusion, self.unconditional, samples, 0, thresholds, **options)
+        self.filter = MemorizationFilter(policy, schedule, self.unconditional, samples, 0, thresholds, **options)
         self.step = 0
 
     def unconditional(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 from afresh.errors import UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, stop_after, weights
 from train.denoising.config import LoRAConfig
+from train.denoising.stable_diffusion import StableDiffusionDenoiser
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
-from train.finetune.model.trained import Denoiser
 from train.finetune.state.memory import is_out_of_memory, memory_advice, smaller_batch
 
 
@@ -24,7 +24,7 @@ def config(**changes) -> FinetuneConfig:
 @pytest.fixture
 def full_above(monkeypatch):
     """Call with a number of samples: a forward pass of more runs out of memory, from then on."""
-    forward = Denoiser.forward
+    forward = StableDiffusionDenoiser.forward
 
     def limit(most: int) -> None:
         def limited(self, x_t, *arguments):
@@ -32,7 +32,7 @@ def full_above(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return forward(self, x_t, *arguments)
 
-        monkeypatch.setattr(Denoiser, "forward", limited)
+        monkeypatch.setattr(StableDiffusionDenoiser, "forward", limited)
 
     return limit
 
@@ -107,7 +107,7 @@ def test_the_batch_that_fits_is_found_kept_and_trains_as_if_it_had_been_asked_fo
 
 
 def test_a_failed_attempt_is_gone_before_the_next_one_begins(model, shards, tmp_path, monkeypatch):
-    forward, attempts, alive = Denoiser.forward, [], []
+    forward, attempts, alive = StableDiffusionDenoiser.forward, [], []
 
     def watched(self, x_t, *arguments):
         if len(x_t) > 2:
@@ -116,7 +116,7 @@ def test_a_failed_attempt_is_gone_before_the_next_one_begins(model, shards, tmp_
         alive.append(attempts[0]() is not None)
         return forward(self, x_t, *arguments)
 
-    monkeypatch.setattr(Denoiser, "forward", watched)
+    monkeypatch.setattr(StableDiffusionDenoiser, "forward", watched)
     run_finetune(settings(model, shards, tmp_path / "run", steps=1, auto_batch_size=True, ema_decay=0.9))
     assert attempts and not any(alive)
 
@@ -131,16 +131,16 @@ FULL_ON_ONE = """
 import os, sys
 import torch
 from train.cli import main
-from train.finetune.model.trained import Denoiser
+from train.denoising.stable_diffusion import StableDiffusionDenoiser
 
-forward = Denoiser.forward
+forward = StableDiffusionDenoiser.forward
 
 def limited(self, x_t, *arguments):
     if os.environ["RANK"] == "1" and len(x_t) > 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return forward(self, x_t, *arguments)
 
-Denoiser.forward = limited
+StableDiffusionDenoiser.forward = limited
 sys.exit(main())
 """
 

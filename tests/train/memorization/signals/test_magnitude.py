@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from train.denoising.coefficients import Coefficients
 from train.denoising.predictions import to_eps
 from train.memorization import magnitude
 
@@ -52,11 +53,11 @@ def test_all_prediction_types_give_the_noise_that_was_added(per_image):
     alpha_bar = torch.linspace(0.05, 0.95, 5) if per_image else torch.tensor(0.3)
     a = alpha_bar.reshape(-1, 1, 1, 1).sqrt()
     b = (1 - alpha_bar.reshape(-1, 1, 1, 1)).sqrt()
-    x_t, v = a * x_0 + b * eps, a * eps - b * x_0
+    x_t, v, at = a * x_0 + b * eps, a * eps - b * x_0, Coefficients(a, b)
     for output, kind in ((eps, "epsilon"), (v, "v_prediction"), (x_0, "sample")):
-        assert torch.allclose(to_eps(output, x_t, alpha_bar, kind), eps, atol=2e-5)
+        assert torch.allclose(to_eps(output, x_t, at, kind), eps, atol=2e-5)
     with pytest.raises(ValueError, match="'score'"):
-        to_eps(eps, x_t, alpha_bar, "score")
+        to_eps(eps, x_t, at, "score")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from afresh.errors import UserError
+from train.denoising.coefficients import Coefficients
+from train.denoising.conditioning import Conditioning
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Run, State, guide
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
@@ -67,24 +69,25 @@ def decode(latents: Tensor) -> Tensor:
     return 0.5 + 0.1 * latents[:, :3]
 
 
-def embed(text: str) -> Tensor:
+def embed(text: str) -> Conditioning:
     seed = sum(text.encode())
-    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Conditioning({"embeds": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))})
 
 
-def denoise(x_t: Tensor, embeds: Tensor, rows: Tensor | None = None) -> Tensor:
+def denoise(x_t: Tensor, cond: Conditioning, rows: Tensor | None = None) -> Tensor:
     """``ε(x, e) = 0.9·x + 0.1·e + 0.05·sin(x)``."""
-    return 0.9 * x_t + 0.1 * embeds + 0.05 * torch.sin(x_t)
+    return 0.9 * x_t + 0.1 * cond.embeds + 0.05 * torch.sin(x_t)
 
 
 def make_state(prompts: list[str], t: float = 400.0, alpha_bar: float = 0.4, scale: float = 7.5) -> State:
     n = len(prompts)
     x_t = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    uncond, cond = embed("").expand(n, -1, -1, -1), torch.cat([embed(p) for p in prompts])
+    uncond, cond = embed("").expand(n), Conditioning.join([embed(p) for p in prompts])
     eps_uncond, eps_cond = denoise(x_t, uncond), denoise(x_t, cond)
-    run = Run(n, 1000, decode, lambda texts: torch.cat([embed(text) for text in texts]))
+    run = Run(n, 1000, decode, lambda texts: Conditioning.join([embed(text) for text in texts]))
     eps_hat = eps_uncond + scale * (eps_cond - eps_uncond)
-    return State(run, 0, t, alpha_bar, scale, x_t, eps_uncond, eps_cond, eps_hat, uncond, cond, denoise)
+    at = Coefficients.of_alpha_bar(alpha_bar)
+    return State(run, 0, t, at, scale, x_t, eps_uncond, eps_cond, eps_hat, uncond, cond, denoise)
 
 
 def index_near(state: State, image: int, cosine: float, slope: float = 1.0) -> Index:
@@ -386,7 +389,7 @@ def test_the_prediction_under_the_nearest_caption_is_known_where_the_prompt_is_t
 
 
 def test_without_classifier_free_guidance_only_the_dissimilarity_term_acts():
-    state = replace(make_state(["red apple"], scale=1.0), eps_uncond=None, embeds_uncond=None)
+    state = replace(make_state(["red apple"], scale=1.0), eps_uncond=None, uncond=None)
     _, parts, _ = act(state, AMG(index_near(state, 0, 0.75), Embedder(), through_unet=True))
     assert set(parts) == {"dissimilarity"}
 

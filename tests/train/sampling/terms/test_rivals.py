@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from afresh.errors import UsageError, UserError
+from train.denoising.coefficients import Coefficients
+from train.denoising.conditioning import Conditioning
 from train.memorization.signals.magnitude import magnitude
 from train.sampling import AttractionBasin, GuidedStableDiffusion, NoiseAdjustment, PromptMinimisation, RandomTokens
 from train.sampling.config import SampleConfig, TokensConfig
@@ -28,9 +30,13 @@ PROMPTS = ["red apple", "grinning face"]
 MIX = torch.randn(5 * 6, 4 * 4 * 4, generator=torch.Generator().manual_seed(2)) / 8
 
 
-def denoise(x: Tensor, embeds: Tensor, rows: Tensor | None = None) -> Tensor:
+def denoise(x: Tensor, cond: Conditioning, rows: Tensor | None = None) -> Tensor:
     """``ε(x, e) = 0.9 x + (1 + 0.1 x) · M e``: linear in e, and the direction depends on x."""
-    return 0.9 * x + (1 + 0.1 * x) * (embeds.flatten(1) @ MIX).view(-1, 4, 4, 4)
+    return 0.9 * x + (1 + 0.1 * x) * (cond.embeds.flatten(1) @ MIX).view(-1, 4, 4, 4)
+
+
+def text(embeds: Tensor) -> Conditioning:
+    return Conditioning({"embeds": embeds})
 
 
 def make_start(n: int = 3, weak: int | None = None) -> Start:
@@ -40,8 +46,9 @@ def make_start(n: int = 3, weak: int | None = None) -> Start:
     cond = torch.randn(n, 5, 6, generator=g)
     if weak is not None:
         cond[weak] = uncond[weak] + 0.01
-    run = Run(n, 1000, lambda z: z, lambda texts: torch.zeros(len(texts), 5, 6))
-    return Start(run, 981.0, 0.01, x, x, uncond, cond, None, denoise)
+    run = Run(n, 1000, lambda z: z, lambda texts: text(torch.zeros(len(texts), 5, 6)))
+    at = Coefficients.of_alpha_bar(0.01)
+    return Start(run, 981.0, at, x, x, text(uncond), text(cond), None, denoise)
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:
@@ -50,7 +57,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 def m_of(start: Start, embeds: Tensor | None = None, x: Tensor | None = None) -> Tensor:
     x = start.x_t if x is None else x
-    return magnitude(denoise(x, start.embeds_cond if embeds is None else embeds), denoise(x, start.embeds_uncond))
+    return magnitude(denoise(x, start.cond if embeds is None else text(embeds)), denoise(x, start.uncond))
 
 
 # ---------------------------------------------------------------------------------------- prompt minimisation
@@ -60,18 +67,18 @@ def test_prompt_minimisation_is_adamw_on_each_images_own_magnitude():
     start = make_start()
     change = PromptMinimisation(target=0.0, steps=3, slice=2).prepare(start)
     for i in range(3):
-        rest = start.embeds_cond[i : i + 1, 1:].clone().requires_grad_()
+        rest = start.cond.embeds[i : i + 1, 1:].clone().requires_grad_()
         optimizer = torch.optim.AdamW([rest], lr=0.05)
         for _ in range(3):
-            embeds = torch.cat([start.embeds_cond[i : i + 1, :1], rest], 1)
-            m = magnitude(denoise(start.x_t[i : i + 1], embeds), denoise(start.x_t[i : i + 1], start.embeds_uncond[:1]))
+            embeds = text(torch.cat([start.cond.embeds[i : i + 1, :1], rest], 1))
+            m = magnitude(denoise(start.x_t[i : i + 1], embeds), denoise(start.x_t[i : i + 1], start.uncond[:1]))
             optimizer.zero_grad()
             m.sum().backward()
             optimizer.step()
-        torch.testing.assert_close(change.embeds_cond[i, 1:], rest.detach()[0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(change.embeds_cond[:, 0], start.embeds_cond[:, 0])  # BOS
+        torch.testing.assert_close(change.cond.embeds[i, 1:], rest.detach()[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(change.cond.embeds[:, 0], start.cond.embeds[:, 0])  # BOS
     torch.testing.assert_close(change.columns["prompt_magnitude"], m_of(start))
-    torch.testing.assert_close(change.columns["prompt_magnitude_after"], m_of(start, change.embeds_cond))
+    torch.testing.assert_close(change.columns["prompt_magnitude_after"], m_of(start, change.cond.embeds))
 
 
 def test_each_image_stops_at_the_target_on_its_own():
@@ -94,10 +101,11 @@ def state_of(step: int, size: Tensor, scale: float = 7.5) -> State:
     n = len(size)
     uncond = torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(step))
     direction = torch.ones(n, 4, 4, 4) / 8 * size.view(-1, 1, 1, 1)
-    run = Run(n, 1000, lambda z: z, lambda texts: torch.zeros(len(texts)))
+    run = Run(n, 1000, lambda z: z, lambda texts: text(torch.zeros(len(texts), 1, 1)))
     eps_hat = uncond + scale * direction
     t = 900.0 - 100 * step
-    return State(run, step, t, 0.5, scale, uncond, uncond, uncond + direction, eps_hat, None, None, denoise)
+    at = Coefficients.of_alpha_bar(0.5)
+    return State(run, step, t, at, scale, uncond, uncond, uncond + direction, eps_hat, None, None, denoise)
 
 
 def run_basin(term: AttractionBasin, sizes: list[list[float]]) -> tuple[list[list[bool]], list[float]]:
@@ -146,9 +154,9 @@ def test_the_batch_form_is_the_sharpness_aware_step_of_the_paper():
     change = NoiseAdjustment(method="batch", rho=rho, gamma=gamma, iterations=2, slice=2).prepare(start)
     x = start.x_t
     for _ in range(2):
-        tilde = denoise(x, start.embeds_cond) - denoise(x, start.embeds_uncond)
+        tilde = denoise(x, start.cond) - denoise(x, start.uncond)
         there = x + rho * tilde / tilde.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        x = x - gamma * (denoise(there, start.embeds_cond) - denoise(there, start.embeds_uncond) - tilde)
+        x = x - gamma * (denoise(there, start.cond) - denoise(there, start.uncond) - tilde)
     torch.testing.assert_close(change.x_t, x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(change.columns["noise_magnitude"], m_of(start))
     torch.testing.assert_close(change.columns["noise_magnitude_after"], m_of(start, x=x))
@@ -181,7 +189,7 @@ def test_the_per_sample_form_is_adamw_on_the_noise_and_stops_at_the_target():
 
 
 def m_of_one(x: Tensor, start: Start) -> Tensor:
-    return magnitude(denoise(x, start.embeds_cond[:1]), denoise(x, start.embeds_uncond[:1])).sum()
+    return magnitude(denoise(x, start.cond[:1]), denoise(x, start.uncond[:1])).sum()
 
 
 # ----------------------------------------------------------------------------------------------- random tokens
