@@ -35,7 +35,9 @@ def index(emoji) -> TrainingIndex:
     images, captions = zip(*emoji[:12], strict=True)
     n, embeddings = len(images), load_embedder("layout").embed(list(images))
     names = [str(i) for i in range(n)]
-    return TrainingIndex.build(embeddings, captions, ["s"] * n, names, np.ones(n, bool), np.arange(n), "layout")
+    # Not calibrated: cosines of unrelated images lie above 0, so that every part of AMG acts.
+    return TrainingIndex(embeddings.astype(np.float16), list(captions), ["s"] * n, names, np.ones(n, bool),
+                         np.arange(n), "layout")  # fmt: skip
 
 
 def always(index: TrainingIndex, **options) -> AMG:
@@ -82,7 +84,8 @@ def test_prompt_embeddings_longer_than_the_tokenizers_limit_are_guided(pipe, ind
     negative = torch.zeros_like(embeds)
     guidance = [always(index, through_unet=through_unet, despecification=False), Looking(look)]
     output = drawn(pipe, guidance, prompt_embeds=embeds, negative_prompt_embeds=negative)
-    assert seen == [0, 1, 2] and all("deduplication" in row["fired"] for row in output.trace)
+    assert seen == [0, 1, 2]
+    assert all("deduplication" in row["fired"] for row in output.trace if row["step"])
     assert np.isfinite(output.images).all()
 
 
