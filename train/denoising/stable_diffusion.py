@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 IDS, TIMESTEP, IMAGE = "ids", "timestep_cond", "image_embeds"
 """Parts of a conditioning beside the prompt's embeddings: token ids that are not encoded yet, the guidance scale of a
-distilled model, and image prompts (``image_embeds.0``, …)."""
+distilled model, and image prompts (``image_embeds.00``, …)."""
 
 
 class StableDiffusionDenoiser(torch.nn.Module):
@@ -45,7 +45,8 @@ class StableDiffusionDenoiser(torch.nn.Module):
     ) -> None:
         super().__init__()
         # A pipeline that was loaded without its text encoder takes embeddings alone.
-        self.unet, self.text_encoder = pipe.unet, getattr(pipe, "text_encoder", None)
+        self.text_encoder: Any = getattr(pipe, "text_encoder", None)
+        self.unet = pipe.unet
         self.pipe = pipe
         self._cross_attention_kwargs, self._encoding = cross_attention_kwargs, encoding
 
@@ -101,6 +102,48 @@ class StableDiffusionDenoiser(torch.nn.Module):
             return self.encoded(self.tokens(prompts))
         embeds = self.pipe.encode_prompt(list(prompts), self.pipe._execution_device, 1, False, **self._encoding)[0]
         return Conditioning({"embeds": embeds})
+
+    @torch.no_grad()
+    def conditions(
+        self,
+        texts: tuple[Any, Any, Tensor | None, Tensor | None],
+        pictures: tuple[Any, Any],
+        num_images_per_prompt: int,
+    ) -> tuple[Conditioning | None, Conditioning]:
+        """What a call of the pipeline conditions on, as the stock pipeline has it, bit for bit: the empty (or negative)
+        prompt, if there is classifier-free guidance, and the prompt.
+
+        Args:
+            texts: prompt, negative prompt, and the embeddings of both.
+            pictures: image prompts, and their embeddings.
+            num_images_per_prompt: images of each prompt.
+        """
+        pipe: Any = self.pipe
+        prompt, negative_prompt, prompt_embeds, negative_prompt_embeds = texts
+        device, cfg = pipe._execution_device, pipe.do_classifier_free_guidance
+        embeds, negative = pipe.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            cfg,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            **(self._encoding or {}),
+        )
+        parts: dict[str, Tensor] = {}  # both halves' where there are two
+        if any(picture is not None for picture in pictures):
+            images = pipe.prepare_ip_adapter_image_embeds(*pictures, device, len(embeds), cfg)
+            parts = {f"{IMAGE}.{number:02d}": image for number, image in enumerate(images)}
+        if (width := self.unet.config.time_cond_proj_dim) is not None:  # guidance-distilled models
+            scales = torch.tensor(pipe.guidance_scale - 1).repeat(len(embeds))
+            scales = pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
+            parts[TIMESTEP] = scales.to(device=device, dtype=embeds.dtype)
+        if not cfg:
+            return None, Conditioning({"embeds": embeds, **parts})
+        both = {name: part.chunk(2) for name, part in parts.items()}
+        halves = [{name: half[i] for name, half in both.items()} for i in range(2)]
+        return Conditioning({"embeds": negative, **halves[0]}), Conditioning({"embeds": embeds, **halves[1]})
 
     # ------------------------------------------------------------------------------------------------- the denoiser
 

@@ -69,7 +69,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     found: dict[str, Audit] = {}
     total = sum(map(len, chosen.values())) * config.restarts * config.search_steps
     with (
-        blocked(pipe.unet, neurons) if neurons else contextlib.nullcontext(),
+        blocked(pipe, neurons) if neurons else contextlib.nullcontext(),
         progress(total=total, desc="audit", unit="search steps") as bar,
     ):
         for kind, prompts in chosen.items():

@@ -18,6 +18,7 @@ from afresh.files import write_json
 from afresh.progress import get_logger, progress
 from afresh.runs import refuse_other_settings
 from train.denoising.loading import open_pipeline
+from train.denoising.network import network_of
 from train.evaluation.blocking import _report
 from train.evaluation.config import LocalizeConfig
 from train.memorization.neurons.localization import Localization, Localized, Localizer
@@ -80,7 +81,7 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
     found, seconds = _search(config, out, pipe, prompts, clean, settings)
     if config.edited_model:
         write_edited(pipe, found.neurons, Path(config.edited_model))
-    sizes = widths(value_layers(pipe.unet, up_blocks=config.up_blocks))
+    sizes = widths(value_layers(network_of(pipe), up_blocks=config.up_blocks))
     del pipe  # the report's runs load it themselves
     memorized = [prompt for prompt in found.prompts if prompt.memorized_seeds]
     numbers = [count(prompt.neurons) for prompt in memorized if prompt.neurons]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
+from train.denoising.families import denoiser_of
 from train.denoising.loading import chosen_device, open_pipeline
 from train.memorization.thresholds import Thresholds, model_thresholds
 from train.prompts import Prompt
@@ -58,11 +59,10 @@ class Opened:
     @cached_property
     def elements(self) -> int:
         """Numbers in an image's latents."""
-        unet, factor = self.pipe.unet.config, self.pipe.vae_scale_factor
-        own = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
+        (channels, *own), factor = denoiser_of(self.pipe).shape, self.pipe.vae_scale_factor
         given = (self.config.height, self.config.width)
         sides = tuple(length // factor for length in given) if all(given) else own
-        return unet.in_channels * sides[0] * sides[1]
+        return channels * sides[0] * sides[1]
 
     def _open(self, path: str, name: str) -> tuple[TrainingIndex, Embedder]:
         index, embedder = open_index(path, name)

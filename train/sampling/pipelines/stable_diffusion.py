@@ -25,7 +25,7 @@ from torch import Tensor
 from train.denoising.conditioning import Conditioning
 from train.denoising.decoding import Decoder
 from train.denoising.preview import preview_of
-from train.denoising.stable_diffusion import IMAGE, TIMESTEP, StableDiffusionDenoiser
+from train.denoising.stable_diffusion import StableDiffusionDenoiser
 from train.sampling.guidance import Guidance, Run
 from train.sampling.pipelines.loop import GuidedLoop
 
@@ -127,16 +127,16 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
         height, width = self._size(height, width)
         texts, images = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds), ip_adapter_image
         self.check_inputs(prompt, height, width, None, *texts[1:], images, ip_adapter_image_embeds, inputs)
-        uncond, cond = self._conditions(texts, (images, ip_adapter_image_embeds), num_images_per_prompt)
-        device, batch_size = self._execution_device, len(cond)
-        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        channels, dtype = self.unet.config.in_channels, cond.embeds.dtype
-        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
         denoiser = StableDiffusionDenoiser(
             self,
             cross_attention_kwargs=cross_attention_kwargs,
             encoding={"lora_scale": (cross_attention_kwargs or {}).get("scale"), "clip_skip": clip_skip},
         )
+        uncond, cond = denoiser.conditions(texts, (images, ip_adapter_image_embeds), num_images_per_prompt)
+        device, batch_size = self._execution_device, len(cond)
+        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        channels, dtype = self.unet.config.in_channels, cond.embeds.dtype
+        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
         loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, batch_size), guidance, steps[0], trace_tensors)
         prompts = _repeated(prompt, num_images_per_prompt)
         latents, prepared = loop.prepare(steps[0], latents, uncond, cond, prompts)
@@ -153,47 +153,6 @@ class GuidedStableDiffusion(StableDiffusionPipeline):
         size = self.unet.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         return rows * self.vae_scale_factor, columns * self.vae_scale_factor
-
-    def _conditions(
-        self,
-        texts: tuple[Any, Any, Tensor | None, Tensor | None],
-        pictures: tuple[Any, Any],
-        num_images_per_prompt: int,
-    ) -> tuple[Conditioning | None, Conditioning]:
-        """Of the empty (or negative) prompt, if there is classifier-free guidance, and of the prompt.
-
-        Args:
-            texts: prompt, negative prompt, and the embeddings of both.
-            pictures: image prompts, and their embeddings.
-            num_images_per_prompt: images of each prompt.
-        """
-        prompt, negative_prompt, prompt_embeds, negative_prompt_embeds = texts
-        device, cfg = self._execution_device, self.do_classifier_free_guidance
-        embeds, negative = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            cfg,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
-            clip_skip=self.clip_skip,
-        )
-        parts: dict[str, Tensor] = {}  # both halves' where there are two
-        if any(picture is not None for picture in pictures):
-            images = self.prepare_ip_adapter_image_embeds(*pictures, device, len(embeds), cfg)
-            parts = {f"{IMAGE}.{number}": image for number, image in enumerate(images)}
-        if self.unet.config.time_cond_proj_dim is not None:  # guidance-distilled models
-            scales = torch.tensor(self.guidance_scale - 1).repeat(len(embeds))
-            width = self.unet.config.time_cond_proj_dim
-            timestep = self.get_guidance_scale_embedding(scales, embedding_dim=width)
-            parts[TIMESTEP] = timestep.to(device=device, dtype=embeds.dtype)
-        if not cfg:
-            return None, Conditioning({"embeds": embeds, **parts})
-        both = {name: part.chunk(2) for name, part in parts.items()}
-        halves = [{name: half[i] for name, half in both.items()} for i in range(2)]
-        return Conditioning({"embeds": negative, **halves[0]}), Conditioning({"embeds": embeds, **halves[1]})
 
     def _run(self, denoiser: StableDiffusionDenoiser, batch_size: int) -> Run:
         """What terms see of the call."""
