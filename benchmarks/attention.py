@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from train.denoising.attention import set_attention
-from train.denoising.loading import load_pipeline, sample_model_dir
+from train.denoising.opening.attention import set_attention
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 
 BATCH, ROUNDS = 32, 7
 

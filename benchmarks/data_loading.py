@@ -20,7 +20,7 @@ import torch
 
 from afresh.cores import cpu_count
 from curate.sample_set import sample_set_dir
-from train.denoising.loading import sample_model_dir
+from train.denoising.opening.loading import sample_model_dir
 from train.finetune import loop
 from train.finetune.config import FinetuneConfig
 

@@ -29,8 +29,8 @@ import torch
 import train.sampling.guidance
 from curate.config import DedupConfig
 from curate.embed.ngrams import embed_captions
-from train.denoising.loading import load_pipeline
-from train.denoising.stable_diffusion import initial_noise, latent_shape
+from train.denoising.families.stable_diffusion import initial_noise, latent_shape
+from train.denoising.opening.loading import load_pipeline
 from train.memorization.config import MEMORIZED
 from train.memorization.detection.separation import labels_of, read_outcomes, separation
 from train.memorization.scoring import score

@@ -29,9 +29,9 @@ from afresh.progress import progress
 from benchmarks.filter_effect import COPY, POLICIES
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
-from train.denoising.attention import set_attention
-from train.denoising.loading import load_pipeline, sample_model_dir
-from train.denoising.stable_diffusion import encode_captions, pixel_size
+from train.denoising.families.stable_diffusion import encode_captions, pixel_size
+from train.denoising.opening.attention import set_attention
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.finetune.caches.latents import encode_moments
 from train.finetune.config import Calibration, FilterConfig
 from train.finetune.data.buckets import bring_to

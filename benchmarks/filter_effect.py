@@ -32,7 +32,7 @@ from curate.config import DedupConfig
 from curate.decisions.sample_lists import write_ids
 from curate.dedup import run_dedup
 from curate.reading.samples import read_samples
-from train.denoising.loading import sample_model_dir
+from train.denoising.opening.loading import sample_model_dir
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.evaluate import run_evaluate
 from train.finetune.config import Calibration, FilterConfig, FinetuneConfig

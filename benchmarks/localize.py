@@ -29,8 +29,8 @@ from PIL.Image import Image
 from afresh.progress import progress
 from curate.embed.protocol import Embedder
 from curate.index.training_index import TrainingIndex
-from train.denoising.loading import load_pipeline
-from train.denoising.stable_diffusion import encode_captions, initial_noise, latent_shape
+from train.denoising.families.stable_diffusion import encode_captions, initial_noise, latent_shape
+from train.denoising.opening.loading import load_pipeline
 from train.evaluation.judging.dual_encoder import DualEncoder
 from train.evaluation.judging.metrics import memorized_share
 from train.memorization.neurons.blocking import gates

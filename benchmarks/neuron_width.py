@@ -32,7 +32,7 @@ from afresh.files import write_json
 from afresh.progress import get_logger
 from benchmarks.filter_effect import read_settings
 from benchmarks.localize import Measure, draw, slopes
-from train.denoising.loading import load_pipeline, sample_model_dir
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.evaluation.judging.metrics import memorized_share
 from train.finetune.config import FinetuneConfig
 from train.finetune.loop import run_finetune

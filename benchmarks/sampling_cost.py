@@ -38,7 +38,7 @@ import torch
 from afresh.files import write_json
 from curate.index.calibration import Calibration
 from curate.index.training_index import TrainingIndex
-from train.denoising.preview import LinearDecoder
+from train.denoising.latents.preview import LinearDecoder
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Guidance
 from train.sampling.pipelines import stable_diffusion as pipelines

@@ -35,9 +35,9 @@ from afresh.progress import progress
 from benchmarks.filter_effect import COPY, Size, finetune_settings, prepare, read_settings
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
-from train.denoising.loading import load_pipeline, sample_model_dir
+from train.denoising.families.stable_diffusion import encode_captions, pixel_size
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.denoising.predictions import to_eps
-from train.denoising.stable_diffusion import encode_captions, pixel_size
 from train.finetune.caches.latents import encode_moments
 from train.finetune.data.buckets import bring_to
 from train.finetune.data.order import generator

@@ -43,9 +43,9 @@ from curate.reading.images import decode_image, image_array
 from curate.reading.samples import Sample
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
-from train.denoising.attention import set_attention
-from train.denoising.loading import load_pipeline, sample_model_dir
-from train.denoising.stable_diffusion import pixel_size
+from train.denoising.families.stable_diffusion import pixel_size
+from train.denoising.opening.attention import set_attention
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.finetune.config import FinetuneConfig
 from train.finetune.loop import train
 from train.finetune.preparation import make_accelerator, resolve_precision

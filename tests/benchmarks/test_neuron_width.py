@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.neuron_width import divided, widened
-from train.denoising.loading import load_pipeline, sample_model_dir
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from train.denoising.stable_diffusion import encode_captions
+from train.denoising.families.stable_diffusion import encode_captions
 
 SHAPE = (4, 16, 16)
 

@@ -13,7 +13,7 @@ import pytest
 from afresh.errors import UsageError
 from curate.config import DedupConfig
 from curate.sample_set import load_part
-from train.denoising.loading import sample_model_dir
+from train.denoising.opening.loading import sample_model_dir
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.quickstart.config import MessConfig, QuickstartConfig
 from train.quickstart.job import run_quickstart

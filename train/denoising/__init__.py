@@ -1,1 +1,1 @@
-"""The model behind one protocol: loading, conditioning, the denoiser call, predictions, schedules, decoding."""
+"""The model behind one protocol: conditioning, predictions in every space, noise schedule; families fill it."""

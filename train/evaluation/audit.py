@@ -18,7 +18,7 @@ from afresh.errors import UsageError, UserError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from curate.reading.images import ImageError, decode_image, stack_images
-from train.denoising.loading import open_pipeline
+from train.denoising.opening.loading import open_pipeline
 from train.evaluation.config import AuditConfig
 from train.evaluation.judging.judge import PIXEL_COPY
 from train.evaluation.judging.metrics import thumbnails

@@ -17,8 +17,8 @@ from afresh.errors import UsageError, UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
 from afresh.runs import refuse_other_settings
-from train.denoising.loading import open_pipeline
 from train.denoising.network import network_of
+from train.denoising.opening.loading import open_pipeline
 from train.evaluation.blocking import _report
 from train.evaluation.config import LocalizeConfig
 from train.memorization.neurons.localization import Localization, Localized, Localizer

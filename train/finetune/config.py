@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from train.denoising.config import LoRAConfig
+from train.denoising.opening.config import LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class FinetuneConfig:
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
             else no.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        attention: how the UNet computes attention (``train.denoising.attention.set_attention``).
+        attention: how the UNet computes attention (``train.denoising.opening.attention.set_attention``).
         compile: compile the UNet with torch.compile; the first steps take minutes.
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.

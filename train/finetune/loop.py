@@ -22,8 +22,8 @@ import torch
 from afresh.errors import UsageError, UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
-from train.denoising.attention import set_attention
 from train.denoising.network import network_of
+from train.denoising.opening.attention import set_attention
 from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.batches import batch_positions, dead_workers_named, make_batches, upcoming_positions
 from train.finetune.batches.captions import Captions

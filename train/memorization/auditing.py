@@ -24,7 +24,7 @@ from afresh.errors import UserError
 from afresh.progress import Progress
 from curate.embed.registry import load_embedder
 from train.denoising.conditioning import Conditioning
-from train.denoising.families import denoiser_of
+from train.denoising.families.registry import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

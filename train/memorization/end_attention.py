@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afresh.errors import UserError
-from train.denoising.families import denoiser_of
-from train.denoising.stable_diffusion import end_positions
+from train.denoising.families.registry import denoiser_of
+from train.denoising.families.stable_diffusion import end_positions
 from train.memorization.cross_attention import recorded_attention
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import Tensor
 from afresh.errors import UsageError, UserError
 from afresh.progress import Progress
 from train.denoising.conditioning import Conditioning
-from train.denoising.families import denoiser_of
+from train.denoising.families.registry import denoiser_of
 from train.denoising.predictions import Prediction
 from train.memorization.cross_attention import recorded_attention
 from train.memorization.signals.magnitude import Form

@@ -25,7 +25,7 @@ from typing import Any
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger
 from afresh.runs import claim
-from train.denoising.loading import sample_model_dir
+from train.denoising.opening.loading import sample_model_dir
 from train.quickstart.config import QuickstartConfig
 from train.quickstart.mess import make_mess
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from train.denoising.loading import load_pipeline, sample_model_dir
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 
 
 def main(folder: str) -> None:

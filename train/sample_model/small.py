@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from train.denoising.attention import set_attention
+from train.denoising.opening.attention import set_attention
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

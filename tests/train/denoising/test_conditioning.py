@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.denoising.conditioning import Conditioning
-from train.denoising.stable_diffusion import StableDiffusionDenoiser
+from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
 
 
 def text(n: int, tokens: int, seed: int = 0, width: int = 32) -> Conditioning:

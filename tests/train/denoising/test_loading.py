@@ -14,9 +14,9 @@ from afresh.errors import UserError
 from curate.reading.images import decode_image
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
-from train.denoising.checkpoints import unsupported
-from train.denoising.loading import check_trainable, load_pipeline
-from train.denoising.stable_diffusion import encode_captions
+from train.denoising.families.stable_diffusion import encode_captions
+from train.denoising.opening.checkpoints import unsupported
+from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.sample_model.small import tiny_pipeline
 
 PARTS = ("unet", "vae", "text_encoder")

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from curate.embed.registry import load_embedder
-from train.denoising.decoding import Decoder
-from train.denoising.loading import load_pipeline, sample_model_dir
-from train.denoising.preview import LinearDecoder, dead_leaves, preview_of
+from train.denoising.latents.decoder import Decoder
+from train.denoising.latents.preview import LinearDecoder, dead_leaves, preview_of
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.sampling import GuidedStableDiffusion
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from diffusers import AutoencoderTiny
 from curate.embed import load_embedder
 from curate.index import TrainingIndex
 from train.denoising.conditioning import Conditioning
-from train.denoising.decoding import Decoder
-from train.denoising.families import denoiser_of
-from train.denoising.preview import preview_of
+from train.denoising.families.registry import denoiser_of
+from train.denoising.latents.decoder import Decoder
+from train.denoising.latents.preview import preview_of
 from train.memorization import score
 from train.sample_model.small import tiny_pipeline
 from train.sampling import AMG, GuidedStableDiffusion

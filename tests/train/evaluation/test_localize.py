@@ -12,7 +12,7 @@ from PIL import Image
 
 from afresh.errors import UsageError, UserError
 from curate.sample_set import load_part
-from train.denoising.loading import load_pipeline
+from train.denoising.opening.loading import load_pipeline
 from train.evaluation.config import LocalizeConfig
 from train.evaluation.localize import REMOVED, run_localize
 from train.memorization.neurons.blocking import blocked

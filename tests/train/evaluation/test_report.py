@@ -18,9 +18,9 @@ from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from curate.reading.images import decode_image, stack_images
 from curate.sample_set import load_part
-from train.denoising.adapters import add_lora, save_lora
-from train.denoising.config import LoRAConfig
-from train.denoising.loading import load_pipeline
+from train.denoising.opening.adapters import add_lora, save_lora
+from train.denoising.opening.config import LoRAConfig
+from train.denoising.opening.loading import load_pipeline
 from train.evaluation.evaluate import write_table
 from train.evaluation.judging.drawn import Drawn
 from train.evaluation.judging.dual_encoder import DualEncoder

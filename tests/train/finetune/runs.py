@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.denoising.loading import load_pipeline
+from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import FinetuneConfig
 from train.finetune.state.log import MEASURED, RunLog
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, wait_for_step
 from tests.train.finetune.runs import settings as run_settings
-from train.denoising.adapters import WEIGHTS, add_lora, fuse_lora, save_lora
-from train.denoising.config import LoRAConfig
-from train.denoising.loading import load_pipeline
-from train.denoising.stable_diffusion import encode_captions
+from train.denoising.families.stable_diffusion import encode_captions
+from train.denoising.opening.adapters import WEIGHTS, add_lora, fuse_lora, save_lora
+from train.denoising.opening.config import LoRAConfig
+from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.model.trained import load_model

@@ -9,7 +9,7 @@ import torch
 
 from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, weights
-from train.denoising.loading import load_pipeline
+from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
 from train.finetune.data.order import SampleOrder
 from train.finetune.data.scan import ShardSet

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from train.denoising.config import LoRAConfig
+from train.denoising.opening.config import LoRAConfig
 from train.finetune.config import Calibration, FilterConfig, FinetuneConfig
 from train.finetune.model_card import Training, model_card, read_curations
 

@@ -27,8 +27,8 @@ from tests.train.finetune.runs import (
     weights,
     workers_of,
 )
-from train.denoising.adapters import WEIGHTS
-from train.denoising.config import LoRAConfig
+from train.denoising.opening.adapters import WEIGHTS
+from train.denoising.opening.config import LoRAConfig
 from train.finetune.config import FilterConfig, ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.state.checkpoint import load_latest

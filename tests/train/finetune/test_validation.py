@@ -13,7 +13,7 @@ from afresh.errors import UsageError
 from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from tests.train.finetune.runs import log_lines, same, settings, weights
-from train.denoising.loading import load_pipeline
+from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.validation import Validation, check_validation

@@ -14,8 +14,8 @@ from PIL import Image
 
 from afresh.errors import UsageError, UserError
 from train.cli import main
-from train.denoising.loading import load_pipeline
-from train.denoising.stable_diffusion import encode_captions, initial_noise
+from train.denoising.families.stable_diffusion import encode_captions, initial_noise
+from train.denoising.opening.loading import load_pipeline
 from train.evaluation.audit import compared, row_correlation, rows_of, run_audit
 from train.evaluation.config import AuditConfig
 from train.evaluation.judging.metrics import pixel_correlation

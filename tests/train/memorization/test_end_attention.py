@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from afresh.errors import UserError
-from train.denoising.stable_diffusion import initial_noise, tokenize
+from train.denoising.families.stable_diffusion import initial_noise, tokenize
 from train.memorization import bright_ending, draw_mask
 from train.memorization.cross_attention import cross_attention_layers, recorded_attention
 from train.memorization.end_attention import end_positions, finest_down_layers

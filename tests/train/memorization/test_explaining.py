@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler
 
 from afresh.errors import UsageError, UserError
 from train.cli import main
+from train.denoising.families.stable_diffusion import encode_captions, initial_noise
 from train.denoising.network import frozen
-from train.denoising.stable_diffusion import encode_captions, initial_noise
 from train.memorization import explain, magnitude, suggest
 from train.memorization.config import ExplainConfig
 from train.memorization.explaining.changes import without
@@ -142,7 +142,7 @@ def test_checkpointing_gives_the_same_and_leaves_the_unet_as_it_was(tiny_pipe):
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_half_precision_stays_near_full_precision(sample_model, dtype, error):
-    from train.denoising.loading import load_pipeline
+    from train.denoising.opening.loading import load_pipeline
 
     pipe = load_pipeline(str(sample_model))
     full = explain(pipe, PROMPTS[:1], steps=1, seeds=1)[0]

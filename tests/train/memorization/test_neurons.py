@@ -62,7 +62,7 @@ def test_fused_projections_are_refused(tiny_pipe):
 
 
 def test_activations_are_the_mean_absolute_values_over_tokens(pipe):
-    from train.denoising.stable_diffusion import encode_captions
+    from train.denoising.families.stable_diffusion import encode_captions
 
     layers = value_layers(pipe.unet)
     name, layer = next(iter(layers.items()))
@@ -127,8 +127,8 @@ def test_zero_rows_are_blocked_neurons_and_come_back_bit_for_bit(tiny_pipe, size
 
 
 def test_adapters_are_blocked_too_but_not_edited(tiny_pipe, sizes):
-    from train.denoising.adapters import add_lora
-    from train.denoising.config import LoRAConfig
+    from train.denoising.opening.adapters import add_lora
+    from train.denoising.opening.config import LoRAConfig
 
     pipe = copy.deepcopy(tiny_pipe)
     add_lora(pipe, LoRAConfig(rank=2, targets=["to_v"]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afresh.errors import UsageError, UserError
 from tests.train.known_denoisers import SHAPE, KnownDenoiser, mixture_eps, with_denoiser
-from train.denoising.stable_diffusion import tokenize
+from train.denoising.families.stable_diffusion import tokenize
 from train.memorization import magnitude, score
 from train.memorization.signals.protocol import Seen
 from train.memorization.signals.registry import SIGNALS

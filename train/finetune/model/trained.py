@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from train.denoising.adapters import add_lora, save_lora
 from train.denoising.conditioning import Conditioning
-from train.denoising.loading import check_trainable, load_pipeline
-from train.denoising.stable_diffusion import StableDiffusionDenoiser, pixel_size
+from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
+from train.denoising.opening.adapters import add_lora, save_lora
+from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from afresh.errors import UsageError, UserError
 from afresh.files import digest, write_json
 from afresh.progress import get_logger, progress
-from train.denoising.loading import chosen_device, open_pipeline
+from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.config import DetectConfig
 from train.memorization.detection.charts import draw_chart, draw_trajectories
 from train.memorization.detection.journal import open_journal, write_table

@@ -134,7 +134,7 @@ class Explanation:
 
 
 def read_tokens(pipe: StableDiffusionPipeline, prompt: str) -> tuple[Token, ...]:
-    """The text encoder's input for a prompt, token by token (see :func:`train.denoising.stable_diffusion.tokenize`)."""
+    """The text encoder's input for a prompt, token by token, as the family tokenizes it."""
     tokenizer = pipe.tokenizer
     encoded = tokenizer(
         prompt,

@@ -12,7 +12,7 @@ import numpy as np
 from afresh.errors import UsageError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
-from train.denoising.loading import open_pipeline
+from train.denoising.opening.loading import open_pipeline
 from train.memorization.config import ExplainConfig
 from train.memorization.explaining.changes import suggest
 from train.memorization.explaining.significance import explain

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from afresh.errors import UsageError, UserError
 from afresh.progress import Progress
 from train.denoising.conditioning import Conditioning
-from train.denoising.families import denoiser_of
+from train.denoising.families.registry import denoiser_of
 from train.denoising.protocol import Denoiser
 from train.memorization.explaining.explanation import Explanation, read_tokens
 from train.memorization.signals.magnitude import Form, magnitude

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from afresh.errors import UsageError
 from train.denoising.conditioning import Conditioning
-from train.denoising.families import denoiser_of
+from train.denoising.families.registry import denoiser_of
 from train.memorization.neurons.blocking import gates
 from train.memorization.neurons.value_neurons import widths
 from train.memorization.signals.magnitude import magnitude

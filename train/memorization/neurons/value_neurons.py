@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from afresh.errors import UserError
-from train.denoising.families import denoiser_of
+from train.denoising.families.registry import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

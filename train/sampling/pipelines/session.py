@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
-from train.denoising.families import denoiser_of
-from train.denoising.loading import chosen_device, open_pipeline
+from train.denoising.families.registry import denoiser_of
+from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.thresholds import Thresholds, model_thresholds
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig

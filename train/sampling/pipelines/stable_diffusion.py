@@ -23,9 +23,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 from torch import Tensor
 
 from train.denoising.conditioning import Conditioning
-from train.denoising.decoding import Decoder
-from train.denoising.preview import preview_of
-from train.denoising.stable_diffusion import StableDiffusionDenoiser
+from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
+from train.denoising.latents.decoder import Decoder
+from train.denoising.latents.preview import preview_of
 from train.sampling.guidance import Guidance, Run
 from train.sampling.pipelines.loop import GuidedLoop
 

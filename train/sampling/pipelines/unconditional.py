@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from train.denoising.conditioning import Conditioning
-from train.denoising.pixels import PixelDenoiser
+from train.denoising.families.pixels import PixelDenoiser
 from train.sampling.guidance import Guidance, Run
 from train.sampling.pipelines.loop import GuidedLoop
 

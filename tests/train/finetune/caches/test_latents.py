@@ -19,7 +19,7 @@ from afresh.errors import UsageError, UserError
 from curate.decisions.sample_lists import write_ids
 from tests.train.finetune.data.test_batches import SIZES, photos
 from tests.train.finetune.runs import log_lines, settings
-from train.denoising.stable_diffusion import encode_captions
+from train.denoising.families.stable_diffusion import encode_captions
 from train.finetune.caches import parts as cache
 from train.finetune.caches.latents import CachedLatents, encode_moments
 from train.finetune.caches.parts import Part, on_disk

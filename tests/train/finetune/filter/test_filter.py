@@ -14,7 +14,7 @@ import torch
 
 from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step, weights
-from train.denoising.loading import load_pipeline
+from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import Calibration, FilterConfig
 from train.finetune.filter.filter import MemorizationFilter
 from train.finetune.filter.policies import filter_weights, in_turn, is_judged

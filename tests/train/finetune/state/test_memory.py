@@ -10,8 +10,8 @@ import torch
 
 from afresh.errors import UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, stop_after, weights
-from train.denoising.config import LoRAConfig
-from train.denoising.stable_diffusion import StableDiffusionDenoiser
+from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
+from train.denoising.opening.config import LoRAConfig
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
 from train.finetune.state.memory import is_out_of_memory, memory_advice, smaller_batch
@@ -131,7 +131,7 @@ FULL_ON_ONE = """
 import os, sys
 import torch
 from train.cli import main
-from train.denoising.stable_diffusion import StableDiffusionDenoiser
+from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
 
 forward = StableDiffusionDenoiser.forward
 

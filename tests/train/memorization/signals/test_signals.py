@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from afresh.errors import UserError
 from tests.train.known_denoisers import KnownDenoiser, with_denoiser
-from train.denoising.stable_diffusion import encode_captions, initial_noise
+from train.denoising.families.stable_diffusion import encode_captions, initial_noise
 from train.memorization import magnitude, score
 from train.memorization.cross_attention import attention_probabilities, cross_attention_layers, recorded_attention
 from train.memorization.scoring import mean_attention

@@ -18,7 +18,7 @@ from afresh.errors import UsageError, UserError
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from train.denoising.config import LoRAConfig
+    from train.denoising.opening.config import LoRAConfig
 
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -37,7 +37,7 @@ def add_lora(
     """Freeze the UNet and the text encoder and add trainable adapters, in float32, in place.
 
     Args:
-        pipe: a pipeline from ``train.denoising.loading.load_pipeline``.
+        pipe: a pipeline from ``train.denoising.opening.loading.load_pipeline``.
         lora: rank, scale and place of the adapters.
         text_encoder: give the text encoder adapters too.
         base: dtype that the frozen weights are held in; half precision needs autocast in the forward pass.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UserError
-from train.denoising.attention import Attention, set_attention
-from train.denoising.checkpoints import SUPPORTED, check_file, check_folder, check_kind, unsupported
+from train.denoising.opening.attention import Attention, set_attention
+from train.denoising.opening.checkpoints import SUPPORTED, check_file, check_folder, check_kind, unsupported
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -45,7 +45,8 @@ def load_pipeline(
         model_config: of a single file: diffusers directory or hub name of a model of its architecture, whose configs,
             tokenizer and scheduler are taken (its weights need not be there). None: the one that diffusers recognises
             by the weights, from the hub or its cache.
-        lora: folder or file of adapters, which are added to the weights (``train.denoising.adapters.fuse_lora``).
+        lora: folder or file of adapters, which are added to the weights
+            (``train.denoising.opening.adapters.fuse_lora``).
 
     Raises:
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
@@ -92,7 +93,7 @@ def load_pipeline(
         raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
     pipe.set_progress_bar_config(disable=True)
     if lora:
-        from train.denoising.adapters import fuse_lora
+        from train.denoising.opening.adapters import fuse_lora
 
         fuse_lora(pipe, lora)
     if device is not None:
@@ -150,4 +151,4 @@ def open_pipeline(config: Any) -> StableDiffusionPipeline:
 
 def sample_model_dir() -> Path:
     """Folder of the carried sample model."""
-    return Path(__file__).parents[1] / "assets" / "sample_model"
+    return Path(__file__).parents[2] / "assets" / "sample_model"

@@ -14,7 +14,7 @@ from afresh.errors import UserError
 if TYPE_CHECKING:
     from train.denoising.protocol import Denoiser
 
-STABLE_DIFFUSION = "train.denoising.stable_diffusion:StableDiffusionDenoiser"
+STABLE_DIFFUSION = "train.denoising.families.stable_diffusion:StableDiffusionDenoiser"
 FAMILIES = {
     "StableDiffusionPipeline": STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": STABLE_DIFFUSION,

@@ -1,0 +1,1 @@
+"""Latents → pixels: the decoder in float32, and its linear preview."""

@@ -1,0 +1,1 @@
+"""Opening a model: its files looked at, loaded or refused, with attention and adapters set up."""
