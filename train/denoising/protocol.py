@@ -23,6 +23,7 @@ class Denoiser(Protocol):
         network: the module that denoises, for hooks and switches; nobody else calls it.
         schedule: of the model.
         shape: ``(c, h, w)`` of the latents that it draws by default.
+        side: of the square that these are, in pixels.
         device: where its inputs are wanted, wherever its weights are kept.
         dtype: of its latents.
         gain: factor on what is differentiated through it.
@@ -33,6 +34,8 @@ class Denoiser(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def side(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -55,8 +58,8 @@ class Denoiser(Protocol):
     def frozen(self, *, checkpointing: bool = False) -> AbstractContextManager[None]:
         """Without gradients of the weights while the block runs; perhaps with gradient checkpointing."""
 
-    def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Images → ``x_0 [n, c, h, w]`` float32, the mean of the posterior."""
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """``[n, 3, H, W]`` in [0, 1] → ``x_0 [n, c, h, w]`` float32, the mean of the posterior."""
 
     def draw(
         self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float

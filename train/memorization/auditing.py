@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from afresh.errors import UserError
 from afresh.progress import Progress
 from curate.embed.registry import load_embedder
+from curate.reading.images import stack_images
 from train.denoising.conditioning import Conditioning
 from train.denoising.families.registry import denoiser_of
 
@@ -107,7 +108,7 @@ def audit(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     pairs = [(image, restart) for image in range(len(images)) for restart in range(restarts)]
     denoiser = denoiser_of(pipe)
-    x_0 = denoiser.encode_images(images)[[image for image, _ in pairs]]
+    x_0 = encode_images(pipe, images)[[image for image, _ in pairs]]
     captions = denoiser.encode(list(prompts)).embeds.float()
     start = torch.stack([starting_point(captions[image], search_seed, restart) for image, restart in pairs])
 
@@ -249,7 +250,8 @@ def starting_point(caption: torch.Tensor, seed: int, restart: int) -> torch.Tens
 
 def encode_images(pipe: StableDiffusionPipeline, images: Sequence[Image]) -> torch.Tensor:
     """Latents ``[n, c, h, w]`` float32 of images: the mean of the VAE's posterior."""
-    return denoiser_of(pipe).encode_images(images)
+    denoiser = denoiser_of(pipe)
+    return denoiser.encode_pixels(torch.from_numpy(stack_images(images, denoiser.side)))
 
 
 def draw(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curate.reading.images import stack_images
 from train.denoising.conditioning import MASK, Conditioning
 from train.denoising.network import FLOAT16_GAIN, frozen, running_device
 from train.denoising.predictions import Prediction
@@ -182,13 +181,18 @@ class StableDiffusionDenoiser(torch.nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- images
 
+    @property
+    def side(self) -> int:
+        """Of the square that it draws by default, in pixels."""
+        return pixel_size(self.pipe)
+
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Latents ``[n, c, h, w]`` float32 of images squashed to the model's square: the VAE's posterior means."""
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Latents ``[n, c, h, w]`` float32 of ``[n, 3, H, W]`` in [0, 1]: the VAE's posterior means."""
         vae, latents = self.pipe.vae, []
-        for image in images:
-            pixels = torch.from_numpy(stack_images([image], pixel_size(self.pipe))).to(running_device(vae), vae.dtype)
-            latents.append(vae.encode(pixels * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor)
+        for one in pixels.split(1):  # a VAE's activations are large
+            one = one.to(running_device(vae), vae.dtype)
+            latents.append(vae.encode(one * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor)
         return torch.cat(latents)
 
     @torch.no_grad()
