@@ -29,15 +29,17 @@ from afresh.progress import progress
 from benchmarks.filter_effect import COPY, POLICIES
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
+from train.denoising.families.registry import denoiser_of
 from train.denoising.families.stable_diffusion import encode_captions, pixel_size
 from train.denoising.opening.attention import set_attention
 from train.denoising.opening.loading import load_pipeline, sample_model_dir
+from train.denoising.schedules import NoiseSchedule
 from train.finetune.caches.latents import encode_moments
 from train.finetune.config import Calibration, FilterConfig
 from train.finetune.data.buckets import bring_to
 from train.finetune.data.order import SampleOrder
 from train.finetune.filter.filter import MemorizationFilter
-from train.finetune.model.diffusion import Diffusion, draw_randomness, sample_posterior
+from train.finetune.model.diffusion import draw_randomness, sample_posterior
 from train.finetune.model.loss import squared_errors, weighted_loss
 from train.memorization.signals.magnitude import magnitude
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
@@ -68,7 +70,7 @@ class Trainer:
     def __init__(self, pipe: Any, batch: int, samples: int = 512) -> None:
         self.unet, self.batch = pipe.unet.train(), batch
         set_attention(self.unet)
-        self.diffusion = Diffusion(pipe.scheduler, CPU)
+        self.schedule = NoiseSchedule(pipe.scheduler, CPU)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6, fused=True)
         self.empty = encode_captions(pipe, [""])
         g = torch.Generator().manual_seed(0)
@@ -84,16 +86,16 @@ class Trainer:
         """Take one optimizer step; its seconds."""
         positions = range(number * self.batch, (number + 1) * self.batch)
         rows = torch.tensor([self.order.at(position)[0] for position in positions])
-        draws = draw_randomness(positions, tuple(self.latents.shape[1:]), self.diffusion.timesteps, seed=0)
+        draws = draw_randomness(positions, tuple(self.latents.shape[1:]), self.schedule.timesteps, seed=0)
         captioned = draws.uniform[:, 1] >= DROPOUT
         start = time.perf_counter()
         x_0 = self.latents[rows]
-        x_t = self.diffusion.noised(x_0, draws.noise, draws.t)
+        x_t = self.schedule.noised(x_0, draws.noise, draws.t)
         embeddings = torch.where(captioned[:, None, None], self.captions[rows], self.empty)
         output = self.unet(x_t, draws.t, embeddings).sample
         texts, counted = [""] * len(rows), torch.ones(len(rows), dtype=torch.bool)
         kept, _ = memorization.weigh(output.detach(), x_t, draws.t, rows, texts, captioned, counted, number)
-        losses = squared_errors(output, self.diffusion.target(x_0, draws.noise, draws.t))
+        losses = squared_errors(output, self.schedule.target(x_0, draws.noise, draws.t))
         weighted_loss(losses, kept, self.batch).backward()
         memorization.absorb(memorization.records().flatten(0, 1), number)
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -105,7 +107,7 @@ class Trainer:
         """A filter of this model; nothing reaches its threshold, so that all steps train alike."""
         policy = FilterConfig(**settings)
         thresholds = None if policy.policy == "off" else Thresholds.of(1e9, "l2")
-        return MemorizationFilter(policy, self.diffusion, self.unconditional, len(self.latents), 0, thresholds)
+        return MemorizationFilter(policy, self.schedule, self.unconditional, len(self.latents), 0, thresholds)
 
 
 def time_steps(name: str, trainer: Trainer, rounds: int) -> None:
@@ -142,12 +144,13 @@ def measured_epochs(run: Path, epochs: int, batch: int = 64) -> dict[str, Any]:
     """The magnitude at every position of some epochs of the raw set, under the model that was trained on it."""
     pipe = load_pipeline(str(run / "runs" / "off" / "finetune" / "model"))
     samples = [sample for path in sorted((run / "raw").glob("*.tar")) for sample in read_samples(str(path))]
-    size, diffusion = pixel_size(pipe), Diffusion(pipe.scheduler, CPU)
+    size, schedule = pixel_size(pipe), NoiseSchedule(pipe.scheduler, CPU)
     images = [decode_image(sample.image) for sample in samples]
     pixels = torch.stack([torch.from_numpy(bring_to(image, (size, size), (0, 0, *image.size))) for image in images])
     moments = torch.cat([encode_moments(pipe.vae, part) for part in pixels.split(batch)])
     texts = [sample.caption or "" for sample in samples]
-    captions, empty = encode_captions(pipe, texts), encode_captions(pipe, [""])
+    denoiser = denoiser_of(pipe)
+    captions, empty = denoiser.encode(texts), denoiser.encode([""])
     order = SampleOrder([len(samples)], 1, 0)
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     rows, t, m, captioned = [], [], [], []
@@ -156,12 +159,11 @@ def measured_epochs(run: Path, epochs: int, batch: int = 64) -> dict[str, Any]:
         for start in range(0, total, batch):
             positions = range(start, min(start + batch, total))
             some = torch.tensor([order.at(position)[0] for position in positions])
-            draws = draw_randomness(positions, shape, diffusion.timesteps, seed=0)
+            draws = draw_randomness(positions, shape, schedule.timesteps, seed=0)
             x_0 = sample_posterior(moments[some], draws.posterior, pipe.vae.config.scaling_factor)
-            x_t = diffusion.noised(x_0, draws.noise, draws.t)
-            cond = diffusion.to_eps(pipe.unet(x_t, draws.t, captions[some]).sample, x_t, draws.t)
-            uncond = pipe.unet(x_t, draws.t, empty.expand(len(some), -1, -1)).sample
-            m.append(magnitude(cond, diffusion.to_eps(uncond, x_t, draws.t)))
+            x_t = schedule.noised(x_0, draws.noise, draws.t)
+            parts = [denoiser.predict(x_t, draws.t, one) for one in (captions[some], empty)]
+            m.append(magnitude(parts[0].eps, parts[1].eps))
             rows.append(some)
             t.append(draws.t)
             captioned.append(draws.uniform[:, 1] >= DROPOUT)
@@ -184,13 +186,13 @@ def replay(
 
     The thresholds are given; but a policy that ranks magnitudes among the unique samples' finds them itself.
     """
-    diffusion: Any = SimpleNamespace(timesteps=1000, to_eps=lambda output, x_t, t: output)
+    schedule: Any = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(eps=output))
     policy = FilterConfig(**settings)
     if policy.evidence == "window":
         policy.calibrate = Calibration(steps=50, quantile=quantile, window=100)
     judge = MemorizationFilter(
         policy,
-        diffusion,
+        schedule,
         lambda x_t, t: torch.zeros_like(x_t),
         len(visits["texts"]),
         0,

@@ -38,10 +38,10 @@ import torch
 from afresh.files import write_json
 from curate.index.calibration import Calibration
 from curate.index.training_index import TrainingIndex
+from train.denoising.latents.decoder import Decoder
 from train.denoising.latents.preview import LinearDecoder
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Guidance
-from train.sampling.pipelines import stable_diffusion as pipelines
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
 from train.sampling.terms.amg import AMG
 
@@ -106,16 +106,18 @@ def clocked(embedder: Any, index: TrainingIndex) -> Iterator[Counter[str]]:
         return call
 
     places = [
-        (pipelines._Decoder, "__call__", "decode", None),
+        (Decoder, "__call__", "decode", None),
         (LinearDecoder, "__call__", "preview", None),
         (type(embedder), "features", "embed", None),
         (type(index), "search", "search", None),
-        (pipelines._Denoiser, "__call__", "e_N pass", lambda self, x, t, embeds, rows=None: rows is not None),
+        (AMG, "_near_noise", "e_N pass", None),
         (torch.autograd, "grad", "gradient", None),
     ]
-    before = [getattr(place, method) for place, method, _, _ in places]
+    before = [vars(place)[method] for place, method, _, _ in places]
     for (place, method, name, applies), function in zip(places, before, strict=True):
-        setattr(place, method, clock(name, function, applies))
+        static = isinstance(function, staticmethod)
+        timed = clock(name, function.__func__ if static else function, applies)
+        setattr(place, method, staticmethod(timed) if static else timed)
     try:
         yield parts
     finally:

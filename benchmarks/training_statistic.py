@@ -35,9 +35,9 @@ from afresh.progress import progress
 from benchmarks.filter_effect import COPY, Size, finetune_settings, prepare, read_settings
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
-from train.denoising.families.stable_diffusion import encode_captions, pixel_size
+from train.denoising.families.registry import denoiser_of
+from train.denoising.families.stable_diffusion import pixel_size
 from train.denoising.opening.loading import load_pipeline, sample_model_dir
-from train.denoising.predictions import to_eps
 from train.finetune.caches.latents import encode_moments
 from train.finetune.data.buckets import bring_to
 from train.finetune.data.order import generator
@@ -99,8 +99,9 @@ def measure(pipe: Any, samples: list[Any], noises: int, batch: int = 64) -> np.n
     g = generator("statistic")
     noise = torch.randn(moments.shape[0], moments.shape[1] // 2, *moments.shape[2:], generator=g)
     x_0 = sample_posterior(moments, noise, pipe.vae.config.scaling_factor)
-    captions = encode_captions(pipe, [sample.caption or "" for sample in samples])
-    empty, kind = encode_captions(pipe, [""]), scheduler.config.prediction_type
+    denoiser = denoiser_of(pipe)
+    captions = denoiser.encode([sample.caption or "" for sample in samples])
+    empty = denoiser.encode([""])
     found = np.zeros((BANDS, noises, len(samples)), np.float32)
     with progress(total=found.size, desc="magnitudes", unit="images") as bar:
         for band in range(BANDS):
@@ -109,14 +110,9 @@ def measure(pipe: Any, samples: list[Any], noises: int, batch: int = 64) -> np.n
                 x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=g), t)
                 for start in range(0, len(samples), batch):
                     part = slice(start, start + batch)
-                    x, times, embeddings = x_t[part], t[part], captions[part]
-                    outputs = [
-                        pipe.unet(x, times, condition, return_dict=False)[0]
-                        for condition in (embeddings, empty.expand_as(embeddings))
-                    ]
-                    eps = [to_eps(output, x, scheduler.alphas_cumprod[times], kind) for output in outputs]
-                    found[band, number, part] = magnitude(*eps).numpy()
-                    bar.update(len(x))
+                    seen = [denoiser.predict(x_t[part], t[part], one) for one in (captions[part], empty)]
+                    found[band, number, part] = magnitude(seen[0].eps, seen[1].eps).numpy()
+                    bar.update(len(x_t[part]))
     return found
 
 

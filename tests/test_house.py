@@ -32,10 +32,14 @@ def is_face(path: str) -> bool:
     return path.endswith("__init__.py")
 
 
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 @cache
 def imports() -> dict[str, frozenset[str]]:
     """File → files that it imports, whenever it does so; packages' faces left out."""
-    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources(*PACKAGES)}
+    modules = {module_of(path): path for path in sources(*PACKAGES)}
     found = {}
     for path in sources(*PACKAGES):
         names: set[str] = set()
@@ -149,7 +153,8 @@ def test_no_name_with_an_underscore_leaves_its_file():
     for path in sources(*PACKAGES):
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith(PACKAGES):
-                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"]
+                names = [alias.name for alias in node.names]
+                private = [name for name in names if name.startswith("_") and name != "__version__"]
                 assert not private, f"{path} imports {', '.join(private)} of {node.module}"
 
 
