@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from curate.reading.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES
+from curate.reading.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, normalise_caption
 from curate.reading.samples import Sample
 from tests.curate.reading.made_shards import IMAGE, read, tar_bytes
 
@@ -89,3 +89,7 @@ def test_a_json_or_caption_of_absurd_size_is_not_read(monkeypatch):
     for members in ({"txt": text}, {"json": json.dumps({"caption": text.decode()}).encode()}):
         sample = Sample("s.tar", "a", {"jpg": IMAGE, **members})
         assert sample.caption is None and f"more than {MAX_CAPTION_BYTES}" in sample.caption_problem
+
+
+def test_captions_are_normalised():
+    assert normalise_caption("  Ｆull\twidth \n CAFE\u0301 straße ") == "full width caf\u00e9 strasse"
