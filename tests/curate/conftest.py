@@ -1,4 +1,4 @@
-"""Sources for ``curate import``."""
+"""Sources for ``curate import``, and a mess for ``curate dedup`` with its curation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from curate.dedup import run_dedup
+from curate.reading.images import decode_image
+from curate.reading.samples import Sample, read_samples
+from curate.reading.writing import write_shard
+from tests.curate.made_mess import settings
 from tests.curate.made_sources import encode, lay_out, picture, png
 
 
@@ -45,3 +50,38 @@ def dataset():
     }
     datasets.disable_progress_bars()
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.fixture(scope="session")
+def mess(tmp_path_factory, sample_shards) -> Path:
+    """Three shards of 60 emoji with planted copies and planted damage; every third original is untouched."""
+    folder = tmp_path_factory.mktemp("mess")
+    originals = [sample for sample in read_samples(sample_shards[0]) if isinstance(sample, Sample)][::6][:60]
+    first = [(sample.key, dict(sample.members)) for sample in originals]
+    second, third = [], []
+    for number, sample in enumerate(originals[:20]):
+        image, caption = decode_image(sample.image), str(sample.caption).encode()
+        second.append((f"exact{number:02d}", {"webp": sample.image, "txt": caption}))
+        second.append((f"png{number:02d}", {"png": encode(image, "PNG"), "txt": caption}))
+        third.append((f"jpeg{number:02d}", {"jpg": encode(image, "JPEG", quality=85), "txt": caption}))
+        other = f"other {number:02d}".encode()  # shorter than the original's, which is therefore preferred
+        json_member = json.dumps({"url": "https://example.org/é", "n": number}).encode()
+        third.append(
+            (
+                f"other{number:02d}",
+                {"jpg": encode(image, "JPEG", quality=92), "txt": other, "json": json_member},
+            )
+        )
+    third.append((originals[0].key, {"webp": originals[30].image, "txt": b"same key as in the first shard"}))
+    third.append(("broken", {"jpg": b"no image", "txt": b"broken"}))
+    third.append(("captionless", {"webp": originals[31].image}))
+    third.append(("pickled", {"webp": originals[32].image, "txt": b"carried along", "pkl": b"\x80\x04."}))
+    for name, samples in (("a", first), ("b", second), ("c", third)):
+        write_shard(folder / f"{name}.tar", samples)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def curated(mess, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("curated") / "out"
+    return out, run_dedup(settings(mess, out))

@@ -1,103 +1,26 @@
-"""Curation loses nothing, drops what is a copy, and writes the same bytes however it was run."""
+"""Curation loses nothing, drops what is a copy, and refuses bad settings before it writes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from afresh.errors import UsageError, UserError
-from curate.config import DedupConfig, ReportConfig, SearchConfig
+from curate.config import DedupConfig
 from curate.dedup import run_dedup
 from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
-from curate.reading.captions import MAX_JSON_BYTES
 from curate.reading.images import decode_image
 from curate.reading.samples import Sample, read_samples
 from curate.reading.writing import write_shard
-from curate.report import run_report
 from curate.results.ledger import SCHEMA, read_ledger
 from curate.sample_set import load_part
-from curate.search import run_search
-from curate.stages.write import with_account
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def mess(tmp_path_factory, sample_shards) -> Path:
-    """Three shards of 60 emoji with planted copies and planted damage; every third original is untouched."""
-    folder = tmp_path_factory.mktemp("mess")
-    originals = [sample for sample in read_samples(sample_shards[0]) if isinstance(sample, Sample)][::6][:60]
-    first = [(sample.key, dict(sample.members)) for sample in originals]
-    second, third = [], []
-    for number, sample in enumerate(originals[:20]):
-        image, caption = decode_image(sample.image), str(sample.caption).encode()
-        second.append((f"exact{number:02d}", {"webp": sample.image, "txt": caption}))
-        second.append((f"png{number:02d}", {"png": encode(image, "PNG"), "txt": caption}))
-        third.append((f"jpeg{number:02d}", {"jpg": encode(image, "JPEG", quality=85), "txt": caption}))
-        other = f"other {number:02d}".encode()  # shorter than the original's, which is therefore preferred
-        json_member = json.dumps({"url": "https://example.org/é", "n": number}).encode()
-        third.append(
-            (
-                f"other{number:02d}",
-                {"jpg": encode(image, "JPEG", quality=92), "txt": other, "json": json_member},
-            )
-        )
-    third.append((originals[0].key, {"webp": originals[30].image, "txt": b"same key as in the first shard"}))
-    third.append(("broken", {"jpg": b"no image", "txt": b"broken"}))
-    third.append(("captionless", {"webp": originals[31].image}))
-    third.append(("pickled", {"webp": originals[32].image, "txt": b"carried along", "pkl": b"\x80\x04."}))
-    for name, samples in (("a", first), ("b", second), ("c", third)):
-        write_shard(folder / f"{name}.tar", samples)
-    return folder
-
-
-def settings(mess: Path, out: Path, **changes) -> DedupConfig:
-    base = {"shards": [str(mess)], "out": str(out), "workers": 1, "batch_size": 32}
-    return DedupConfig(**{**base, **changes})
-
-
-@pytest.fixture(scope="module")
-def curated(mess, tmp_path_factory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("curated") / "out"
-    return out, run_dedup(settings(mess, out))
-
-
-def promised(out: Path) -> dict[str, str]:
-    """Hashes of all that a curation promises to write alike."""
-    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.relative_to(out).parts[0] != "work"
-    }
-
-
-def everything(folder: Path) -> dict[tuple[str, str], Sample]:
-    return {
-        (sample.shard, sample.key): sample
-        for shard in sorted(folder.glob("*.tar"))
-        for sample in read_samples(str(shard))
-        if isinstance(sample, Sample)
-    }
+from tests.curate.made_mess import everything, settings
+from tests.curate.made_sources import encode
 
 
 def test_the_output_is_as_the_contract_lists_it(curated):
@@ -137,20 +60,6 @@ def test_a_number_in_the_json_decides_which_copy_stays(tmp_path):
         assert [row["key"] for row in read_ledger(out).to_pylist() if row["status"] == "kept"] == [expected]
     with pytest.raises(UsageError, match="unknown criterion 'score'"):
         run_dedup(settings(tmp_path / "in", tmp_path / "other", prefer=["score"]))
-
-
-def test_dropped_samples_are_written_when_asked_for(curated, mess, tmp_path):
-    out = tmp_path / "out"
-    run_dedup(settings(mess, out, write_dropped=True))
-    came = everything(mess)
-    rows = [row for row in read_ledger(out).to_pylist() if row["status"] == "dropped"]
-    written = [sample for shard in sorted((out / "dropped").glob("*.tar")) for sample in read_samples(str(shard))]
-    assert [sample.key for sample in written] == [row["key"] for row in rows]
-    assert all(came[row["shard"], row["key"]].members == s.members for row, s in zip(rows, written, strict=True))
-    of_shards = {k: v for k, v in promised(out).items() if k.startswith("shards")}
-    assert of_shards == {k: v for k, v in promised(curated[0]).items() if k.startswith("shards")}
-    run_dedup(settings(mess, out))  # and gone when they are no longer
-    assert not (out / "dropped").exists()
 
 
 def test_what_another_curation_holds_is_dropped(curated, mess, tmp_path):
@@ -237,42 +146,6 @@ def test_unreadable_samples_are_rows_with_their_reason(curated):
     assert rows["captionless"]["status"] == "unreadable" and "no caption" in rows["captionless"]["reason"]
 
 
-def test_kept_samples_have_the_bytes_they_came_with(curated, mess):
-    out, summary = curated
-    came = everything(mess)
-    rows = [row for row in read_ledger(out).to_pylist() if row["status"] == "kept"]
-    written = [
-        sample for shard in sorted((out / "shards").glob("*.tar")) for sample in read_samples(str(shard))
-    ]
-    assert [sample.key for sample in written] == [row["key"] for row in rows]
-    pooled = 0
-    for row, sample in zip(rows, written, strict=True):
-        original = came[row["shard"], row["key"]]
-        for ext in original.members:
-            if ext != "json":
-                assert sample.members[ext] == original.members[ext]
-        fields = json.loads(sample.members.get("json", b"{}"))
-        account = fields.pop("afresh", None)
-        if account is None:
-            assert sample.members == original.members
-        else:
-            assert fields == json.loads(original.members.get("json", b"{}"))
-            assert account["duplicates"] >= 1 and account["captions"]
-            pooled += 1
-    assert pooled >= 15
-    assert pooled == summary["captions_pooled"]
-
-
-def test_a_key_that_repeats_across_shards_is_two_samples(curated, mess):
-    out, _ = curated
-    for shard in (out / "shards").glob("*.tar"):
-        keys = [sample.key for sample in read_samples(str(shard))]
-        assert len(keys) == len(set(keys))
-    first_key = next(iter(read_samples(str(mess / "a.tar")))).key
-    rows = [row for row in read_ledger(out).to_pylist() if row["key"] == first_key]
-    assert [row["shard"] for row in rows] == ["a.tar", "c.tar"]
-
-
 def test_the_index_holds_kept_and_dropped_samples(curated):
     from curate.index.training_index import TrainingIndex
 
@@ -280,77 +153,6 @@ def test_the_index_holds_kept_and_dropped_samples(curated):
     index = TrainingIndex.load(out / "index")
     assert len(index.captions) == summary["kept"] + summary["dropped"]
     assert int(np.asarray(index.kept).sum()) == summary["kept"]
-
-
-@pytest.mark.parametrize(("workers", "join_memory"), [(1, 2.0), (2, 1e-9)])
-def test_the_same_input_gives_the_same_bytes_anywhere(curated, mess, tmp_path, workers, join_memory):
-    shutil.copytree(mess, tmp_path / "moved")
-    run_dedup(settings(tmp_path / "moved", tmp_path / "out", workers=workers, join_memory=join_memory))
-    assert promised(tmp_path / "out") == promised(curated[0])
-
-
-def test_inputs_are_not_touched(mess, tmp_path):
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in mess.iterdir()}
-    run_dedup(settings(mess, tmp_path / "out"))
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in mess.iterdir()} == before
-
-
-def test_a_second_run_reads_only_what_is_missing_and_gives_the_same(curated, mess, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(curated[0], out)
-    caches = sorted((out / "work" / "read").glob("*.parquet"))
-    times = {path: path.stat().st_mtime_ns for path in caches}
-    caches[1].unlink()
-    (out / "shards" / "000000.tar").unlink()
-    (out / ".tmp-1-ledger.parquet").write_bytes(b"left over by a killed run")
-    run_dedup(settings(mess, out))
-    assert {path for path in caches if path.stat().st_mtime_ns != times[path]} == {caches[1]}
-    assert promised(out) == promised(curated[0])
-
-
-def test_a_killed_run_is_continued_to_the_same_bytes(curated, mess, tmp_path):
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "curate",
-        "dedup",
-        str(mess),
-        str(out),
-        "--workers",
-        "1",
-        "--batch_size",
-        "32",
-    ]
-    root = str(Path(__file__).parents[2])
-    for expected in ("work/read/*.parquet", "work/shards/*.json"):
-        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not list(out.glob(expected)) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for parquet in out.rglob("[!.]*.parquet"):
-            pq.read_metadata(parquet)  # what stands under its name is whole
-    run_dedup(settings(mess, out))
-    assert promised(out) == promised(curated[0])
-
-
-def test_a_changed_setting_or_input_is_noticed_and_gives_what_a_fresh_run_gives(
-    curated, mess, tmp_path, capsys
-):
-    out, moved = tmp_path / "out", tmp_path / "mess"
-    shutil.copytree(mess, moved)
-    run_dedup(settings(moved, out))
-    run_dedup(settings(moved, out, threshold=0.99, samples_per_shard=20))
-    assert "threshold: 0.9 → 0.99" in capsys.readouterr().err
-    run_dedup(settings(moved, tmp_path / "fresh", threshold=0.99, samples_per_shard=20))
-    assert promised(out) == promised(tmp_path / "fresh") != promised(curated[0])
-    (moved / "b.tar").unlink()
-    run_dedup(settings(moved, out))
-    assert "1 gone" in capsys.readouterr().err
-    run_dedup(settings(moved, tmp_path / "fresh"))
-    assert promised(out) == promised(tmp_path / "fresh")
 
 
 def test_a_cut_shard_keeps_its_good_samples_and_says_truncated(mess, tmp_path):
@@ -435,77 +237,6 @@ def test_a_folder_that_is_foreign_or_holds_the_input_or_cannot_be_written_is_ref
     with pytest.raises(UsageError, match="work_dir goes with an out at a URL"):
         run_dedup(settings(mess, tmp_path / "out", work_dir=str(tmp_path)))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="the lock needs fcntl")
-def test_two_runs_do_not_write_to_one_folder_at_once(curated, mess):
-    import fcntl
-
-    with open(curated[0] / "work" / "lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run"):
-            run_dedup(settings(mess, curated[0]))
-
-
-def test_an_account_goes_into_json_or_beside_it():
-    account = {"duplicates": 2, "captions": ["ein Bär"]}
-    kept = {"jpg": b"1", "txt": b"2"}
-    assert json.loads(with_account(kept, account)["json"]) == {"afresh": account}
-    inside = with_account({**kept, "json": b'{"a": 1}'}, account)
-    assert json.loads(inside["json"]) == {"a": 1, "afresh": account} and inside["jpg"] == b"1"
-    beside = with_account({**kept, "json": b"[1]"}, account)
-    assert beside["json"] == b"[1]" and json.loads(beside["afresh.json"]) == account
-
-
-def test_a_json_that_cannot_be_written_again_keeps_its_bytes():
-    account = {"duplicates": 1, "captions": ["words"]}
-    huge = b'{"a": "' + b"x" * MAX_JSON_BYTES + b'"}'
-    for written in (b'{"a": 1e400}', b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}", huge):
-        members = with_account({"jpg": b"1", "json": written}, account)
-        assert members["json"] == written and json.loads(members["afresh.json"]) == account
-    for depth in range(800, 1100):  # somewhere here it can be read, and is too deep to be written
-        written = b'{"a": ' * depth + b"1" + b"}" * depth
-        members = with_account({"jpg": b"1", "json": written}, account)
-        assert members["json"] == written or "afresh.json" not in members
-
-
-def test_search_finds_an_image_and_a_caption(curated, mess, tmp_path):
-    out, summary = curated
-    sample = next(iter(read_samples(str(mess / "a.tar"))))
-    (tmp_path / "query.webp").write_bytes(sample.image)
-    found = run_search(SearchConfig(out=str(out), image=str(tmp_path / "query.webp"), k=4))
-    assert found["samples"] == summary["kept"] + summary["dropped"]
-    similarities = [row["similarity"] for row in found["nearest"]]
-    assert len(similarities) == 4 and similarities == sorted(similarities, reverse=True)
-    assert similarities[0] > 0.99
-    by_caption = run_search(SearchConfig(out=str(out), caption="  OTHER   07 ", k=1))
-    assert by_caption["nearest"][0]["key"] == "other07"
-
-
-@pytest.mark.parametrize(
-    ("changes", "error"),
-    [({}, UsageError), ({"image": "x", "caption": "y"}, UsageError), ({"image": "nowhere.png"}, UserError)],
-)
-def test_search_says_what_is_wrong(curated, changes, error):
-    with pytest.raises(error, match="image"):
-        run_search(SearchConfig(out=str(curated[0]), **changes))
-
-
-def test_the_report_is_written_again_from_what_is_there(curated, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(curated[0], out)
-    (out / "report.html").unlink()
-    run_report(ReportConfig(out=str(out)))
-    assert promised(out) == promised(curated[0])
-
-
-@pytest.mark.parametrize("missing", ["summary.json", "ledger.parquet", "work/report.json"])
-def test_a_report_of_an_unfinished_curation_is_refused_by_name(curated, tmp_path, missing):
-    out = tmp_path / "out"
-    shutil.copytree(curated[0], out)
-    (out / missing).unlink()
-    with pytest.raises(UserError, match=Path(missing).name):
-        run_report(ReportConfig(out=str(out)))
 
 
 def test_the_command_line_prints_one_summary(mess, tmp_path, run_cli):

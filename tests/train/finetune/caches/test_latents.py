@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from afresh.errors import UsageError, UserError
 from curate.decisions.sample_lists import write_ids
-from tests.train.finetune.data.test_batches import SIZES, photos
+from tests.train.finetune.made_photos import SIZES, photos
 from tests.train.finetune.runs import log_lines, settings
 from train.denoising.families.stable_diffusion import encode_captions
 from train.finetune.caches import parts as cache

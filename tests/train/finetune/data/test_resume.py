@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.finetune.data.test_batches import children, photos
+from tests.train.finetune.made_photos import children, photos
 from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step, weights
 from train.finetune.config import Augmentation, Buckets, ShardGroup
 from train.finetune.loop import run_finetune

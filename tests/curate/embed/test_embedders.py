@@ -1,4 +1,4 @@
-"""Embedders: unit rows, numpy and torch agree, copies near and other images apart; captions likewise."""
+"""Embedders: unit rows, numpy and torch agree, copies near and other images apart."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,7 @@ from PIL import Image
 
 from afresh.errors import UsageError, UserError
 from curate.embed.edits import EDITS, crop
-from curate.embed.ngrams import embed_captions
 from curate.embed.registry import load_embedder
-from curate.reading.captions import normalise_caption
 from curate.reading.images import stack_images
 
 
@@ -162,39 +160,3 @@ def test_digests_tell_other_weights_and_other_preprocessing(tmp_path):
     assert len({digest(0.5), digest(0.5, "@320"), digest(0.5, "@288")}) == 3
     assert load_embedder("layout").digest == "layout"
     assert load_embedder("copy-detector").digest == load_embedder("copy-detector").digest
-
-
-# ------------------------------------------------------------------------------------------------- captions
-
-
-def test_captions_are_normalised():
-    assert normalise_caption("  Ｆull\twidth \n CAFE\u0301 straße ") == "full width caf\u00e9 strasse"
-
-
-def test_caption_rows_do_not_depend_on_their_neighbours():
-    captions = ["a red apple", "", "x", "日本語のキャプション", "A  RED apple", "a green apple", "\ud800"] * 5
-    whole = embed_captions(captions)
-    assert whole.shape == (35, 512) and whole.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
-    assert (whole == embed_captions(captions, block=3)).all()
-    assert (whole[0] == whole[4]).all()  # equal once normalised
-    assert embed_captions([]).shape == (0, 512)
-
-
-def test_near_captions_are_near_and_others_are_not():
-    captions = [
-        "a photograph of a large brown dog on a beach",
-        "a photograph of a large brown dog on the beach",
-        "two people riding bicycles through a city at night",
-        "an oil painting of mountains",
-    ]
-    cosine = embed_captions(captions) @ embed_captions(captions).T
-    assert cosine[0, 1] > 0.85
-    assert np.abs(cosine[[0, 0, 2], [2, 3, 3]]).max() < 0.35
-
-
-def test_hashing_estimates_the_cosine_of_ngram_counts(emoji):
-    captions = [caption for _, caption in emoji]
-    small, large = (embed_captions(captions, dim=dim) for dim in (512, 65_536))
-    error = (small @ small.T - large @ large.T)[~np.eye(len(captions), dtype=bool)]
-    assert abs(error.mean()) < 0.02 and error.std() < 0.1

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,50 +21,15 @@ from PIL import Image
 
 from afresh.errors import UsageError, UserError
 from curate.reading.writing import write_shard
+from tests.train.finetune.made_photos import SIZES, Pixels, batches, children, photos
 from tests.train.finetune.runs import REPOSITORY, launch, log_lines, settings, wait_for_step
 from train.finetune.batches.batches import DecodedBatches, StreamedBatches, ahead
 from train.finetune.batches.faults import FaultLog
 from train.finetune.batches.layout import lay_out
 from train.finetune.config import Augmentation
-from train.finetune.data.buckets import bucket_sizes
 from train.finetune.data.images import Fault, ImageLoader, ImageReader, SampleError
 from train.finetune.data.scan import scan
 from train.finetune.loop import run_finetune
-
-SIZES = bucket_sizes(64, 16)
-
-
-class Pixels:
-    """Stands where the VAE does, so that batches show the pixels they were made of."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def encode(self, values: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=values))
-
-
-def photos(folder: Path, *, shards: int = 4, each: int = 6) -> str:
-    """Shards of images of many shapes, each of its own colour and with a gradient, uneven in number."""
-    rng = np.random.default_rng(0)
-    for shard in range(shards):
-        samples = []
-        for number in range(each + 2 * (shard % 2)):
-            width, height = rng.integers(30, 120, 2).tolist()
-            pixels = np.zeros((height, width, 3), dtype=np.uint8)
-            pixels[:] = rng.integers(0, 255, 3)
-            pixels[:, :, 1] = np.linspace(0, 255, width)
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG")
-            samples.append((f"{number:03d}", {"png": file.getvalue(), "txt": f"photo {shard} {number}".encode()}))
-        write_shard(folder / f"{shard:06d}.tar", samples)
-    return str(folder)
-
-
-def batches(shards: str, tmp_path: Path, *, workers: int = 0, start: int = 0, count: int = 12, **changes):
-    config = settings("", shards, tmp_path, crop="random", seed=5, shuffle_shards=2, **changes)
-    loader, order = lay_out(scan(config.shards, tmp_path / "samples.arrow"), SIZES, config, 4)
-    positions = [range(4 * batch, 4 * batch + 4) for batch in range(start, count)]
-    return StreamedBatches(DecodedBatches(order, loader), positions, workers, Pixels(), torch.device("cpu"))
 
 
 def drained(stream: StreamedBatches, count: int) -> list:
@@ -261,7 +225,7 @@ def test_an_exception_in_a_worker_names_the_sample_in_one_line(tmp_path, workers
 def test_a_process_ends_though_its_workers_ignore_the_signal_that_ends_them(tmp_path):
     shards = photos(tmp_path / "in")
     code = (
-        "import sys, pathlib\nfrom tests.train.finetune.data.test_batches import batches\n"
+        "import sys, pathlib\nfrom tests.train.finetune.made_photos import batches\n"
         "if __name__ == '__main__':\n"
         "    stream = batches(sys.argv[1], pathlib.Path(sys.argv[2]), workers=1, count=10**6)\n"
         "    print(stream.next().rows)\n"  # and the end of the program, at which the stream is still there
@@ -298,11 +262,6 @@ def test_a_run_whose_shard_is_cut_and_whose_job_is_signalled_as_a_whole_goes_on(
     positions = [json.loads(line)["position"] for line in lines]
     assert positions == sorted(set(positions))
     assert {line["kept"] for line in log_lines(tmp_path / "run")} == {2}
-
-
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def test_a_samples_weight_multiplies_its_loss_and_the_batch_stays_nominal(model, tmp_path):

@@ -1,0 +1,49 @@
+"""Half precision: float32 unit rows all the same, near those of full precision."""
+
+
+import numpy as np
+import torch
+from PIL import Image
+
+from curate.embed.preprocessing import Preprocessing
+from curate.embed.registry import load_embedder
+from curate.embed.torch_embedder import TorchEmbedder
+
+
+def test_features_are_float32_inside_a_half_precision_sampler(models, images):
+    embedder = load_embedder(str(models / "clip"))
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = embedder.features(pixels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = embedder.features(pixels)
+    assert torch.equal(plain, inside)
+
+
+def test_half_precision_gives_float32_unit_rows_that_are_near(models, images):
+    full, half = (load_embedder(str(models / "clip"), half=half).embed(images) for half in (False, True))
+    assert half.dtype == np.float32 and not np.array_equal(full, half)
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(half, full, atol=5e-3)
+
+
+def test_what_half_precision_cannot_hold_is_computed_again(images):
+    class Steep(torch.nn.Module):
+        """Beyond float16's range for bright images."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2, bias=False)
+            self.linear.weight.data = torch.tensor([[6e4, 6e4, 0.0], [0.0, 1e4, 1e4]])
+
+        def forward(self, x):
+            return self.linear(x.mean(dim=(2, 3)))
+
+    some = [Image.new("RGB", (8, 8), colour) for colour in ("white", (20, 10, 30), (250, 250, 0))]
+    full, half = (
+        TorchEmbedder("steep", Steep(), dim=2, preprocessing=Preprocessing(8), half=half).embed(some)
+        for half in (False, True)
+    )
+    np.testing.assert_allclose(half, full, atol=2e-3)
+    np.testing.assert_allclose(half[0], full[0], atol=1e-6)
+    assert np.abs(half[1] - full[1]).max() > 1e-6  # in half precision indeed
