@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 PREFERENCES = ("lossless", "resolution", "caption_length")
+RULES = ("greedy", "components")
 
 
 @dataclass
@@ -119,7 +120,7 @@ class DedupConfig:
     threshold: float = 0.9
     caption_threshold: float = 0.9
     min_caption_chars: int = 12
-    rule: Literal["greedy", "components"] = "greedy"
+    rule: str = "greedy"
     against: list[str] = field(default_factory=list)
     exclude: str = ""
     keep_copies: int = 1

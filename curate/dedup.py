@@ -33,7 +33,7 @@ from afresh.files import digest
 from afresh.progress import get_logger
 from afresh.runs import locked
 from afresh.storage import Place, open_out
-from curate.config import PREFERENCES, DedupConfig
+from curate.config import PREFERENCES, RULES, DedupConfig
 from curate.decisions.sample_lists import ids_digest, listed_keys
 from curate.engines.local import LocalEngine
 from curate.reading.urls import expand_shards, fingerprint, shard_names
@@ -68,7 +68,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
             the store of ``out`` fails. The same command goes on there.
     """
     clock = _Clock()
-    _check_settings(config)
+    check_settings(config)
     out = open_out(config.out, config.work_dir)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
@@ -120,7 +120,8 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
 
 
-def _check_settings(config: DedupConfig) -> None:
+def check_settings(config: DedupConfig) -> None:
+    """Raise UsageError if a setting is out of range; names it."""
     for name in ("threshold", "caption_threshold"):
         value = getattr(config, name)
         if not 0.0 < value <= 1.0:
@@ -131,6 +132,8 @@ def _check_settings(config: DedupConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
+    if config.rule not in RULES:
+        raise UsageError(f"rule: unknown {config.rule!r}; choose {', '.join(RULES)}")
     if config.join_memory <= 0:
         raise UsageError(f"join_memory must be above 0 GB, got {config.join_memory}")
     for name in ("workers", "min_caption_chars", "seed"):

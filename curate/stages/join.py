@@ -80,7 +80,12 @@ def join_stage(
     lowest = min(sweep_thresholds(config))
     images_key = digest([list(keys), config.missing_caption, lowest, measured])
     images_cache = work / f"pairs-{images_key}.parquet"
-    image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], lowest, config, "joining images")
+    all_differ = len(first) == len(rows.embeddings)
+
+    def distinct() -> NDArray[Any]:
+        return rows.embeddings if all_differ else rows.embeddings[first]  # no copy for nothing
+
+    image_pairs, recall = _joined(images_cache, distinct, lowest, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
     long = np.array(

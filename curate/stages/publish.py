@@ -34,6 +34,20 @@ def publish_ledger(
     out: Place, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
 ) -> pa.Table:
     """Write the ledger, and give it."""
+    table = ledger_table(rows, verdicts, elsewhere)
+    ledgers.write_table(table, out.made_in / "ledger.parquet")
+    out.deliver("ledger.parquet")
+    return table
+
+
+def ledger_table(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None) -> pa.Table:
+    """One row a sample, in the columns of :data:`curate.results.ledger.SCHEMA`.
+
+    Args:
+        rows: of all samples.
+        verdicts: of the readable ones; None where there are none.
+        elsewhere: what stands in other sets, where there are any.
+    """
     total = rows.table.num_rows
     columns: dict[str, Any] = {
         name: rows.table[name] for name in ("shard", "key", "sha256", "width", "height", "caption")
@@ -66,10 +80,7 @@ def publish_ledger(
         missing = np.isnan(values) if "similarity" in name else values < 0
         columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)
     columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
-    table = pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
-    ledgers.write_table(table, out.made_in / "ledger.parquet")
-    out.deliver("ledger.parquet")
-    return table
+    return pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
 
 
 def publish_index(out: Place, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
