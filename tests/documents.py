@@ -27,7 +27,8 @@ def run_page(name: str) -> int:
         with contextlib.redirect_stdout(printed):
             exec(compile(code, f"{name}, block {number}", "exec"), namespace)
         if number + 1 < len(blocks) and blocks[number + 1][0] == "text":
-            assert _trimmed(printed.getvalue()) == _trimmed(blocks[number + 1][1]), f"{name}, block {number}"
+            said = _trimmed(blocks[number + 1][1])
+            assert _trimmed(printed.getvalue()) == said, f"{name}, block {number} printed:\n{printed.getvalue()}"
         count += 1
     return count
 
