@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import curate
+from afresh import plugins
 from afresh.errors import UsageError, UserError
 from afresh.files import digest
 from afresh.progress import get_logger
@@ -35,9 +36,10 @@ from afresh.runs import locked
 from afresh.storage import Place, open_out
 from curate.config import PREFERENCES, RULES, DedupConfig
 from curate.decisions.sample_lists import ids_digest, listed_keys
-from curate.engines.local import LocalEngine
+from curate.engines.registry import open_engine
 from curate.reading.urls import expand_shards, fingerprint, shard_names
-from curate.stages.decide import against_stage, decide_stage, exclude_stage, open_others
+from curate.stages.decide import against_stage, decide_stage, exclude_stage, find_rule, open_others
+from curate.stages.filters import identities, load_filter
 from curate.stages.join import join_stage
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder, preferred_fields, read_stage
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 
 log = get_logger(__name__)
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     work = out.made_in / "work"
     if out.remote:
         log.info("%s: caches, and files until they are sent, lie in %s", out, out.made_in)
-    with _locked(out), LocalEngine(config.workers) as engine:
+    with _locked(out), open_engine(config.engine, config.workers) as engine:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
@@ -132,8 +134,13 @@ def check_settings(config: DedupConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
+    find_rule(config.rule)
     if config.rule not in RULES:
-        raise UsageError(f"rule: unknown {config.rule!r}; choose {', '.join(RULES)}")
+        for name in ("keep_copies", "max_per_caption", "on_caption_differs"):
+            if getattr(config, name) != getattr(DedupConfig, name):
+                raise UsageError(f"{name} is for the rules {' and '.join(RULES)}: {config.rule} decides that itself")
+    for name in config.steps:
+        load_filter(name)
     if config.join_memory <= 0:
         raise UsageError(f"join_memory must be above 0 GB, got {config.join_memory}")
     for name in ("workers", "min_caption_chars", "seed"):
@@ -185,6 +192,11 @@ def settings_of(config: DedupConfig) -> dict[str, Any]:
     """What the result depends on, beside the input."""
     apart = ("out", "work_dir", "shards", "workers", "engine", "join_memory")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+    if config.rule not in RULES:
+        settings["rule"] = f"{config.rule} ({plugins.identity(find_rule(config.rule))[:12]})"
+    settings["steps"] = [f"{name} ({code[:12]})" for name, code in identities(config.steps)]
+    if not settings["steps"]:
+        del settings["steps"]
     if config.exclude:  # what the list holds, wherever it lies
         settings["exclude"] = ids_digest(config.exclude)
     return settings
@@ -221,8 +233,9 @@ def _caption_embedder(name: str) -> CaptionEmbedder:
 
 
 def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
-    """What the reading of a shard depends on, as a file name: its content, the embedder's weights, the limits."""
-    limits = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
+    """What the reading of a shard depends on, as a file name: its content, the embedder's weights, limits, filters."""
+    limits: list[Any] = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
+    limits += identities(config.steps)
     made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, *limits]
     return digest([made_by, name, fingerprint(url)])
 

@@ -17,6 +17,7 @@ from curate.engines.protocol import Engine
 from curate.reading.samples import Sample, read_samples
 from curate.results import ledger as ledgers
 from curate.stages.decide import Elsewhere
+from curate.stages.filters import REASON
 from curate.stages.join import Joined, sweep_thresholds
 from curate.stages.rows import Rows
 
@@ -108,13 +109,14 @@ def summarise(
     reasons = collections.Counter(
         table.filter(pc.equal(table["status"], ledgers.DROPPED))["reason"].to_pylist()
     )
+    by_filters = sorted(name for name in reasons if name.startswith(REASON))
     sizes = np.bincount(verdicts.group)
     return {
         "samples": table.num_rows,
         **{name: status[name] for name in (ledgers.KEPT, ledgers.DROPPED, ledgers.UNREADABLE)},
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
-        "reasons": {name: reasons[name] for name in ledgers.DROP_REASONS if reasons[name]},
+        "reasons": {name: reasons[name] for name in (*ledgers.DROP_REASONS, *by_filters) if reasons[name]},
         "captions_pooled": sum(bool(pooled) for pooled in verdicts.pooled.values()),
         "recall": joined.recall,
         "caption_recall": joined.caption_recall,

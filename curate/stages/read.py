@@ -24,6 +24,7 @@ from curate.engines.protocol import Engine
 from curate.reading.samples import BadSample, Sample, Shard, sample_bytes
 from curate.reading.urls import shard_bytes
 from curate.results import ledger as ledgers
+from curate.stages.filters import left_out_by
 from curate.stages.rows import READ_COLUMNS
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class _ReadTask:
     batch_size: int
     pixel_hash: bool
     fields: tuple[str, ...]
+    filters: tuple[str, ...]
     threads: int
 
 
@@ -102,6 +104,7 @@ def read_into(
             config.batch_size,
             config.pixel_hash,
             preferred_fields(config.prefer),
+            tuple(config.steps),
             of_source,
         )
         for (samples, cache), of_source in zip(sources, threads, strict=True)
@@ -159,6 +162,7 @@ def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[d
         return row, None
     row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
     row["numbers"] = [sample.number(name) for name in task.fields]
+    row["left_out"] = left_out_by(sample, task.filters)
     data = sample.image
     row["sha256"] = hashlib.sha256(data).hexdigest()
     try:
