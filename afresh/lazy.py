@@ -8,17 +8,18 @@ from typing import Any
 
 
 def handed_on(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` (PEP 562) for names that stand in files of ``package``.
+    """A module's ``__getattr__`` (PEP 562) for names that stand in files of ``package``, or of another one.
 
     Args:
         package: ``__name__`` of the face.
-        homes: name → module below ``package``, as in ``"terms.amg"``.
+        homes: name → module below ``package``, as in ``"terms.amg"``; of another package with a slash in front, as in
+            ``"/curate.duplicates"``.
     """
 
     def getattribute(name: str) -> Any:
         home = homes.get(name)
         if home is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{home}"), name)
+        return getattr(import_module(home[1:] if home.startswith("/") else f"{package}.{home}"), name)
 
     return getattribute

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 PREFERENCES = ("lossless", "resolution", "caption_length")
+RULES = ("greedy", "components")
 
 
 @dataclass
@@ -64,15 +65,18 @@ class DedupConfig:
             ``summary.json``; ``work/`` beside them is a cache that may be deleted.
         image_embedder: ``layout`` (needs no weights), ``copy-detector``, a TorchScript file such as SSCD's, or an image
             tower by its library and its hub name or folder: ``transformers:NAME`` (CLIP, SigLIP, DINOv2),
-            ``timm:NAME``, ``open_clip:ARCH/PRETRAINED``.
+            ``timm:NAME``, ``open_clip:ARCH/PRETRAINED``. One of your own is ``module:Class``.
         caption_embedder: ``ngrams`` (needs no weights), ``transformers:NAME`` (CLIP's or SigLIP's text tower) or
             ``sentence-transformers:NAME``. Neural ones have scales of their own: choose ``caption_threshold`` by
-            looking.
+            looking. One of your own is ``module:Class``.
         threshold: two images with at least this cosine similarity are near, in (0, 1].
         caption_threshold: two captions with at least this similarity are near, in (0, 1].
         min_caption_chars: captions with fewer characters are near only when equal (after normalisation).
         rule: ``greedy`` drops what is near a sample that is kept, so that chains swallow nothing;
-            ``components`` keeps one sample of everything that is linked.
+            ``components`` keeps one sample of everything that is linked; a rule of your own is ``module:function``, or
+            the name of an installed package's (docs/library.md).
+        steps: filters before all else, each ``module:function`` of your own or an installed package's by name; each
+            sees a sample and says whether it stays. What one leaves out is dropped, its reason ``filter:NAME``.
         against: folders or URLs of other curations: samples whose image, or a near one, stands in one of them are
             dropped (evaluation sets that must not be trained on; batches that were curated before).
         exclude: a list of samples that are dropped whatever else they are, a line ``shard<TAB>key`` each, as ``train
@@ -104,7 +108,7 @@ class DedupConfig:
             distinct images (and captions).
         join_memory: GB that the exact join may take beside the embeddings and what it finds. With too little of it the
             embeddings are read several times. The result is the same.
-        engine: where stages run: ``local`` is this machine's processes.
+        engine: where stages run: ``local`` is this machine's processes; one of your own is ``module:Class``.
         recall_sample: rows on which the recall of the join is measured against exact search.
         seed: of the samples on which recall and the report's histogram are measured.
         work_dir: with an ``out`` at a URL, local folder below which there are the caches (embeddings, a row of text a
@@ -119,7 +123,8 @@ class DedupConfig:
     threshold: float = 0.9
     caption_threshold: float = 0.9
     min_caption_chars: int = 12
-    rule: Literal["greedy", "components"] = "greedy"
+    rule: str = "greedy"
+    steps: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     exclude: str = ""
     keep_copies: int = 1
@@ -136,7 +141,7 @@ class DedupConfig:
     workers: int = 0
     join: Literal["auto", "exact", "cells"] = "auto"
     join_memory: float = 2.0
-    engine: Literal["local"] = "local"
+    engine: str = "local"
     recall_sample: int = 1000
     seed: int = 0
     work_dir: str | None = None

@@ -28,16 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import curate
+from afresh import plugins
 from afresh.errors import UsageError, UserError
 from afresh.files import digest
 from afresh.progress import get_logger
 from afresh.runs import locked
 from afresh.storage import Place, open_out
-from curate.config import PREFERENCES, DedupConfig
+from curate.config import PREFERENCES, RULES, DedupConfig
 from curate.decisions.sample_lists import ids_digest, listed_keys
-from curate.engines.local import LocalEngine
+from curate.engines.registry import open_engine
 from curate.reading.urls import expand_shards, fingerprint, shard_names
-from curate.stages.decide import against_stage, decide_stage, exclude_stage, open_others
+from curate.stages.decide import against_stage, decide_stage, exclude_stage, find_rule, open_others
+from curate.stages.filters import identities, load_filter
 from curate.stages.join import join_stage
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder, preferred_fields, read_stage
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 
 log = get_logger(__name__)
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
             the store of ``out`` fails. The same command goes on there.
     """
     clock = _Clock()
-    _check_settings(config)
+    check_settings(config)
     out = open_out(config.out, config.work_dir)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
@@ -81,7 +83,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     work = out.made_in / "work"
     if out.remote:
         log.info("%s: caches, and files until they are sent, lie in %s", out, out.made_in)
-    with _locked(out), LocalEngine(config.workers) as engine:
+    with _locked(out), open_engine(config.engine, config.workers) as engine:
         keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
         _note_changes(out, config, dict(zip(names, keys, strict=True)))
 
@@ -120,7 +122,8 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
 
 
-def _check_settings(config: DedupConfig) -> None:
+def check_settings(config: DedupConfig) -> None:
+    """Raise UsageError if a setting is out of range; names it."""
     for name in ("threshold", "caption_threshold"):
         value = getattr(config, name)
         if not 0.0 < value <= 1.0:
@@ -131,6 +134,13 @@ def _check_settings(config: DedupConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
+    find_rule(config.rule)
+    if config.rule not in RULES:
+        for name in ("keep_copies", "max_per_caption", "on_caption_differs"):
+            if getattr(config, name) != getattr(DedupConfig, name):
+                raise UsageError(f"{name} is for the rules {' and '.join(RULES)}: {config.rule} decides that itself")
+    for name in config.steps:
+        load_filter(name)
     if config.join_memory <= 0:
         raise UsageError(f"join_memory must be above 0 GB, got {config.join_memory}")
     for name in ("workers", "min_caption_chars", "seed"):
@@ -182,6 +192,11 @@ def settings_of(config: DedupConfig) -> dict[str, Any]:
     """What the result depends on, beside the input."""
     apart = ("out", "work_dir", "shards", "workers", "engine", "join_memory")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
+    if config.rule not in RULES:
+        settings["rule"] = f"{config.rule} ({plugins.identity(find_rule(config.rule))[:12]})"
+    settings["steps"] = [f"{name} ({code[:12]})" for name, code in identities(config.steps)]
+    if not settings["steps"]:
+        del settings["steps"]
     if config.exclude:  # what the list holds, wherever it lies
         settings["exclude"] = ids_digest(config.exclude)
     return settings
@@ -218,8 +233,9 @@ def _caption_embedder(name: str) -> CaptionEmbedder:
 
 
 def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
-    """What the reading of a shard depends on, as a file name: its content, the embedder's weights, the limits."""
-    limits = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
+    """What the reading of a shard depends on, as a file name: its content, the embedder's weights, limits, filters."""
+    limits: list[Any] = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
+    limits += identities(config.steps)
     made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, *limits]
     return digest([made_by, name, fingerprint(url)])
 

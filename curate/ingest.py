@@ -24,16 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afresh.errors import UsageError, UserError
-from afresh.files import to_json, write_atomic
+from afresh.files import write_atomic
 from afresh.progress import Progress, get_logger, progress
 from afresh.runs import locked, refuse_other_settings
 from afresh.storage import Place, open_out
 from curate.config import ImportConfig
-from curate.importing.rows import Content, Row, RowError, Source
+from curate.importing.members import sample_members
+from curate.importing.rows import Row, RowError, Source
 from curate.importing.sources import open_source
-from curate.reading.images import CONVERTED_FORMATS, ImageError, image_format, to_png
-from curate.reading.samples import IMAGE_EXTENSIONS
-from curate.reading.tar import MAX_MEMBER_BYTES
 from curate.reading.writing import write_shard
 from curate.results.ledger import write_table
 
@@ -180,7 +178,7 @@ class _Samples:
     def _advance(self) -> _Sample | None:
         for row in self.rows:
             try:
-                members, remark = _members(row.source, row.read(), self.config)
+                members, remark = sample_members(row.source, row.read(), self.config)
             except RowError as error:
                 self._note(row.source, None, None, SKIPPED, str(error))
             else:
@@ -191,51 +189,6 @@ class _Samples:
     def _note(self, *account: Any) -> None:
         self.account.append(account)
         self.bar.update(1)
-
-
-def _members(source: str, content: Content, config: ImportConfig) -> tuple[dict[str, bytes], str | None]:
-    """Members of a sample, and what is to be said of it. Raises ``RowError`` when it is to be skipped."""
-    caption, remark = content.caption, content.problem
-    if caption is not None:
-        try:
-            remark = None if caption.decode("utf-8-sig").strip() else "no caption: the text is empty"
-        except UnicodeDecodeError:
-            remark = "caption is not UTF-8"
-    if remark is not None and config.require_caption:
-        raise RowError(remark)
-    extension, image = str(image_format(content.image)), content.image
-    if extension not in IMAGE_EXTENSIONS:
-        image = _converted(image, extension, config)
-        remark = "; ".join(filter(None, [f"converted from {extension}", remark]))
-        extension = "png"
-    members = {extension: image}
-    if caption is not None:
-        members["txt"] = caption
-    fields = dict(content.fields)
-    # Names that mean something to whoever reads the shard; another's field of that name moves aside.
-    taken = ["source"] if caption is not None else ["source", "caption"]
-    for name in taken:
-        if name in fields:
-            aside = f"{name}_"
-            while aside in fields:
-                aside += "_"
-            fields[aside] = fields.pop(name)
-    text = json.dumps(to_json({**fields, "source": source}), ensure_ascii=False)
-    members["json"] = text.encode("utf-8", "backslashreplace")
-    if len(members["json"]) > MAX_MEMBER_BYTES or (caption is not None and len(caption) > MAX_MEMBER_BYTES):
-        raise RowError(f"too large: its caption or fields have more than {MAX_MEMBER_BYTES} bytes")
-    return members, remark
-
-
-def _converted(image: bytes, extension: str, config: ImportConfig) -> bytes:
-    if extension.upper() not in CONVERTED_FORMATS:
-        raise RowError(f"format: {extension} images do not stand in shards, and cannot be converted here")
-    if not config.convert:
-        raise RowError(f"format: {extension} images do not stand in shards; --convert true makes them PNG")
-    try:
-        return to_png(image, max_pixels=config.max_pixels)
-    except ImageError as error:
-        raise RowError(f"cannot be converted: {extension}: {error}") from error
 
 
 def _write_account(out: Place, number: int, account: list[Any], size: int) -> None:

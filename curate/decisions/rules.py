@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from afresh.errors import UserError
 from curate.decisions.neighbours import _Neighbours
 from curate.neighbors.verify import Pairs
 
@@ -27,8 +28,9 @@ CAPTION_QUOTA = "caption_quota"  # another image, the same caption, and enough s
 NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough samples have one like it
 OTHER_SET = "other_set"  # the image, or a near one, stands in a set that was to be kept apart
 EXCLUDED = "excluded"  # named in a list of samples to leave out
+OWN_RULE = "own_rule"  # by a rule of the user's own, though neither image nor caption is near
 FEW = 16  # copies that are all looked at, whatever their captions
-REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED)
+REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED, OWN_RULE)
 
 
 class Near(Protocol):
@@ -49,6 +51,34 @@ class Near(Protocol):
     @property
     def caption_pairs(self) -> Pairs:
         """Near pairs of distinct captions; captions too short to compare have none."""
+
+
+@dataclass(frozen=True)
+class AtThreshold:
+    """What is near what among n rows: a :class:`Near` as arrays, its pairs those above the threshold in force."""
+
+    image_of: NDArray[np.int64]
+    image_pairs: Pairs
+    caption_of: NDArray[np.int64]
+    caption_pairs: Pairs
+
+
+class OwnRule(Protocol):
+    """A rule of one's own: which row stands for which. A pure function, called for each threshold that is tried."""
+
+    def __call__(self, near: AtThreshold, captions: Sequence[str], order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Decide.
+
+        Args:
+            near: all near pairs of images and of captions, none left out.
+            captions: of each of the n rows, perhaps empty.
+            order: the rows to judge, the preferred ones first. Those that a list or another set decides about are not
+                among them.
+
+        Returns:
+            int64 ``[n]``: the kept row that stands for a dropped one, -1 for those that are kept.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +116,7 @@ def decide(
     prefer: NDArray[np.int64] | None = None,
     *,
     threshold: float | None = None,
-    rule: Rule = "greedy",
+    rule: Rule | OwnRule = "greedy",
     keep_copies: int = 1,
     max_per_caption: int | None = None,
     on_caption_differs: OnCaptionDiffers = "pool",
@@ -110,7 +140,8 @@ def decide(
         captions: of each row, as they are to be pooled; the empty one is never pooled.
         prefer: ``[n]`` rank of each row, least first; equal ranks go by input order, as all do without it.
         threshold: of images' similarity; near pairs below it are passed over. None takes all.
-        rule: ``greedy`` or ``components``.
+        rule: ``greedy`` or ``components``; or a function of one's own, which heeds neither ``keep_copies`` nor
+            ``max_per_caption`` nor ``on_caption_differs``: what it drops is pooled.
         keep_copies: rows with near images that may stay beside each other: a row is dropped when as many of the rows
             kept before it show its image or a near one.
         max_per_caption: kept rows that may share a caption, equal or near ones counted; None for any number.
@@ -121,11 +152,12 @@ def decide(
 
     Raises:
         ValueError: arrays of different lengths, an unknown rule, a number below 1.
+        UserError: a rule of one's own gives something else than it should.
     """
     n = len(near.image_of)
     if not len(near.caption_of) == len(captions) == n or (prefer is not None and len(prefer) != n):
         raise ValueError("image_of, caption_of, captions and prefer must have one entry a row")
-    if rule not in ("greedy", "components"):
+    if not callable(rule) and rule not in ("greedy", "components"):
         raise ValueError(f"unknown rule {rule!r}: choose greedy or components")
     if on_caption_differs not in ("pool", "keep"):
         raise ValueError(f"on_caption_differs is pool or keep, not {on_caption_differs!r}")
@@ -140,7 +172,10 @@ def decide(
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
     judge = _Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
-    if rule == "greedy":
+    if callable(rule):
+        shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
+        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n), order)
+    elif rule == "greedy":
         judge.greedy()
     else:
         judge.components()
@@ -177,6 +212,23 @@ def sweep(
         groups = int((np.bincount(verdicts.group) > 1).sum()) if len(verdicts.group) else 0
         table.append({"threshold": threshold, "kept": kept, "dropped": len(verdicts.kept) - kept, "groups": groups})
     return table
+
+
+def _checked(rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """What a rule gave, if it can be followed."""
+    name = getattr(rule, "__name__", type(rule).__name__)
+    given = np.asarray(stand_in)
+    if given.shape != (n,) or given.dtype.kind not in "iu":
+        shape = f"{given.dtype} {list(given.shape)}"
+        raise UserError(f"rule {name}: gave {shape} where a row or -1 for each of the {n} rows belongs, int64 [{n}]")
+    judged = np.zeros(n, bool)
+    judged[order] = True
+    dropped = judged & (given != -1)
+    for row in np.flatnonzero(dropped).tolist():
+        kept = int(given[row])
+        if not 0 <= kept < n or not judged[kept] or dropped[kept]:
+            raise UserError(f"rule {name}: row {row} cannot be dropped for {kept}, which is no row that is kept")
+    return np.where(judged, given, -1).astype(np.int64)
 
 
 class _Judge:
@@ -247,6 +299,19 @@ class _Judge:
             if self._keep_within_quota(row):
                 kept.setdefault(component, []).append(row)
 
+    def by_stand_ins(self, stand_in: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+        """As somebody else decided: ``stand_in`` ``[n]`` is a kept row for each that is dropped, -1 for the others."""
+        for row in order[stand_in[order] >= 0].tolist():
+            kept = int(stand_in[row])
+            of_images, of_captions = self._image_similarity(row, kept), self._caption_similarity(row, kept)
+            if not math.isnan(of_images):
+                self._drop_for_its_image(row, kept, of_images, of_captions)
+                self.group[row] = kept
+            elif self.caption_of[kept] == self.caption_of[row]:
+                self._drop(row, kept, CAPTION_QUOTA, of_images, of_captions)
+            else:
+                self._drop(row, kept, OWN_RULE if math.isnan(of_captions) else NEAR_CAPTION, of_images, of_captions)
+
     # --------------------------------------------------------------------------------------------- the steps
 
     def _copies(self, row: int, near: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -278,6 +343,10 @@ class _Judge:
                 self.rank[c[0]],
             ),
         )
+        self._drop_for_its_image(row, kept, similarity, of_captions)
+        return True
+
+    def _drop_for_its_image(self, row: int, kept: int, similarity: float, of_captions: float) -> None:
         if self.image_of[kept] == self.image_of[row]:
             reason = EXACT_IMAGE
         else:
@@ -285,7 +354,6 @@ class _Judge:
         self._drop(row, kept, reason, similarity, of_captions)
         if math.isnan(of_captions) and self._has_caption(row):
             self.pooled.setdefault(kept, {})[self.captions[row]] = None
-        return True
 
     def _keep_within_quota(self, row: int) -> bool:
         """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""

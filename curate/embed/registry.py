@@ -12,11 +12,14 @@ Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curati
 - ``transformers:NAME``, ``timm:NAME``, ``open_clip:ARCH/PRETRAINED``: an image tower of another library, by its hub
   name or folder (``curate/embed/image_towers.py``), prepared as its own files say. A folder is recognised without the
   prefix.
+- ``module:Class``: an embedder of one's own, or an installed package's by the name of its entry point in the group
+  ``afresh.image_embedders``. Its ``name`` is set to the one that finds it again.
 
 Captions have :class:`CaptionEmbedder` and ``load_caption_embedder``:
 
 - ``ngrams``: weight-free; the same letters in the same order.
 - ``transformers:NAME``: the text tower of a CLIP or SigLIP model; ``sentence-transformers:NAME``: a sentence encoder.
+- ``module:Class``, or a name of the group ``afresh.caption_embedders``: one of one's own.
 
 Neural embedders run on the GPU where there is one: ``embed`` in half precision there, ``features`` in float32.
 """
@@ -24,9 +27,11 @@ Neural embedders run on the GPU where there is one: ``embed`` in half precision 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from afresh import plugins
 from afresh.errors import UsageError, UserError
 from curate.embed.layout import LayoutEmbedder
 from curate.embed.ngrams import NgramEmbedder
@@ -76,10 +81,37 @@ def load_embedder(name_or_path: str, *, half: bool | None = None) -> Embedder:
 
         fit: Literal["squash", "shortest"] = "shortest" if named["short"] or not named["size"] else "squash"
         return load_torchscript(name_or_path, named["path"], int(named["size"] or 288), fit, half)
+    needs = ("dim", "size", "digest", "embed")  # features, too, where a sampler follows it
+    if (own := _own(plugins.IMAGE_EMBEDDERS, name_or_path, "embedder", needs, "Embedder")) is not None:
+        return own
+    known, libraries = _known(plugins.IMAGE_EMBEDDERS, EMBEDDERS, IMAGE_LIBRARIES)
     raise UsageError(
-        f"unknown embedder {name_or_path!r}: choose {', '.join(EMBEDDERS)}, a TorchScript file (*.pt, *.torchscript), "
-        f"or a model by its library ({', '.join(f'{name}:NAME' for name in IMAGE_LIBRARIES)})"
+        f"unknown embedder {name_or_path!r}{_no_module(name_or_path)}: choose {known}, a TorchScript file (*.pt, "
+        f"*.torchscript), a model by its library ({libraries}), or your own as module:Class"
     )
+
+
+def _known(group: str, built_in: Sequence[str], libraries: Sequence[str]) -> tuple[str, str]:
+    """What there is to choose, for a message: names, and names by library."""
+    return ", ".join([*built_in, *plugins.names(group)]), ", ".join(f"{library}:NAME" for library in libraries)
+
+
+def _no_module(name: str) -> str:
+    module = plugins.missing_module(name)
+    return f" (there is no module {module!r})" if module else ""
+
+
+def _own(group: str, name: str, option: str, needs: tuple[str, ...], protocol: str) -> Any:
+    """An embedder of one's own under the name that finds it again; None where there is none of this name."""
+    if plugins.missing_module(name):  # of a library that is none of ours, perhaps: what there is to choose helps more
+        return None
+    own = plugins.make(group, name, option, needs, f"curate.embed.protocol.{protocol}")
+    if own is not None:
+        try:
+            own.name = name
+        except AttributeError as error:
+            raise UsageError(f"{option} {name!r}: its attribute 'name' cannot be set: {error}") from error
+    return own
 
 
 def _recognised(folder: Path, *, captions: bool) -> str:
@@ -125,8 +157,12 @@ def load_caption_embedder(name_or_path: str, *, half: bool | None = None) -> Cap
         from curate.embed.text_towers import load_text_tower
 
         return load_text_tower(library, source, name=name_or_path, half=half)
+    needs = ("dim", "digest", "embed")
+    own = _own(plugins.CAPTION_EMBEDDERS, name_or_path, "caption embedder", needs, "CaptionEmbedder")
+    if own is not None:
+        return own
+    known, libraries = _known(plugins.CAPTION_EMBEDDERS, CAPTION_EMBEDDERS, CAPTION_LIBRARIES)
     raise UsageError(
-        f"unknown caption embedder {name_or_path!r}: choose {', '.join(CAPTION_EMBEDDERS)}, or a model by its library "
-        f"({', '.join(f'{name}:NAME' for name in CAPTION_LIBRARIES)})"
+        f"unknown caption embedder {name_or_path!r}{_no_module(name_or_path)}: choose {known}, a model by its library "
+        f"({libraries}), or your own as module:Class"
     )
-

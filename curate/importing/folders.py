@@ -20,11 +20,11 @@ from afresh.errors import UsageError, UserError
 from curate.config import ImportConfig
 from curate.importing.listing import Entry, fingerprint, list_files, open_folder
 from curate.importing.rows import Content, Row, RowError, caption_of, failed, one_line, opened, printable, read_image
+from curate.importing.sidecars import read_beside
 from curate.importing.tables import BATCH_ROWS, choose_text, json_values
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-MAX_SIDECAR_BYTES = 1 << 24
 MAX_KEY_BYTES = 100
 _TXT, _JSON, _IMAGE = 1, 2, 4  # what stands under one path without suffix; images are counted above the two bits
 
@@ -40,13 +40,14 @@ class Folder:
     Args:
         url: a local path or an fsspec URL.
         config: ``caption_field`` and ``text_column`` say where captions are.
+        metadata: whether metadata files are read; else they are passed over.
 
     Raises:
         UsageError: it is no folder, holds nothing, or a metadata file's columns do not tell which is the caption.
         UserError: a metadata file cannot be read.
     """
 
-    def __init__(self, url: str, config: ImportConfig) -> None:
+    def __init__(self, url: str, config: ImportConfig, *, metadata: bool = True) -> None:
         self.url, self.caption_field, self.text_column = url, config.caption_field, config.text_column
         self.filesystem, self.root = open_folder(url)
         self.images: list[str] = []
@@ -66,6 +67,8 @@ class Folder:
             for sidecar in (self._sidecar(stem, ".json"), self._sidecar(stem, ".txt"))
             if sidecar is not None
         ]
+        if not metadata:
+            self.metadata.clear()
         for name in self.metadata:
             self.metadata[name] = self._caption_column(name)
         self.total: int | None = len(self.images) + len(self.orphans) + len(self.problems)
@@ -115,6 +118,11 @@ class Folder:
             self.images.append(name)
             self._stems[stem] = self._stems.get(stem, 0) + _IMAGE
 
+    def beside(self, name: str) -> tuple[str | None, str | None]:
+        """The ``.txt`` and the ``.json`` beside an image, as far as there are any."""
+        stem = posixpath.splitext(name)[0]
+        return self._sidecar(stem, ".txt"), self._sidecar(stem, ".json")
+
     def _sidecar(self, stem: str, suffix: str) -> str | None:
         if not self._stems[stem] & (_TXT if suffix == ".txt" else _JSON):
             return None
@@ -130,7 +138,8 @@ class Folder:
         def read() -> Content:
             with opened(self.filesystem, posixpath.join(self.root, name)) as file:
                 image = read_image(file)
-            caption, problem, fields = self._beside(name)
+            text, table = self.beside(name)
+            caption, problem, fields = read_beside(self.filesystem, self.root, text, table, self.caption_field)
             if column is not None:
                 in_row, why_none = caption_of(record.get(column), column)
                 if in_row is not None:
@@ -143,39 +152,6 @@ class Folder:
             return Content(image, caption, problem, fields)
 
         return read
-
-    def _beside(self, name: str) -> tuple[bytes | None, str | None, dict[str, Any]]:
-        """Caption, why there is none, and fields, from the files beside an image."""
-        stem = posixpath.splitext(name)[0]
-        caption: bytes | None = None
-        problem: str | None = "no caption: neither a .txt nor a .json stands beside the image"
-        fields: dict[str, Any] = {}
-        if (sidecar := self._sidecar(stem, ".json")) is not None:
-            try:
-                parsed = json.loads(self._small_file(sidecar))
-                if not isinstance(parsed, dict):
-                    raise ValueError("it is not an object")
-            except RowError as error:
-                problem = f"no caption: {printable(sidecar)}: {error}"
-            except (ValueError, RecursionError) as error:
-                problem = f"no caption: {printable(sidecar)} is no JSON to read: {one_line(error)}"
-            else:
-                fields = parsed
-                caption, problem = caption_of(parsed.get(self.caption_field), self.caption_field)
-        if (sidecar := self._sidecar(stem, ".txt")) is not None:
-            try:
-                caption, problem = self._small_file(sidecar), None
-            except RowError as error:
-                if caption is None:
-                    problem = f"no caption: {printable(sidecar)}: {error}"
-        return caption, problem, fields
-
-    def _small_file(self, name: str) -> bytes:
-        with opened(self.filesystem, posixpath.join(self.root, name)) as file:
-            data = file.read(MAX_SIDECAR_BYTES + 1)
-        if len(data) > MAX_SIDECAR_BYTES:
-            raise RowError(f"more than {MAX_SIDECAR_BYTES} bytes")
-        return data
 
     # ------------------------------------------------------------------------------------------- metadata files
 

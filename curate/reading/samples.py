@@ -201,6 +201,17 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
             yield BadSample(shard, "", reason, failure.kind)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A shard, to be read as often as it is iterated: :func:`read_samples` of ``url`` under ``name``."""
+
+    url: str
+    name: str
+
+    def __iter__(self) -> Iterator[Sample | BadSample]:
+        return read_samples(self.url, name=self.name)
+
+
 def _was_cut(last: Sample | BadSample, usual: set[str]) -> bool:
     """Whether the sample before the end of a cut archive lacks its image, or a caption where one is usual."""
     if isinstance(last, BadSample):

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 
 KEPT, DROPPED, UNREADABLE = "kept", "dropped", "unreadable"
-DROP_REASONS = ("exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set", "excluded")
+DROP_REASONS = (  # and "filter:NAME", of what a filter left out
+    "exact_image", "near_image", "near_caption", "near_pair", "caption_quota", "other_set", "excluded", "own_rule"
+)  # fmt: skip
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string(), nullable=False),  # as curate.reading.urls.shard_names calls it
         pa.field("key", pa.string(), nullable=False),  # empty for what befell the archive itself
         pa.field("row", pa.int64(), nullable=False),  # number in input order, from 0: this row's own number
         pa.field("status", pa.string(), nullable=False),  # kept | dropped | unreadable
-        pa.field("reason", pa.string()),  # null when kept, one of DROP_REASONS, or the error's text
+        pa.field("reason", pa.string()),  # null when kept, one of DROP_REASONS, filter:NAME, or the error's text
         pa.field("kept_shard", pa.string()),  # who stands for a dropped sample; of another set, "folder:shard"
         pa.field("kept_key", pa.string()),
         pa.field("image_similarity", pa.float32()),  # to the one that stands for it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +40,9 @@ REASONS = {
     "caption_quota": ("Caption quota", "another image, but enough with this caption stay"),
     "other_set": ("In another set", "the image, or a near one, stands in a set given with --against"),
     "excluded": ("Excluded", "named in the list given with --exclude"),
+    "own_rule": ("Own rule", "by the rule given with --rule, though neither image nor caption is near"),
 }
+FILTERED = ("Filters", "left out by the filters given with --steps; the ledger names which")
 SHORT = {  # beside a similarity, in the gallery
     "exact_image": "identical",
     "near_image": "image",
@@ -48,6 +51,7 @@ SHORT = {  # beside a similarity, in the gallery
     "caption_quota": "quota",
     "other_set": "other set",
     "excluded": "excluded",
+    "own_rule": "own rule",
 }
 
 
@@ -132,17 +136,20 @@ def _shares(summary: Mapping[str, Any]) -> list[tuple[str, int, float]]:
 
 
 def _reasons(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    most = max([1, *summary["reasons"].values()])
+    counts = Counter[str]()
+    for name, count in summary["reasons"].items():
+        counts[name.partition(":")[0]] += count
+    most = max([1, *counts.values()])
     return [
         {
             "name": name,
-            "label": REASONS[name][0],
-            "means": REASONS[name][1],
+            "label": label,
+            "means": means,
             "count": count,
             "width": 100.0 * count / most,
         }
-        for name in DROP_REASONS
-        if (count := summary["reasons"].get(name, 0))
+        for name, (label, means) in [*((name, REASONS[name]) for name in DROP_REASONS), ("filter", FILTERED)]
+        if (count := counts[name])
     ]
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from afresh import plugins
 from afresh.errors import UsageError
 from afresh.progress import progress
-from curate.config import DedupConfig
+from curate.config import RULES, DedupConfig
 from curate.decisions.sample_lists import refuse_missing
+from curate.stages.filters import REASON
 from curate.stages.join import Joined, _join_memory, sweep_thresholds
 from curate.stages.read import preferred_fields
 from curate.stages.rows import Rows
@@ -22,7 +24,7 @@ from curate.stages.rows import Rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from curate.decisions.rules import Verdicts
+    from curate.decisions.rules import OwnRule, Rule, Verdicts
     from curate.embed.protocol import Embedder
     from curate.index.training_index import TrainingIndex
 
@@ -98,12 +100,16 @@ def exclude_stage(
 def decide_stage(
     rows: Rows, joined: Joined, elsewhere: Elsewhere | None, excluded: NDArray[np.bool_] | None, config: DedupConfig
 ) -> tuple[Verdicts, list[dict[str, Any]]]:
-    """The verdicts, and the table of other thresholds."""
-    from curate.decisions.rules import decide, sweep
+    """The verdicts, and the table of other thresholds. What a filter leaves out is judged like what a list excludes."""
+    from curate.decisions.rules import EXCLUDED, decide, sweep
 
     prefer = _preference(rows, config.prefer)
+    left_out = rows.column("left_out")
+    filtered = np.array([name is not None for name in left_out], dtype=bool)
+    if filtered.any():
+        excluded = filtered if excluded is None else filtered | excluded
     options: dict[str, Any] = {
-        "rule": config.rule,
+        "rule": find_rule(config.rule),
         "keep_copies": config.keep_copies,
         "max_per_caption": config.max_per_caption,
         "on_caption_differs": config.on_caption_differs,
@@ -111,9 +117,26 @@ def decide_stage(
         "excluded": excluded,
     }
     verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
+    for row in np.flatnonzero(filtered & (verdicts.reason == EXCLUDED)).tolist():
+        verdicts.reason[row] = REASON + left_out[row]
     others = sweep_thresholds(config) if config.sweep else []
     with progress(others, desc="trying thresholds", unit="thresholds") as bar:
         return verdicts, sweep(joined, rows.captions, prefer, bar, **options)
+
+
+def find_rule(name: str) -> Rule | OwnRule:
+    """The rule of decision of that name: one of ``RULES``, an entry point of ``afresh.decision_rules``, or
+    ``module:function``.
+
+    Raises:
+        UsageError: there is none, or it cannot be imported.
+    """
+    if name in RULES:
+        return name  # type: ignore[return-value]
+    own = plugins.function(plugins.DECISION_RULES, name, "rule", "curate.decisions.rules.OwnRule")
+    if own is None:
+        raise UsageError(f"rule: unknown {name!r}: choose {plugins.choices(plugins.DECISION_RULES, RULES)}")
+    return own
 
 
 def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from afresh.files import digest
 from afresh.progress import progress
-from curate.config import DedupConfig
+from curate.config import RULES, DedupConfig
 from curate.results import ledger as ledgers
 from curate.stages.rows import Rows
 
@@ -78,9 +78,17 @@ def join_stage(
 
     measured = [config.join, config.recall_sample, config.seed]
     lowest = min(sweep_thresholds(config))
-    images_key = digest([list(keys), config.missing_caption, lowest, measured])
+    # Rules of one's own are shown every pair; ours ask for those within crowds one by one.
+    crowd = CROWD if config.rule in RULES else None
+    every_pair = [] if crowd else ["every pair"]
+    images_key = digest([list(keys), config.missing_caption, lowest, measured, *every_pair])
     images_cache = work / f"pairs-{images_key}.parquet"
-    image_pairs, recall = _joined(images_cache, lambda: rows.embeddings[first], lowest, config, "joining images")
+    all_differ = len(first) == len(rows.embeddings)
+
+    def distinct() -> NDArray[Any]:
+        return rows.embeddings if all_differ else rows.embeddings[first]  # no copy for nothing
+
+    image_pairs, recall = _joined(images_cache, distinct, lowest, crowd, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
     long = np.array(
@@ -88,13 +96,14 @@ def join_stage(
     )
     near_captions = [
         list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured,
-        captioner.digest,
+        captioner.digest, *every_pair,
     ]  # fmt: skip
     captions_cache = work / f"pairs-{digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
         captions_cache,
         lambda: embedded_captions(captioner, [captions[row] for row in long]),
         config.caption_threshold,
+        crowd,
         config,
         "joining captions",
     )
@@ -130,7 +139,12 @@ def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def _joined(
-    cache: Path, embed: Callable[[], NDArray[Any]], threshold: float, config: DedupConfig, desc: str
+    cache: Path,
+    embed: Callable[[], NDArray[Any]],
+    threshold: float,
+    crowd: int | None,
+    config: DedupConfig,
+    desc: str,
 ) -> tuple[Pairs, float]:
     """Near pairs and their measured recall: from the cache, or found and put there."""
     from curate.neighbors.cells import find_pairs_in_cells
@@ -140,9 +154,9 @@ def _joined(
 
     if cache.is_file():
         table = pq.read_table(cache)
-        measured, crowd = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
+        measured, crowded = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
         i, j, similarity = (table[name].to_numpy() for name in ("i", "j", "similarity"))
-        left_out = Crowd(embed(), np.array(crowd), np.array(crowd), threshold) if crowd else None
+        left_out = Crowd(embed(), np.array(crowded), np.array(crowded), threshold) if crowded else None
         return Pairs(i, j, similarity, left_out), measured
     embeddings = embed()
     if len(embeddings) < 2:
@@ -152,11 +166,11 @@ def _joined(
         exact = config.join == "exact" or (config.join == "auto" and n <= EXACT_ROWS)
         find = partial(find_pairs, memory=_join_memory(config)) if exact else find_pairs_in_cells
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
-            pairs = find(embeddings, threshold, crowd=CROWD, threads=config.workers, bar=bar)
+            pairs = find(embeddings, threshold, crowd=crowd, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
     table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
-    crowd = [] if pairs.crowd is None else pairs.crowd.rows.tolist()
-    metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowd)}
+    crowded = [] if pairs.crowd is None else pairs.crowd.rows.tolist()
+    metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowded)}
     ledgers.write_table(table.replace_schema_metadata(metadata), cache)
     return pairs, measured
 

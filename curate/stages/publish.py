@@ -17,6 +17,7 @@ from curate.engines.protocol import Engine
 from curate.reading.samples import Sample, read_samples
 from curate.results import ledger as ledgers
 from curate.stages.decide import Elsewhere
+from curate.stages.filters import REASON
 from curate.stages.join import Joined, sweep_thresholds
 from curate.stages.rows import Rows
 
@@ -34,6 +35,20 @@ def publish_ledger(
     out: Place, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
 ) -> pa.Table:
     """Write the ledger, and give it."""
+    table = ledger_table(rows, verdicts, elsewhere)
+    ledgers.write_table(table, out.made_in / "ledger.parquet")
+    out.deliver("ledger.parquet")
+    return table
+
+
+def ledger_table(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None) -> pa.Table:
+    """One row a sample, in the columns of :data:`curate.results.ledger.SCHEMA`.
+
+    Args:
+        rows: of all samples.
+        verdicts: of the readable ones; None where there are none.
+        elsewhere: what stands in other sets, where there are any.
+    """
     total = rows.table.num_rows
     columns: dict[str, Any] = {
         name: rows.table[name] for name in ("shard", "key", "sha256", "width", "height", "caption")
@@ -66,10 +81,7 @@ def publish_ledger(
         missing = np.isnan(values) if "similarity" in name else values < 0
         columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)
     columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
-    table = pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
-    ledgers.write_table(table, out.made_in / "ledger.parquet")
-    out.deliver("ledger.parquet")
-    return table
+    return pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
 
 
 def publish_index(out: Place, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
@@ -97,13 +109,14 @@ def summarise(
     reasons = collections.Counter(
         table.filter(pc.equal(table["status"], ledgers.DROPPED))["reason"].to_pylist()
     )
+    by_filters = sorted(name for name in reasons if name.startswith(REASON))
     sizes = np.bincount(verdicts.group)
     return {
         "samples": table.num_rows,
         **{name: status[name] for name in (ledgers.KEPT, ledgers.DROPPED, ledgers.UNREADABLE)},
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
-        "reasons": {name: reasons[name] for name in ledgers.DROP_REASONS if reasons[name]},
+        "reasons": {name: reasons[name] for name in (*ledgers.DROP_REASONS, *by_filters) if reasons[name]},
         "captions_pooled": sum(bool(pooled) for pooled in verdicts.pooled.values()),
         "recall": joined.recall,
         "caption_recall": joined.caption_recall,

@@ -8,7 +8,7 @@ the number of the samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from afresh.cores import cpu_count, in_order, one_thread, shares
 from afresh.progress import get_logger
 from curate.config import DedupConfig
 from curate.engines.protocol import Engine
-from curate.reading.samples import BadSample, Sample, read_samples, sample_bytes
+from curate.reading.samples import BadSample, Sample, Shard, sample_bytes
 from curate.reading.urls import shard_bytes
 from curate.results import ledger as ledgers
+from curate.stages.filters import left_out_by
 from curate.stages.rows import READ_COLUMNS
 
 if TYPE_CHECKING:
@@ -43,16 +44,20 @@ BATCH_PIXELS = 32_000_000  # held for the embedder at a time, whatever the batch
 ROWS_HELD = 8192
 
 
+Samples = Iterable[Sample | BadSample]
+"""What one task reads: a :class:`~curate.reading.samples.Shard`, or another source that says how to read it again."""
+
+
 @dataclass(frozen=True)
 class _ReadTask:
-    url: str
-    name: str
+    samples: Samples
     cache: Path
     embedder: str
     max_pixels: int
     batch_size: int
     pixel_hash: bool
     fields: tuple[str, ...]
+    filters: tuple[str, ...]
     threads: int
 
 
@@ -74,26 +79,41 @@ def read_stage(
     if len(missing) < len(caches):
         log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
     threads = shares([shard_bytes(urls[number]) for number in missing], config.workers or cpu_count())
+    shards = [(Shard(urls[number], names[number]), caches[number]) for number in missing]
+    read_into(engine, shards, threads, config)
+    return caches
+
+
+def read_into(
+    engine: Engine, sources: Sequence[tuple[Samples, Path]], threads: Sequence[int], config: DedupConfig
+) -> None:
+    """Read each source into its cache file.
+
+    Args:
+        engine: where. With several processes the sources are pickled.
+        sources: samples, and the file that is to hold their rows.
+        threads: of each.
+        config: the settings.
+    """
     tasks = [
         _ReadTask(
-            urls[number],
-            names[number],
-            caches[number],
+            samples,
+            cache,
             config.image_embedder,
             config.max_pixels,
             config.batch_size,
             config.pixel_hash,
             preferred_fields(config.prefer),
-            of_shard,
+            tuple(config.steps),
+            of_source,
         )
-        for number, of_shard in zip(missing, threads, strict=True)
+        for (samples, cache), of_source in zip(sources, threads, strict=True)
     ]
-    engine.map(_read_shard, tasks, desc="reading")
-    return caches
+    engine.map(_read, tasks, desc="reading")
 
 
-def _read_shard(task: _ReadTask) -> None:
-    """Hash and embed one shard's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
+def _read(task: _ReadTask) -> None:
+    """Hash and embed one source's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
     embedder = cached_embedder(task.embedder)
     nothing = bytes(2 * embedder.dim)
     schema = pa.schema([*READ_COLUMNS, ("embedding", pa.binary(len(nothing)))])
@@ -106,10 +126,9 @@ def _read_shard(task: _ReadTask) -> None:
             row["embedding"] = vector.tobytes()
         batch.clear()
 
-    samples = read_samples(task.url, name=task.name)
     look = partial(_look, task, SCALE_TO_SPARE * embedder.size)
     ahead = max(2 * task.threads, PIXELS_AHEAD // (2 * SCALE_TO_SPARE * embedder.size) ** 2)
-    looked_at = in_order(look, samples, task.threads, at_most=ahead, weigh=sample_bytes, weight=BYTES_AHEAD)
+    looked_at = in_order(look, task.samples, task.threads, at_most=ahead, weigh=sample_bytes, weight=BYTES_AHEAD)
     with one_thread(), ledgers.table_writer(schema, task.cache) as writer:
         pixels_held = 0
         for row, image in looked_at:
@@ -143,6 +162,7 @@ def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[d
         return row, None
     row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
     row["numbers"] = [sample.number(name) for name in task.fields]
+    row["left_out"] = left_out_by(sample, task.filters)
     data = sample.image
     row["sha256"] = hashlib.sha256(data).hexdigest()
     try:

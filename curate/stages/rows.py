@@ -21,6 +21,7 @@ READ_COLUMNS = (
     ("shard", pa.string()),
     ("key", pa.string()),
     ("reason", pa.string()),  # why the image cannot be used; null when it can
+    ("left_out", pa.string()),  # the filter that leaves the sample out; null when none does
     ("caption_problem", pa.string()),
     ("caption", pa.string()),
     ("sha256", pa.string()),

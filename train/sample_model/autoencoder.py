@@ -56,14 +56,12 @@ class AutoencoderConfig:
 def load_pixels(renditions: list[str]) -> torch.Tensor:
     """The pretrain part and the further drawings as ``[n, 3, 64, 64]`` in [0, 1]."""
     from curate.reading.images import decode_image, stack_images
-    from curate.reading.samples import Sample, read_samples
-    from curate.reading.urls import expand_shards
+    from curate.reading.pipeline import ReadShards, Skipped, shard_list
     from curate.sample_set import load_part
 
     samples = load_part("pretrain")
     if renditions:
-        for shard in expand_shards(renditions):
-            samples += [sample for sample in read_samples(shard) if isinstance(sample, Sample)]
+        samples += ReadShards(Skipped())(shard_list(renditions))
     return torch.from_numpy(stack_images([decode_image(sample.image) for sample in samples], 64))
 
 

@@ -179,8 +179,7 @@ def whitening(features: np.ndarray, ridge: float = 0.01) -> dict[str, Tensor]:
 def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
     """Train, measure, save; returns what ``metrics.json`` holds."""
     from curate.reading.images import decode_image, stack_images
-    from curate.reading.samples import Sample, read_samples
-    from curate.reading.urls import expand_shards
+    from curate.reading.pipeline import ReadShards, Skipped, shard_list
     from curate.sample_set import load_part
 
     samples = load_part("pretrain") + load_part("finetune")
@@ -188,11 +187,10 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
     # drawings[i]: rows of pixels that show caption i, the sample set's own image first.
     drawings, images = [[i] for i in range(len(samples))], [decode_image(sample.image) for sample in samples]
     row_of = {sample.key: i for i, sample in enumerate(samples)}
-    for shard in expand_shards(config.renditions) if config.renditions else []:
-        for rendition in read_samples(shard):
-            if isinstance(rendition, Sample) and rendition.key in row_of:
-                drawings[row_of[rendition.key]].append(len(images))
-                images.append(decode_image(rendition.image))
+    for rendition in ReadShards(Skipped())(shard_list(config.renditions)) if config.renditions else []:
+        if rendition.key in row_of:
+            drawings[row_of[rendition.key]].append(len(images))
+            images.append(decode_image(rendition.image))
     pixels = torch.from_numpy(stack_images(images, 64))
     caption = torch.from_numpy(np.unique([form[0] for form in forms], return_inverse=True)[1])
     alike = torch.from_numpy(pixel_correlation(pixels, pixels))

@@ -14,7 +14,7 @@ import random
 import numpy as np
 
 from curate.reading.images import decode_image
-from curate.reading.samples import Sample, read_samples
+from curate.reading.pipeline import ReadShards, shard_list
 from curate.sample_set import PARTS, sample_set_dir, sample_shards
 
 SIZES = {"pretrain": 1206, "finetune": 500, "held_out": 200}
@@ -44,7 +44,7 @@ def twin_groups(thumbnails: np.ndarray, threshold: float = TWINS) -> np.ndarray:
 
 
 def main() -> None:
-    samples = [s for shard in sample_shards() for s in read_samples(shard) if isinstance(s, Sample)]
+    samples = list(ReadShards()(shard_list(sample_shards())))
     thumbnails = np.stack(
         [np.asarray(decode_image(s.image).resize((16, 16)), np.float32).ravel() for s in samples]
     )

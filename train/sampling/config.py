@@ -343,7 +343,8 @@ class SampleConfig:
         guidance: none; amg, amg-strong or amg-early (presets of AMG); prompt (embedding minimisation); basin (guidance
             from the dynamic transition point) or opposite (the same, with opposite guidance before it); noise or
             noise-batch (initial-noise adjustment, per sample or batch-wise); tokens or numbers (random words or numbers
-            in the prompt); rejection (draw copies again). Several joined by + act in that order.
+            in the prompt); rejection (draw copies again); module:Class (a term of your own, docs/library.md). Several
+            joined by + act in that order.
         amg: AMG's settings.
         prompt: of prompt.
         basin: of basin and opposite.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afresh.errors import UserError
+from afresh.errors import UsageError, UserError
 from curate.reading.captions import normalise_caption
 from train.memorization.config import MEMORIZED
 
@@ -72,6 +72,7 @@ class ObjectLevel:
 
     Raises:
         UserError: the index is empty or was built with another embedder.
+        UsageError: the embedder cannot be differentiated.
     """
 
     raw_name, memorized = "cosine", MEMORIZED
@@ -79,6 +80,11 @@ class ObjectLevel:
     def __init__(self, index: TrainingIndex, embedder: Embedder) -> None:
         check_embedder(index, embedder.name)
         check_not_empty(index)
+        if not hasattr(embedder, "features"):
+            raise UsageError(
+                f"the embedder {embedder.name!r} has no features(), by which guidance follows an image: see "
+                "curate.embed.protocol.Embedder"
+            )
         self.index, self.embedder = index, embedder
         self.captions, self.counts = index.captions, index.counts
 

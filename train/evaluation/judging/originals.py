@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +16,17 @@ if TYPE_CHECKING:
 
 def read_images(shards: Sequence[str]) -> tuple[list[Image], list[str]]:
     """The distinct images of shards (by their pixels), and all captions; what cannot be read is left out."""
-    from curate.reading.images import ImageError, decode_image, pixel_hash
-    from curate.reading.samples import Sample, read_samples
-    from curate.reading.urls import expand_shards
+    from curate.reading.images import pixel_hash
+    from curate.reading.pipeline import SafeShards, Skipped, image_and_caption
 
+    skipped = Skipped(log_at_most=0)
+    whole = SafeShards(list(shards), handler=skipped, nodesplitter=None, workersplitter=None)  # every process sees all
     images: dict[str, Image] = {}
     captions: dict[str, None] = {}
-    for shard in expand_shards(list(shards)):
-        for sample in read_samples(shard):
-            if not isinstance(sample, Sample):
-                continue
-            try:
-                image = decode_image(sample.image)
-            except ImageError:
-                continue
-            images.setdefault(pixel_hash(image), image)
-            if sample.caption:
-                captions[sample.caption] = None
+    for sample in whole.map(partial(image_and_caption, missing_caption="empty"), handler=skipped):
+        images.setdefault(pixel_hash(sample["image"]), sample["image"])
+        if sample["caption"]:
+            captions[sample["caption"]] = None
     if not images:
         raise UserError(f"{', '.join(shards)}: no readable image")
     return list(images.values()), list(captions)

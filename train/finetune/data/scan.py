@@ -3,7 +3,8 @@
 ``samples.arrow`` has a record batch for each shard and is memory-mapped, so that processes and workers share one copy
 of it, and a resumed run begins at once. It fixes which sample is which row, whatever becomes of the shards later.
 Curation's ledger cannot stand in for it: it tells neither where in the new shards a sample lies nor which captions it
-was given from its copies.
+was given from its copies. Nor can webdataset's pipelines (:mod:`curate.reading.pipeline`) stand in for the reading
+behind it: they do not tell where in a shard an image lies, so a resumed run could not go on at a position.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from train.memorization.detection.charts import draw_chart, draw_trajectories
 from train.memorization.detection.journal import open_journal, write_table
 from train.memorization.detection.separation import labels_of, read_outcomes, summarise
 from train.memorization.scoring import Scores, Scoring, check
-from train.memorization.signals.registry import find_signals
+from train.memorization.signals.registry import find_signals, identities
 from train.memorization.thresholds import FILE, calibrate
 from train.prompts import Prompt, read_prompts
 
@@ -61,6 +61,7 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in SCORING} | {
         "device": chosen_device(config.device),
         "model files": digest(list_files(config.model)),
+        **({"signals of one's own": own} if (own := identities(config.signals)) else {}),
         "prompts": digest([(prompt.caption, seed) for prompt, seed in zip(prompts, first, strict=True)]),
     }
 

@@ -18,12 +18,17 @@ signal sees ``ε``.
             return values.mean()
 
     score(pipe, prompts, signals=["magnitude", Alignment()])
+
+By name it is ``module:Alignment``, or that of an entry point of the group ``afresh.signals``: the class is called
+without arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from afresh import plugins
 from afresh.errors import UsageError
 from train.memorization.signals.agreement import Agreement, Joint, JointOnNoise
 from train.memorization.signals.anisotropy import Anisotropy
@@ -42,6 +47,9 @@ SIGNALS: Mapping[str, Callable[[Form], Signal]] = {
     "attention_entropy": lambda form: AttentionEntropy(),
 }
 """Name → how to make it, given the form of the magnitude."""
+MEMBERS = (
+    "name", "unconditional", "attention", "compares_seeds", "looks_at", "noise_level", "observe", "combine", "of_prompt"
+)  # fmt: skip
 
 
 def find_signals(signals: Sequence[str | Signal], form: Form, seeds: int) -> list[Signal]:
@@ -55,10 +63,12 @@ def find_signals(signals: Sequence[str | Signal], form: Form, seeds: int) -> lis
     Raises:
         UsageError: an unknown name, none, one twice, or too few seeds for one that compares them.
     """
-    unknown = [one for one in signals if isinstance(one, str) and one not in SIGNALS]
+    own = {one: _own(one) for one in signals if isinstance(one, str) and one not in SIGNALS}
+    unknown = [name for name, signal in own.items() if signal is None]
     if unknown or not signals:
-        raise UsageError(f"unknown signal {', '.join(unknown) or 'list []'}: choose from {', '.join(SIGNALS)}")
-    found = [SIGNALS[one](form) if isinstance(one, str) else one for one in signals]
+        known = plugins.choices(plugins.SIGNALS, SIGNALS)
+        raise UsageError(f"unknown signal {', '.join(unknown) or 'list []'}: choose from {known}")
+    found = [one if not isinstance(one, str) else SIGNALS[one](form) if one in SIGNALS else own[one] for one in signals]
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         raise UsageError(f"signals: each once, not {', '.join(names)}")
@@ -67,3 +77,13 @@ def find_signals(signals: Sequence[str | Signal], form: Form, seeds: int) -> lis
         raise UsageError(f"{comparing[0]} compares the seeds of a prompt: give at least 2 seeds")
     return found
 
+
+
+def identities(signals: Sequence[str]) -> dict[str, str]:
+    """Of the signals that are not ours, by name, what changes when their code does."""
+    return {name: plugins.identity(_own(name)) for name in signals if name not in SIGNALS}
+
+
+def _own(name: str) -> Any:
+    protocol = "train.memorization.signals.protocol.Signal"
+    return plugins.make(plugins.SIGNALS, name, "signals", MEMBERS, protocol)

@@ -1,12 +1,17 @@
-"""Guidance by name, for ``train sample``: names joined by ``+`` act in that order, as in ``tokens+amg``."""
+"""Guidance by name, for ``train sample``: names joined by ``+`` act in that order, as in ``tokens+amg``.
+
+A term of one's own is ``module:Class``, or the name of an entry point of the group ``afresh.guidance``; it is made
+without arguments, so its settings are its own defaults.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afresh import plugins
 from afresh.errors import UsageError
 from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.sampling.config import AMGConfig, SampleConfig, configured
@@ -46,6 +51,13 @@ TERMS: dict[str, Callable[[Any], Guidance]] = {
     "tokens": RandomTokens,
     "numbers": RandomTokens,
 }
+@dataclass(frozen=True)
+class Own:
+    """The settings of a term of one's own: what changes when its code does."""
+
+    code: str
+
+
 INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
@@ -66,8 +78,8 @@ def names(guidance: str) -> list[str]:
         return []
     found = guidance.split("+")
     for name in found:
-        if name not in SETTINGS:
-            known = ", ".join(["none", *SETTINGS])
+        if name not in SETTINGS and plugins.find(plugins.GUIDANCE, name, "--guidance") is None:
+            known = plugins.choices(plugins.GUIDANCE, ["none", *SETTINGS])
             raise UsageError(f"--guidance {guidance}: {name!r} is not known; choose of {known}, or several joined by +")
     if len(set(found)) < len(found):
         raise UsageError(f"--guidance {guidance}: a name stands twice")
@@ -82,19 +94,30 @@ def needs_index(guidance: str) -> bool:
 def used(config: SampleConfig) -> list[str]:
     """The names in ``config.guidance``, and AMG where it joins them because of ``never_above``."""
     found = names(config.guidance)
-    joins = config.never_above is not None and not any(isinstance(SETTINGS[name](config), AMGConfig) for name in found)
+    joins = config.never_above is not None and not any(isinstance(_chosen(name, config), AMGConfig) for name in found)
     return [*found, "amg"] if joins else found
 
 
 def settings(config: SampleConfig) -> dict[str, dict[str, Any]]:
     """The settings of each name that is used, and no others."""
-    return {name: asdict(SETTINGS[name](config)) for name in used(config)}
+    return {name: asdict(_chosen(name, config)) for name in used(config)}
+
+
+def _chosen(name: str, config: SampleConfig) -> Any:
+    """The settings that a name stands for."""
+    return SETTINGS[name](config) if name in SETTINGS else Own(plugins.identity(_own(name)))
+
+
+def _own(name: str) -> Any:
+    return plugins.make(plugins.GUIDANCE, name, "--guidance", ("name", "start"), "train.sampling.guidance.Guidance")
 
 
 def check(config: SampleConfig) -> None:
     """Raise UsageError if a name is unknown, or a setting of one that is used makes no sense."""
     for name in used(config):
-        chosen = SETTINGS[name](config)
+        chosen = _chosen(name, config)
+        if isinstance(chosen, Own):
+            continue
         if not isinstance(chosen, AMGConfig):
             configured(type(chosen), chosen, {})
             continue
@@ -158,8 +181,10 @@ def make(
     terms: list[Guidance] = []
     rejection = None
     for name in names(config.guidance):
-        chosen = SETTINGS[name](config)
-        if name in INDEXED:
+        chosen = _chosen(name, config)
+        if isinstance(chosen, Own):
+            terms.append(_own(name))
+        elif name in INDEXED:
             assert index is not None and embedder is not None  # the job saw to it
             if name == "rejection":
                 rejection = Rejection(index, embedder, chosen)
