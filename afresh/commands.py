@@ -16,10 +16,10 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from afresh.configs import Verb, _guess, _hint, _is_list, _load, _metavar, _Options, _read_config
+from afresh.configs import Options, Verb, guessed, hint_of, is_list, load, metavar, read_config
 from afresh.errors import UsageError, UserError, one_line
 from afresh.progress import is_main_process
-from afresh.summaries import _as_json, _as_text
+from afresh.summaries import as_json, as_text
 
 FLAGS = (
     "-h",
@@ -51,15 +51,15 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
             return 0
         name = argv[0]
         if name not in verbs:
-            raise UsageError(f"unknown verb {name!r}{_guess(name, verbs)}; {prog} --help lists the verbs")
+            raise UsageError(f"unknown verb {name!r}{guessed(name, verbs)}; {prog} --help lists the verbs")
         options = _split(verbs[name], argv[1:], f"{prog} {name}")
-        config = _read_config(package, name, verbs[name], options)
+        config = read_config(package, name, verbs[name], options)
         if options.check:
             return 0
         with _stdout_kept_for_the_summary(options.json):
-            summary = _load(verbs[name].job)(config)
+            summary = load(verbs[name].job)(config)
         if summary is not None and is_main_process():
-            print(_as_json(summary) if options.json else _as_text(summary), flush=True)
+            print(as_json(summary) if options.json else as_text(summary), flush=True)
         return getattr(summary, "exit_code", 0)  # a check that found problems says so by its exit code
     except SystemExit as stop:  # --help and --print_config end this way
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -73,12 +73,12 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
         return error.exit_code if isinstance(error, UserError) else 1
 
 
-def _split(verb: Verb, argv: Sequence[str], prog: str) -> _Options:
+def _split(verb: Verb, argv: Sequence[str], prog: str) -> Options:
     """Sort a verb's arguments into settings, config files and flags; positions become settings.
 
     Every option but the flags takes exactly one value, so options and positions may come in any order.
     """
-    options = _Options([], [], [])
+    options = Options([], [], [])
     positions: list[str] = []
     rest = list(argv)
     while rest:
@@ -122,9 +122,9 @@ def _name_positions(verb: Verb, positions: list[str], given: set[str], prog: str
     fields = [field for field in verb.positionals if field not in given]
     if not fields:
         raise UsageError(f"unexpected argument {positions[0]!r}; see {prog} --help")
-    lists = [_is_list(_hint(_load(verb.config), field)) for field in fields]
+    lists = [is_list(hint_of(load(verb.config), field)) for field in fields]
     if len(positions) < len(fields) or (len(positions) > len(fields) and not any(lists)):
-        form = " ".join(_metavar(field, many) for field, many in zip(fields, lists, strict=True))
+        form = " ".join(metavar(field, many) for field, many in zip(fields, lists, strict=True))
         raise UsageError(f"{prog} takes {form}: got {len(positions)} of them ({' '.join(positions)})")
     spare = len(positions) - len(fields)
     settings = []

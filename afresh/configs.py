@@ -41,7 +41,7 @@ class Verb:
 
 
 @dataclass
-class _Options:
+class Options:
     settings: list[tuple[str, str]]  # (dotted key, value), in the order given
     configs: list[str]
     passed: list[str]  # --help, --print_config
@@ -49,11 +49,11 @@ class _Options:
     check: bool = False
 
 
-def _metavar(field: str, many: bool) -> str:
+def metavar(field: str, many: bool) -> str:
     return field.upper() + ("…" if many else "")
 
 
-def _read_config(package: str, name: str, verb: Verb, options: _Options) -> Any:
+def read_config(package: str, name: str, verb: Verb, options: Options) -> Any:
     """The verb's dataclass, filled from defaults, config files and settings, in that order.
 
     Raises:
@@ -61,21 +61,24 @@ def _read_config(package: str, name: str, verb: Verb, options: _Options) -> Any:
     """
     from argparse import ArgumentError
 
-    job = f"{package} {name}"
-    for path in options.configs:
-        _check_config_file(path, job)
-    config_class = _load(verb.config)
+    job, config_class = f"{package} {name}", load(verb.config)
+    given = [_Given(f"{path}: ", *item) for path in options.configs for item in _leaves(_read(path, job), config_class)]
+    given += [_Given("", key.removesuffix("+"), value) for key, value in options.settings]
+    known = list(_keys(config_class))
+    for one in given:
+        if hint_of(config_class, one.key) is None:
+            guess = guessed(one.key, known)
+            raise UsageError(f"{one.source}unknown key {one.key!r}{guess}; python -m {job} --help lists the keys")
     parser = _parser(package, name, verb, config_class)
     argv = [f"--config={path}" for path in options.configs]
     for key, value in options.settings:
-        argv.append(f"--{key}={_as_list(value, _hint(config_class, key))}")
+        argv.append(f"--{key}={as_list(value, hint_of(config_class, key))}")
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
             namespace = parser.parse_args(argv + options.passed)
     except ArgumentError as error:
-        keys = {key for key, _ in options.settings}
-        raise UsageError(_plain(str(error), config_class, keys, options.configs, job)) from None
+        raise UsageError(_complaint(given, config_class, job) or one_line(error)) from None
     except SystemExit:  # --help and --print_config
         if any(flag.startswith("--print_config") for flag in options.passed):
             print(f"job: {job}")  # so that what is printed is a config file of its own
@@ -88,15 +91,66 @@ def _read_config(package: str, name: str, verb: Verb, options: _Options) -> Any:
         raise UsageError(one_line(error)) from error
     for field in verb.positionals:
         if getattr(config, field) in (None, "", [], ()):
-            many = _is_list(_hint(config_class, field))
+            many = is_list(hint_of(config_class, field))
             raise UsageError(
-                f"{job} needs {_metavar(field, many)}: on the command line, or {field!r} in a --config file"
+                f"{job} needs {metavar(field, many)}: on the command line, or {field!r} in a --config file"
             )
     return config
 
 
-def _check_config_file(path: str, job: str) -> None:
-    """See that the file is a YAML mapping, and that its ``job:`` line, if it has one, names this job."""
+@dataclass(frozen=True)
+class _Given:
+    source: str  # what a complaint begins with: the file, nothing for the command line
+    key: str
+    value: Any
+
+
+def _leaves(mapping: Mapping[str, Any], config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a config file, down to where the dataclasses end."""
+    for name, value in mapping.items():
+        key = f"{prefix}{name}"
+        hint = hint_of(config_class, key)
+        if isinstance(value, Mapping) and any(map(dataclasses.is_dataclass, (hint, *typing.get_args(hint)))):
+            yield from _leaves(value, config_class, f"{key}.")
+        else:
+            yield key, value
+
+
+def _complaint(given: Sequence[_Given], config_class: Any, job: str) -> str | None:
+    """What is wrong with what was given, each value asked for by itself; None if it is not found that way."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    for one in given:
+        hint = hint_of(config_class, one.key)
+        alone = ArgumentParser(exit_on_error=False, default_env=False)
+        alone.add_argument("--value", type=hint)
+        try:
+            if one.source:
+                alone.parse_object({"value": one.value})
+            else:
+                alone.parse_args([f"--value={as_list(one.value, hint)}"])
+        except ArgumentError:
+            return f"{one.source}{one.key}: expected {_type_name(hint)}, got {one.value}"
+    keys = {one.key.partition(".")[0] for one in given}
+    needed = [field.name for field in _init_fields(config_class) if _is_required(field) and field.name not in keys]
+    if needed:
+        options = ", ".join(f"--{name}" for name in needed)
+        return f"{job} needs {options}: on the command line, or in a --config file"
+    return None
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _read(path: str, job: str) -> dict[str, Any]:
+    """A config file's mapping but for its ``job:`` line, which names this job if it is there.
+
+    Raises:
+        UsageError: it is missing, no YAML mapping, or of another job.
+    """
     import yaml
 
     try:
@@ -113,15 +167,17 @@ def _check_config_file(path: str, job: str) -> None:
         raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path}: a config file maps keys to values; this one is {_shown(config)}")
-    if config.get("job", job) != job:
-        raise UsageError(f"{path} is a config for {config['job']!r}, not for {job!r}")
+    named = config.pop("job", job)
+    if named != job:
+        raise UsageError(f"{path} is a config for {named!r}, not for {job!r}")
+    return config
 
 
 def _parser(package: str, name: str, verb: Verb, config_class: type) -> Any:
     from jsonargparse import SUPPRESS, ArgumentParser
 
     prog = f"python -m {package} {name}"
-    forms = [_metavar(field, _is_list(_hint(config_class, field))) for field in verb.positionals]
+    forms = [metavar(field, is_list(hint_of(config_class, field))) for field in verb.positionals]
     parser = ArgumentParser(
         prog=prog,
         usage=" ".join([prog, *forms, "[--config FILE] [--key value]… [--json] [--debug]"]),
@@ -137,9 +193,9 @@ def _parser(package: str, name: str, verb: Verb, config_class: type) -> Any:
     return parser
 
 
-def _as_list(value: str, hint: Any) -> str:
+def as_list(value: str, hint: Any) -> str:
     """``a,b`` as a list literal where the field is a list; anything else as it came."""
-    if not _is_list(hint) or value.lstrip().startswith("[") or value in ("null", "None"):
+    if not is_list(hint) or value.lstrip().startswith("[") or value in ("null", "None"):
         return value
     items = re.split(r",(?![^{}]*\})", value) if value else []  # not at the commas of a brace range
     numbers = {member for member in typing.get_args(hint) if member in (int, float)}
@@ -150,7 +206,7 @@ def _init_fields(config_class: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(config_class) if field.init]
 
 
-def _hint(config_class: Any, key: str) -> Any:
+def hint_of(config_class: Any, key: str) -> Any:
     """Type of the field under a dotted key; None where there is no such field."""
     hint = config_class
     for name in key.split("."):
@@ -161,7 +217,7 @@ def _hint(config_class: Any, key: str) -> Any:
     return hint
 
 
-def _is_list(hint: Any) -> bool:
+def is_list(hint: Any) -> bool:
     """Whether a field holds a list or tuple (perhaps optional), and not plain text as well."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if str in members:
@@ -172,45 +228,15 @@ def _is_list(hint: Any) -> bool:
 def _keys(config_class: Any, prefix: str = "") -> Iterator[str]:
     for field in _init_fields(config_class):
         yield prefix + field.name
-        hint = _hint(config_class, field.name)
+        hint = hint_of(config_class, field.name)
         for member in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(member):
                 yield from _keys(member, f"{prefix}{field.name}.")
 
 
-def _load(reference: str) -> Any:
+def load(reference: str) -> Any:
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _plain(message: str, config_class: Any, given: set[str], configs: Sequence[str], job: str) -> str:
-    """A parser's complaint as one line that names the key, and the file it came from."""
-    source = f"{', '.join(configs)}: " if configs else ""
-    known = list(_keys(config_class))
-    unknown = (
-        re.search(r"unrecognized arguments: --([^\s=]+)", message)
-        or re.search(r"Group '(?P<group>[^']+)' does not accept option '([^']+)'", message)
-        or re.search(r"Option '([^']+)' is not accepted", message)
-    )
-    if unknown:
-        parts = [part for part in unknown.groups() if part]
-        key = ".".join(parts)
-        where = "" if message.startswith("unrecognized") else source
-        return f"{where}unknown key {key!r}{_guess(key, known)}; python -m {job} --help lists the keys"
-    missing = re.search(r"the following arguments are required: (.*)", message)
-    if missing:
-        options = ", ".join(f"--{key}" for key in missing[1].split(", "))
-        return f"{job} needs {options}: on the command line, or in a --config file"
-    ill_typed = re.search(r"Parser key \"([^\"]+)\"", message)
-    if ill_typed:
-        key = ill_typed[1]
-        where = "" if key in given else source
-        got = re.search(r"(?:Got value|Given value): (.*)", message)
-        hint = _hint(config_class, key)
-        if got and hint is not None:
-            return f"{where}{key}: expected {_type_name(hint)}, got {got[1]}"
-        return f"{where}{one_line(message)}"
-    return source + one_line(message)
 
 
 def _type_name(hint: Any) -> str:
@@ -230,7 +256,7 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _guess(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def guessed(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, one_line
 from afresh.files import write_json
 
 
@@ -17,19 +17,32 @@ from afresh.files import write_json
 def locked(folder: str | os.PathLike[str], lock: str | os.PathLike[str]) -> Iterator[None]:
     """One run at a time in ``folder``, by a lock on the file ``lock``, which the system lifts when its holder dies.
 
-    Raises:
-        UserError: another run holds the lock.
-    """
-    with open(lock, "a") as handle:
-        try:
-            import fcntl
+    The lock file stays: who removed it would lock out nobody who opened it before.
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise UserError(f"{folder}: another run is writing to this folder") from error
+    Raises:
+        UserError: another run holds the lock; or the file system has none.
+    """
+    held = try_lock(lock)
+    if held is None:
+        raise UserError(f"{folder}: another run is writing to this folder")
+    with held:
         yield
+
+
+def try_lock(path: str | os.PathLike[str]) -> AbstractContextManager[Any] | None:
+    """The lock on a file, held until the end of its ``with``; None where somebody else holds it.
+
+    Raises:
+        UserError: it can be neither had nor refused, as on a file system without locks.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        return FileLock(path, timeout=0).acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be locked ({one_line(error)}): does its file system have locks?") from error
 
 
 def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from afresh.errors import printable
 from afresh.files import to_json
 
 
-def _as_text(summary: Any) -> str:
+def as_text(summary: Any) -> str:
     """A summary's own view, where it has one; it may be coloured on a terminal."""
     view = getattr(summary, "view", None)
     if view is None:
@@ -20,7 +20,7 @@ def _as_text(summary: Any) -> str:
     return view(colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
-def _as_json(summary: Any) -> str:
+def as_json(summary: Any) -> str:
     return json.dumps(to_json(summary), ensure_ascii=False)
 
 

@@ -154,7 +154,7 @@ def test_a_killed_curation_goes_on_at_its_url_to_the_same_bytes(shards, curated,
     out, cache = tmp_path / "out", tmp_path / "cache"
     command = ["curate", "dedup", str(shards), f"file://{out}", "--workers", "1", "--samples_per_shard", "8"]
     expected = files_at(curated)
-    for folder, sign in ((cache, "afresh/out-*/work/read/*.parquet"), (out, "work/shards/*.json")):
+    for folder, sign in ((cache, "afresh/out-*/work/read/*.parquet"), (out, "work/shards/[0-9]*.json")):
         process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not list(folder.glob(sign)) and process.poll() is None and time.monotonic() < deadline:

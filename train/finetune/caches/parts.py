@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from afresh.errors import UserError
 from afresh.files import write_atomic
 from afresh.progress import get_logger, progress
+from afresh.runs import try_lock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -219,24 +220,13 @@ def _checksum(values: NDArray[np.float16]) -> int:
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Whether this process has the lock; who has it removes the file at the end, and so must look again who gets it."""
-    with path.open("w") as handle:
-        if not _locked(handle):
-            yield False
-            return
+    held = try_lock(path)
+    if held is None:
+        yield False
+        return
+    with held:
         yield True
         path.unlink(missing_ok=True)
-
-
-def _locked(handle: IO[str]) -> bool:
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def weights_digest(module: torch.nn.Module) -> str:

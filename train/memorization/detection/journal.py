@@ -67,7 +67,9 @@ def open_journal(path: Path, settings: dict[str, Any], prompts: int) -> Iterator
         UserError: another run is writing to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path, path), open(path, "r+b") as file:
+    lock = path.with_name(f".{path.name}.lock")
+    path.touch()
+    with locked(path, lock), open(path, "r+b") as file:
         lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
         done: list[PromptScore] = []
         if len(lines) > 1:
@@ -91,6 +93,7 @@ def open_journal(path: Path, settings: dict[str, Any], prompts: int) -> Iterator
         finally:
             if ended or not journal.done:  # a run that failed before its first score leaves nothing to go on from
                 path.unlink()
+            lock.unlink(missing_ok=True)
 
 
 def write_table(
