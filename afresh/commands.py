@@ -8,7 +8,6 @@ imported, so that help answers at once. Exit codes: 0 success, 1 failure, 2 bad 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
+from afresh import __version__
 from afresh.configs import Options, Verb, guessed, hint_of, is_list, load, metavar, read_config
 from afresh.errors import UsageError, UserError, one_line
 from afresh.progress import is_main_process
@@ -47,7 +47,7 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
             print(_help(prog, description, verbs), file=sys.stdout if argv else sys.stderr)
             return 0 if argv else 2
         if argv[0] == "--version":
-            print(f"afresh {importlib.import_module('curate').__version__}")
+            print(f"afresh {__version__}")
             return 0
         name = argv[0]
         if name not in verbs:

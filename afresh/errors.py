@@ -29,12 +29,22 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
-def one_line(error: object) -> str:
-    """An exception in one line; what the system refused is named by its path."""
+def reason(error: BaseException, *, at_most: int = 300) -> str:
+    """What an exception says, in one line, without its class and the path that it was about.
+
+    Of a system's error that is its name; of others the message, whose lines are joined and cut at so many characters
+    (some libraries write pages); of an error that says nothing its class.
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:at_most] or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a command ends with it; what the system refused is named by its path, a defect by its class."""
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([" → ".join(names), error.strerror]) if names else error.strerror
     text = " ".join(str(error).split())
-    if isinstance(error, Exception) and not isinstance(error, (UserError, ValueError, TypeError)):
+    if not isinstance(error, (UserError, ValueError, TypeError)):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text or type(error).__name__

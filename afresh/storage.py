@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -170,13 +170,13 @@ class Place:
             self.made_in.mkdir(parents=True, exist_ok=True)
             (self.made_in / probe).write_bytes(b"")
         except OSError as error:
-            raise UsageError(f"out: cannot write to {self.made_in}: {_reason(error)}") from error
+            raise UsageError(f"out: cannot write to {self.made_in}: {reason(error)}") from error
         try:
             if self.remote:
                 self._send(self.made_in / probe, probe)
             self.remove(probe)
         except Exception as error:  # each file system has its own kinds
-            raise UsageError(f"out: cannot write to {self}: {_reason(error)}") from error
+            raise UsageError(f"out: cannot write to {self}: {reason(error)}") from error
         finally:
             (self.made_in / probe).unlink(missing_ok=True)
 
@@ -188,8 +188,8 @@ class Place:
         try:
             self._send(source, name)
         except Exception as error:
-            reason = f"{_reason(error)}; the same command goes on there once it can"
-            raise UserError(f"{self.at(name)} cannot be written: {reason}") from error
+            why = f"{reason(error)}; the same command goes on there once it can"
+            raise UserError(f"{self.at(name)} cannot be written: {why}") from error
         finally:
             source.unlink(missing_ok=True)
 
@@ -273,7 +273,7 @@ class Place:
             raise FileNotFoundError(*error.args) from error
         except Exception as error:
             passing = isinstance(error, OSError) and not isinstance(error, PermissionError)
-            raise (UserError if passing else UsageError)(f"{self}: {_reason(error)}") from error
+            raise (UserError if passing else UsageError)(f"{self}: {reason(error)}") from error
 
 
 def open_out(out: str, work_dir: str | None) -> Place:
@@ -313,7 +313,7 @@ def _open(where: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(where)
     except Exception as error:  # an unknown protocol, a package or credentials that are missing
-        raise UsageError(f"{where} cannot be opened: {_reason(error)}") from error
+        raise UsageError(f"{where} cannot be opened: {reason(error)}") from error
 
 
 def _moves(files: AbstractFileSystem) -> bool:
@@ -321,11 +321,6 @@ def _moves(files: AbstractFileSystem) -> bool:
     from fsspec import AbstractFileSystem
 
     return type(files).mv is not AbstractFileSystem.mv
-
-
-def _reason(error: Exception) -> str:
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return " ".join(str(strerror or error).split()) or type(error).__name__
 
 
 def version(filesystem: AbstractFileSystem, path: str) -> str:

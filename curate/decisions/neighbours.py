@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from curate.neighbors.components import components
 from curate.neighbors.verify import Crowd, Pairs
 
 AHEAD = 256  # crowded things that are looked up at a time
 PAIRS_AHEAD = 1 << 20  # and with how many kept ones
 
 
-class _Neighbours:
+class Neighbours:
     """Near pairs of ``n`` things, by thing, and which rows were kept of each thing."""
 
     def __init__(self, pairs: Pairs, n: int):
@@ -87,17 +88,9 @@ class _Neighbours:
 
     def components(self) -> NDArray[np.int64]:
         """``[n]``: the smallest thing that each is linked to."""
-        parent = np.arange(len(self._start) - 1)
         a, b = self._a, self._b
         if self._crowd is not None:
             links = np.array(list(self._crowd.links()), np.int64).reshape(-1, 2)
             a, b = np.concatenate([a, links[:, 0]]), np.concatenate([b, links[:, 1]])
-        while len(a):  # of two roots that are linked the larger one gets a smaller parent, until none are
-            one, other = parent[a], parent[b]
-            apart = one != other
-            a, b, one, other = a[apart], b[apart], one[apart], other[apart]
-            np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
-            while (parent[parent] != parent).any():
-                parent = parent[parent]
-        return parent
+        return components(a, b, len(self._start) - 1)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afresh.errors import UserError
-from curate.decisions.neighbours import _Neighbours
+from curate.decisions.neighbours import Neighbours
 from curate.neighbors.verify import Pairs
 
 Rule = Literal["greedy", "components"]
@@ -171,7 +171,7 @@ def decide(
             order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
-    judge = _Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
+    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
     if callable(rule):
         shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
         judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n), order)
@@ -231,7 +231,7 @@ def _checked(rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int) -> 
     return np.where(judged, given, -1).astype(np.int64)
 
 
-class _Judge:
+class Judge:
     """The state of one decision: the verdicts so far, and who was kept of which image and caption."""
 
     def __init__(
@@ -248,8 +248,8 @@ class _Judge:
         self.captions = captions
         self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
         self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
-        self.images = _Neighbours(image_pairs, 1 + max(self.image_of, default=-1))
-        self.texts = _Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
+        self.images = Neighbours(image_pairs, 1 + max(self.image_of, default=-1))
+        self.texts = Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
         self.rank = np.empty(n, np.int64)
         self.rank[order] = np.arange(len(order))
         if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others

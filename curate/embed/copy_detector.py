@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import write_atomic
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "copy_detector.safetensors"
@@ -85,8 +85,7 @@ class CopyDetector(nn.Module):
             state = {name: value.float() for name, value in load_file(str(path)).items()}
             missing, unexpected = model.load_state_dict(state, strict=False)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"copy detector {path} cannot be loaded: {reason}") from error
+            raise UserError(f"copy detector {path} cannot be loaded: {reason(error)}") from error
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
             raise UserError(f"{path} does not hold the copy detector's weights: {(missing or unexpected)[0]}")

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from curate.embed.preprocessing import Preprocessing, read_json, read_processor, triple
-from curate.embed.torch_embedder import TorchEmbedder, reason
+from curate.embed.torch_embedder import TorchEmbedder
 from curate.embed.tower_files import _TRANSFORMERS_FILES, _folder, _imported, _need, _transformers_tower
 
 # model_type of a config → class of the tower, and which of its outputs is the image's vector. CLIP's and SigLIP's are

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from curate.reading.images import image_array
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} is no JSON object")
     return fields

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.progress import progress
-from curate.embed.torch_embedder import reason, weights_digest
+from curate.embed.torch_embedder import weights_digest
 from curate.embed.tower_files import _TRANSFORMERS_FILES, _folder, _imported, _need, _quiet, _transformers_tower
 
 _TEXT_TOWERS = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from curate.embed.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -97,11 +97,6 @@ def weights_digest(model: torch.nn.Module, settings: object) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def reason(error: Exception) -> str:
-    """The first line of an exception's message, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_torchscript(

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from curate.embed.preprocessing import read_json
-from curate.embed.torch_embedder import reason
 
 # What is asked of the hub: no pickles, and nothing of other frameworks.
 _TRANSFORMERS_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from curate.config import ImportConfig
 from curate.importing.listing import Entry, fingerprint, list_files, open_folder
-from curate.importing.rows import Content, Row, RowError, caption_of, failed, one_line, opened, printable, read_image
+from curate.importing.rows import Content, Row, RowError, caption_of, failed, opened, printable, read_image
 from curate.importing.sidecars import read_beside
 from curate.importing.tables import BATCH_ROWS, choose_text, json_values
 
@@ -168,7 +168,7 @@ class Folder:
                     return None
                 columns = list(first)
         except (RowError, pa.ArrowException) as error:
-            raise UserError(f"{where}: {one_line(error)}") from error
+            raise UserError(f"{where}: {reason(error)}") from error
         if "file_name" not in columns:
             raise UsageError(
                 f"{where}: no column 'file_name' to say which image a row is of (its columns: {', '.join(columns)})"
@@ -196,7 +196,7 @@ class Folder:
         except RowError as error:
             yield error
         except (pa.ArrowException, UnicodeError) as error:
-            yield RowError(f"cannot be read: {one_line(error)}")
+            yield RowError(f"cannot be read: {reason(error)}")
 
 
 def _parquet_records(file: Any, _: str) -> Iterator[dict[str, Any] | RowError]:
@@ -215,7 +215,7 @@ def _text_records(file: Any, name: str) -> Iterator[dict[str, Any] | RowError]:
             try:
                 record = next(rows, None)
             except csv.Error as error:
-                yield RowError(f"cannot be read: {one_line(error)}")
+                yield RowError(f"cannot be read: {reason(error)}")
                 continue
             if record is None:
                 return
@@ -227,7 +227,7 @@ def _text_records(file: Any, name: str) -> Iterator[dict[str, Any] | RowError]:
             record = json.loads(line)
             yield record if isinstance(record, dict) else RowError("cannot be read: the line is not a JSON object")
         except (ValueError, RecursionError) as error:
-            yield RowError(f"cannot be read: the line is not JSON: {one_line(error)}")
+            yield RowError(f"cannot be read: the line is not JSON: {reason(error)}")
 
 
 def path_key(name: str) -> str:

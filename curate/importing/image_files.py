@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from afresh.errors import UsageError
+from afresh.errors import UsageError, reason
 from curate.config import ImportConfig
 from curate.importing.folders import IMAGE_SUFFIXES, Folder
 from curate.importing.members import sample_members
-from curate.importing.rows import Content, RowError, filesystem_of, one_line, opened, printable, read_image
+from curate.importing.rows import Content, RowError, filesystem_of, opened, printable, read_image
 from curate.importing.sidecars import read_beside
 from curate.reading.samples import BadSample, Sample
 
@@ -125,7 +125,7 @@ class Given:
         try:
             return Sample("", str(number), {"png": _png(number, image), **text})
         except (OSError, ValueError) as error:  # of an image that was opened and not yet read
-            return BadSample("", str(number), f"image cannot be decoded: {one_line(error)}", UNREADABLE)
+            return BadSample("", str(number), f"image cannot be decoded: {reason(error)}", UNREADABLE)
 
 
 def _png(number: int, image: Image) -> bytes:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from afresh.errors import UsageError
-from curate.importing.rows import filesystem_of, one_line
+from afresh.errors import UsageError, reason
+from curate.importing.rows import filesystem_of
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -28,7 +28,7 @@ def open_folder(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         is_folder = filesystem.isdir(root)
     except Exception as error:
-        raise UsageError(f"src: cannot open {url}: {one_line(error)}") from error
+        raise UsageError(f"src: cannot open {url}: {reason(error)}") from error
     if not is_folder:
         raise UsageError(f"src: {url} is not a folder")
     return filesystem, root
@@ -43,7 +43,7 @@ def list_files(url: str) -> Iterator[Entry]:
     try:
         found = filesystem.find(root, detail=True)
     except Exception as error:  # fsspec's file systems raise their own kinds
-        raise UsageError(f"src: cannot list {url}: {one_line(error)}") from error
+        raise UsageError(f"src: cannot list {url}: {reason(error)}") from error
     for path, info in found.items():
         name = path[len(root.rstrip("/")) :].lstrip("/")
         if name and not any(map(_is_hidden, name.split("/"))):

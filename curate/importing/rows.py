@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from curate.reading.images import image_format
 from curate.reading.tar import MAX_MEMBER_BYTES
 
@@ -90,7 +90,7 @@ def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except Exception as error:  # an unknown protocol, or one whose package is missing
-        raise UsageError(f"src {url!r}: {one_line(error)}") from error
+        raise UsageError(f"src {url!r}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -106,21 +106,21 @@ def opened(filesystem: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
         with open(path, "rb") if local else filesystem.open(path, "rb") as file:
             yield file
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise RowError(f"cannot be read: {one_line(error)}") from error
+        raise RowError(f"cannot be read: {reason(error)}") from error
     except OSError as error:
         # Arrow says OSError, without a number, of damaged data; file systems have kinds or numbers of their own.
         if local or (type(error) is OSError and error.errno is None):
-            raise RowError(f"cannot be read: {one_line(error)}") from error
+            raise RowError(f"cannot be read: {reason(error)}") from error
         raise _outage(path, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("builtins", "pyarrow", "curate"):
+        if type(error).__module__.partition(".")[0] in ("builtins", "pyarrow", "afresh", "curate"):
             raise
         raise _outage(path, error) from error  # botocore, aiohttp and others have kinds that are no OSError
 
 
 def _outage(path: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {one_line(error)}"
-    return UserError(f"{path} cannot be reached ({reason}); run the same command again, it goes on where it was")
+    why = f"{type(error).__name__}: {reason(error)}"
+    return UserError(f"{path} cannot be reached ({why}); run the same command again, it goes on where it was")
 
 
 def read_image(file: IO[bytes]) -> bytes:
@@ -161,10 +161,3 @@ def caption_of(value: Any, name: str) -> tuple[bytes | None, str | None]:
 def printable(name: str) -> str:
     """A name that may not be UTF-8, as text that is."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, in one line and without the path that it was about."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
-

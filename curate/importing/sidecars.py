@@ -6,7 +6,8 @@ import json
 import posixpath
 from typing import TYPE_CHECKING, Any
 
-from curate.importing.rows import RowError, caption_of, one_line, opened, printable
+from afresh.errors import reason
+from curate.importing.rows import RowError, caption_of, opened, printable
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -37,7 +38,7 @@ def read_beside(
         except RowError as error:
             problem = f"no caption: {printable(table)}: {error}"
         except (ValueError, RecursionError) as error:
-            problem = f"no caption: {printable(table)} is no JSON to read: {one_line(error)}"
+            problem = f"no caption: {printable(table)} is no JSON to read: {reason(error)}"
         else:
             fields = parsed
             caption, problem = caption_of(parsed.get(caption_field), caption_field)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from afresh.storage import version
 from curate.config import ImportConfig
 from curate.importing.listing import fingerprint, list_files
@@ -26,7 +26,6 @@ from curate.importing.rows import (
     checked_image,
     failed,
     filesystem_of,
-    one_line,
     opened,
     read_image,
 )
@@ -98,14 +97,14 @@ class ParquetFiles:
         except RowError as error:
             return _File(url, name, 1, None, str(error))
         except pa.ArrowException as error:
-            return _File(url, name, 1, None, f"cannot be read: {one_line(error)}")
+            return _File(url, name, 1, None, f"cannot be read: {reason(error)}")
         return _File(url, name, rows, choose_columns(schema, self.config, url))
 
     def _rows_of(self, file: _File, columns: Columns, first: int, start: int) -> Iterator[Row]:
         """Rows of one file from its row ``start`` on; ``first`` is the number of its row 0 among all files'."""
         root = self.config.image_root or posixpath.dirname(file.url) or "."
         wanted = [name for name in (columns.image, columns.text, *columns.carried) if name is not None]
-        row, reason = start, "cannot be read: the file ends before this row"
+        row, why = start, "cannot be read: the file ends before this row"
         try:
             with opened(*filesystem_of(file.url)) as stream:
                 table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
@@ -125,12 +124,12 @@ class ParquetFiles:
                         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                             raise  # not said by Arrow of damaged data, but by the file's store
                         for lost in range(row, end):
-                            yield failed(f"{file.name}#{lost}", f"cannot be read: {one_line(error)}")
+                            yield failed(f"{file.name}#{lost}", f"cannot be read: {reason(error)}")
                         row = end
         except RowError as error:
-            reason = str(error)
+            why = str(error)
         for lost in range(row, file.rows):
-            yield failed(f"{file.name}#{lost}", reason)
+            yield failed(f"{file.name}#{lost}", why)
 
 
 def expand_parquet(pattern: str) -> list[str]:
@@ -148,7 +147,7 @@ def expand_parquet(pattern: str) -> list[str]:
     except ValueError as error:  # unbalanced braces
         raise UsageError(f"src {pattern!r}: {error}") from error
     except OSError as error:
-        raise UsageError(f"src {pattern!r}: {one_line(error)}") from error
+        raise UsageError(f"src {pattern!r}: {reason(error)}") from error
     if not found:
         raise UsageError(f"src {pattern!r}: no such parquet file")
     return list(dict.fromkeys(found))
@@ -233,7 +232,7 @@ class HuggingFaceDataset:
             return datasets.load_dataset(src, subset, split=self.config.split, streaming=self.config.streaming)
         except Exception as error:  # builders raise whatever their files lead them to
             where = src if local is not None else f"{src}: no such folder here, and no dataset of this name to be had"
-            raise UserError(f"src: {where}: {one_line(error)}") from error
+            raise UserError(f"src: {where}: {reason(error)}") from error
 
     def _schema(self) -> pa.Schema:
         if self.data.features is not None:
@@ -248,7 +247,7 @@ class HuggingFaceDataset:
             return next(tables, None)
         except Exception as error:
             raise UserError(
-                f"src: {self.src} cannot be read from row {row} on ({one_line(error)}); what was imported stays, and "
+                f"src: {self.src} cannot be read from row {row} on ({reason(error)}); what was imported stays, and "
                 f"the same command goes on there; --kind parquet passes over what is damaged in parquet files"
             ) from error
 
@@ -377,7 +376,7 @@ def _image_bytes(scalar: pa.Scalar, read_path: Callable[[str], bytes]) -> bytes:
     try:
         value = scalar.as_py()
     except (UnicodeDecodeError, pa.ArrowException) as error:
-        raise RowError(f"cannot be read: {one_line(error)}") from error
+        raise RowError(f"cannot be read: {reason(error)}") from error
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if value is None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import write_atomic, write_json
 from afresh.storage import Place
 from curate.index.calibration import Calibration, nearest_distinct
@@ -276,8 +276,7 @@ class TrainingIndex:
             table = pq.read_table(folder / "samples.parquet", memory_map=True)
             columns = {name: table[name] for name in ("shard", "key", "caption", "kept", "group")}
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"index {folder} cannot be read: {reason}") from error
+            raise UserError(f"index {folder} cannot be read: {reason(error)}") from error
         if embeddings.shape != (rows, dim) or embeddings.dtype != np.float16 or table.num_rows != rows:
             raise UserError(
                 f"index {folder} does not fit together: index.json says {rows} rows of {dim}, "

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
+from afresh.errors import reason
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -117,7 +119,7 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
         upright = image if orientation == 1 else ImageOps.exif_transpose(image)
         return DecodedImage(_as_rgb(upright), width, height, orientation)
     except Exception as error:
-        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+        raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -150,7 +152,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"image has more than {max_pixels} pixels: refused before decoding") from error
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
-        raise ImageError(f"image header is malformed: {_one_line(error)}") from error
+        raise ImageError(f"image header is malformed: {reason(error, at_most=200)}") from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"image is {width}x{height}, more than {max_pixels} pixels: refused before decoding")
@@ -260,7 +262,7 @@ def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"not a {', '.join(CONVERTED_FORMATS)} image") from error
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
-        raise ImageError(f"image cannot be decoded: {_one_line(error)}") from error
+        raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
 def array_to_png(values: object) -> bytes:
@@ -377,8 +379,3 @@ def _encoded_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-

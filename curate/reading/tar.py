@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Protocol
 
-from afresh.errors import printable
+from afresh.errors import printable, reason
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 1 << 28
@@ -189,7 +189,7 @@ class Archive:
             self._unended = True
             return b""
         except Exception as error:  # each decompressor raises its own kinds
-            raise _Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
+            raise _Undecodable(reason(error)) from error
 
     def _skip(self, size: int) -> bytes | None:
         """Read ``size`` bytes and forget them, or fewer, and ``_missing``, where the stream ends."""
@@ -348,7 +348,7 @@ def _read(stream: IO[bytes], size: int) -> bytes:
     try:
         return stream.read(size)
     except Exception as error:  # fsspec's file systems raise their own kinds
-        raise ReadError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ReadError(reason(error)) from error
 
 
 def _decompressed(stream: IO[bytes]) -> _Readable:

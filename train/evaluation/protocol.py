@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError
+from afresh.errors import UsageError, reason
 from train.evaluation.config import Protocol, Setting
 
 
@@ -25,7 +25,7 @@ def read_protocol(path: str | Path) -> Protocol:
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such protocol file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: not readable as YAML: {reason(error)}") from None
     protocol = _filled(Protocol, data, f"{path}")
     protocol.settings = [_filled(Setting, item, f"{path}: settings[{i}]") for i, item in enumerate(protocol.settings)]
     for i, setting in enumerate(protocol.settings):

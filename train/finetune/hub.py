@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 
 
 def check_hub(repo_id: str) -> None:
@@ -37,9 +37,8 @@ def push_model(folder: Path, repo_id: str) -> str:
         api.create_repo(repo_id, repo_type="model", private=True, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Fine-tuned with Afresh")
     except Exception as error:  # the hub's own errors, requests', the network's: for the user one thing
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"push_to_hub: {repo_id}: {reason} (the model is in {folder}; the same command tries again)"
+            f"push_to_hub: {repo_id}: {reason(error)} (the model is in {folder}; the same command tries again)"
         ) from error
     return f"https://huggingface.co/{repo_id}"
 

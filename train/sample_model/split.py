@@ -13,6 +13,7 @@ import random
 
 import numpy as np
 
+from curate.neighbors.components import components
 from curate.reading.images import decode_image
 from curate.reading.pipeline import ReadShards, shard_list
 from curate.sample_set import PARTS, sample_set_dir, sample_shards
@@ -33,14 +34,7 @@ def twin_groups(thumbnails: np.ndarray, threshold: float = TWINS) -> np.ndarray:
     """
     x = thumbnails - thumbnails.mean(axis=1, keepdims=True)
     x /= np.linalg.norm(x, axis=1, keepdims=True) + 1e-8
-    near = x @ x.T > threshold
-    group = np.arange(len(x))
-    while True:
-        lowest = np.where(near, group[None, :], len(x)).min(axis=1)
-        lowest = np.minimum(lowest, group)
-        if (lowest == group).all():
-            return group
-        group = lowest
+    return components(*np.nonzero(x @ x.T > threshold), len(x))
 
 
 def main() -> None:

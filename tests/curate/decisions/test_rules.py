@@ -260,12 +260,12 @@ def test_a_copy_is_not_compared_with_all_copies_before_it(rule, monkeypatch):
 
     asked = 0
 
-    def counting(judge, row, kept, similarity=curate.decisions.rules._Judge._caption_similarity):
+    def counting(judge, row, kept, similarity=curate.decisions.rules.Judge._caption_similarity):
         nonlocal asked
         asked += 1
         return similarity(judge, row, kept)
 
-    monkeypatch.setattr(curate.decisions.rules._Judge, "_caption_similarity", counting)
+    monkeypatch.setattr(curate.decisions.rules.Judge, "_caption_similarity", counting)
     kept = decide(copies, captions, rule=rule, on_caption_differs="keep")
     assert kept.kept.all() and (kept.group == 0).all() and asked <= 10 * n
 

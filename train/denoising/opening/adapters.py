@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -132,8 +132,7 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
         pipe.fuse_lora(components=adapted)
         pipe.unload_lora_weights()
     except Exception as error:  # of many kinds, as in load_pipeline
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: cannot load the LoRA into this model: {reason}") from error
+        raise UserError(f"{source}: cannot load the LoRA into this model: {reason(error)}") from error
 
 
 def require_peft() -> None:

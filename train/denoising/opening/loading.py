@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from train.denoising.opening.attention import Attention, set_attention
 from train.denoising.opening.checkpoints import SUPPORTED, check_file, check_folder, check_kind, unsupported
 
@@ -81,14 +81,14 @@ def load_pipeline(
     except UserError:
         raise
     except Exception as error:  # of many kinds: parsers', torch's, the hub's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = reason(error)
         if is_file:
-            reason += (
+            why += (
                 f"; is {model_config} of its architecture?"
                 if model_config
                 else "; a single file holds no configs: give --model_config, a diffusers folder of its architecture"
             )
-        raise UserError(f"{name_or_path}: cannot load the model: {reason}") from error
+        raise UserError(f"{name_or_path}: cannot load the model: {why}") from error
     if (problem := unsupported(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config.hidden_size)) is not None:
         raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
     pipe.set_progress_bar_config(disable=True)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class DualEncoder(nn.Module):
             model = cls(DualEncoderConfig(**json.loads((folder / CONFIG).read_text())))
             model.load_state_dict({k: v.float() for k, v in load_file(folder / WEIGHTS).items()})
         except Exception as error:
-            raise UserError(f"{folder}: not a dual encoder ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{folder}: not a dual encoder ({reason(error)})") from error
         return model.eval()
 
 

@@ -1,0 +1,23 @@
+"""Connected components: what near pairs link, however long the chain."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def components(i: NDArray[np.integer], j: NDArray[np.integer], n: int) -> NDArray[np.int64]:
+    """``[n]``: the smallest row that each row is linked to, itself where it is linked to none.
+
+    Args:
+        i, j: rows in [0, n) of each linked pair, in any order.
+        n: rows.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(len(i), bool), (i, j)), (n, n))
+    number, component = connected_components(links, directed=False)
+    smallest = np.full(number, n, np.int64)
+    np.minimum.at(smallest, component, np.arange(n))
+    return smallest[component]
