@@ -69,6 +69,7 @@ def made_up(rows: int, folder: Path, seed: int = 0) -> tuple[Rows, Joined, list[
         "shard": [f"{shard:06d}.tar" for shard in (number // PER_SHARD).tolist()],
         "key": [f"{row:09d}" for row in number.tolist()],
         "reason": [f"image cannot be decoded: {'broken ' * 30}" if bad else None for bad in unreadable.tolist()],
+        "left_out": [None] * rows,
         "caption_problem": [None] * rows,
         "caption": spread(texts),
         "sha256": spread([f"{image:064x}" for image in image_of.tolist()]),
@@ -195,7 +196,7 @@ def run(rows: int, folder: Path, changes: Mapping[str, Any], profile: bool) -> N
             flush=True,
         )
         with stage("decide, sweep", profile):
-            verdicts, sweep = decide_stage(made, joined, None, config)
+            verdicts, sweep = decide_stage(made, joined, None, None, config)
         with stage("plan", profile):
             plan = plan_shards(out, "shards", made, verdicts, urls, config.samples_per_shard, kept=True)
         with stage("ledger", profile):

@@ -1,4 +1,7 @@
-"""``curate check``: read every sample as curation would, and list what is broken."""
+"""``curate check``: read every sample as curation would, and list what is broken.
+
+Not by webdataset's pipelines (:mod:`curate.reading.pipeline`): a shard is one task, and what is bad has a place in it.
+"""
 
 from __future__ import annotations
 

@@ -112,11 +112,12 @@ def find_duplicates(
             raise UsageError("prefer: embeddings tell nothing of their images; order them by preference instead")
         config.prefer = []
     check_settings(config)
+    config.workers = 0  # the join works on threads, on all cores
     with tempfile.TemporaryDirectory(prefix="afresh-") as work:
         if of_embeddings:
             rows = _rows_of_embeddings(np.asarray(source), captions)
         else:
-            rows = _read(source, captions, config, Path(work))
+            rows = _read(source, captions, config, Path(work), workers)
         ledger = _decided(rows, config, Path(work))
     return _as_groups(ledger, lone)
 
@@ -144,12 +145,15 @@ def _rows_of_embeddings(embeddings: NDArray[Any], captions: Sequence[str | None]
     )
 
 
-def _read(source: Any, captions: Sequence[str | None] | None, config: DedupConfig, work: Path) -> Rows:
+def _read(
+    source: Any, captions: Sequence[str | None] | None, config: DedupConfig, work: Path, workers: int
+) -> Rows:
     """Everything that ``source`` names, through the read stage."""
     cached_embedder.cache_clear()  # a file of the same name may be another one by now
     embedder = cached_embedder(config.image_embedder)
     sources, sizes = _sources(source, captions, config)
-    with LocalEngine(config.workers) as engine:
+    in_memory = isinstance(sources[0], Given)  # does not travel to other processes
+    with LocalEngine(1 if in_memory else workers) as engine:
         alone = engine.workers == 1 or len(sources) == 1
         threads = [cpu_count()] * len(sources) if alone else shares(sizes, engine.workers)
         caches = [work / f"{number}.parquet" for number in range(len(sources))]
@@ -183,7 +187,6 @@ def _sources(
         texts = captions or [None] * len(source)
         files = [ImageFile(os.fspath(path), caption=text) for path, text in zip(source, texts, strict=True)]
         return _in_parts("", files, config)
-    config.workers = 1  # images in memory do not travel
     return [Given(source, captions, config.max_pixels)], [None]
 
 

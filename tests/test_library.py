@@ -9,6 +9,7 @@ from PIL import Image
 from curate.reading.images import decode_image
 from curate.reading.samples import Sample, read_samples
 from curate.reading.writing import write_shard
+from curate.results.ledger import read_ledger
 from tests.documents import run_page
 
 
@@ -27,4 +28,6 @@ def test_the_page_on_the_library_does_what_it_says(sample_shards, tmp_path, monk
     (tmp_path / "out" / "shards").mkdir(parents=True)
     write_shard(tmp_path / "out" / "shards" / "000000.tar", ((one.key, one.members) for one in samples))
     monkeypatch.chdir(tmp_path)
-    assert run_page("library.md") == 4
+    assert run_page("library.md") == 6
+    reasons = read_ledger(tmp_path / "curated", ["reason"])["reason"].to_pylist()
+    assert set(reasons) == {None, "filter:my_steps:described"}

@@ -2,7 +2,8 @@
 
 One pass over the bytes of a shard, whose images are decoded on threads that run ahead of the embedder by a bounded
 amount: memory holds some encoded images, others brought near the embedder's size, and a few thousand rows, whatever
-the number of the samples.
+the number of the samples. Not by webdataset's pipelines (:mod:`curate.reading.pipeline`): a shard has a cache of its
+own, in which every sample has a row in its order, whole or not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The write stage of curation: kept (or dropped) samples, with the bytes they came with, into shards of their own.
 
 Which sample goes where is planned first; each shard is then written by itself, and not again while its plan stands.
+What is taken from an input shard is told by its place there, which webdataset's pipelines do not keep.
 """
 
 from __future__ import annotations

@@ -165,6 +165,17 @@ def test_a_folder_of_images_needs_no_captions_and_no_import(photos):
     assert len(everything) == 11  # neither the text, the film nor the hidden file
 
 
+def test_a_folder_at_a_url_is_read_like_a_local_one(photos):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(photos), "/duplicates", recursive=True)
+    table, local = afresh.find_duplicates("memory://duplicates"), afresh.find_duplicates(photos)
+    assert groups(table) == groups(local) and table["source"][0].as_py().startswith("memory://duplicates/")
+    assert table.drop_columns(["source", "stand_in"]).equals(local.drop_columns(["source", "stand_in"]))
+    memory.rm("/duplicates", recursive=True)
+
+
 def test_captions_beside_images_are_read(photos):
     (photos / "cats" / "0.txt").write_text("a red apple on a white plate")
     (photos / "cats" / "small" / "0.txt").write_text("nothing of the kind")

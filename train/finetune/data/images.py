@@ -3,7 +3,8 @@
 What stands at a position follows from ``train.finetune.data.order``. Images are read one by one from where the scan
 found them, so that neither memory nor the bytes read grow with the number of workers. A sample that cannot be read as
 the scan saw it (its shard is gone, cut or changed, or its image cannot be decoded) is replaced by another one, chosen
-by position, so that batches keep their shape; each such fault is recorded.
+by position, so that batches keep their shape; each such fault is recorded. A stream, as webdataset's pipelines are,
+would begin at the start of a shard again when a run is resumed.
 """
 
 from __future__ import annotations
