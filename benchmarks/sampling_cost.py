@@ -38,10 +38,11 @@ import torch
 from afresh.files import write_json
 from curate.index.calibration import Calibration
 from curate.index.training_index import TrainingIndex
+from train.denoising import decoding
 from train.denoising.preview import LinearDecoder
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Guidance
-from train.sampling.pipelines import stable_diffusion as pipelines
+from train.sampling.pipelines import stable_diffusion
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
 from train.sampling.terms.amg import AMG
 
@@ -106,11 +107,11 @@ def clocked(embedder: Any, index: TrainingIndex) -> Iterator[Counter[str]]:
         return call
 
     places = [
-        (pipelines._Decoder, "__call__", "decode", None),
+        (decoding._Decoder, "__call__", "decode", None),
         (LinearDecoder, "__call__", "preview", None),
         (type(embedder), "features", "embed", None),
         (type(index), "search", "search", None),
-        (pipelines._Denoiser, "__call__", "e_N pass", lambda self, x, t, embeds, rows=None: rows is not None),
+        (stable_diffusion._Denoiser, "__call__", "e_N pass", lambda self, x, t, embeds, rows=None: rows is not None),
         (torch.autograd, "grad", "gradient", None),
     ]
     before = [getattr(place, method) for place, method, _, _ in places]
@@ -251,6 +252,9 @@ def measure_sample_model(args: argparse.Namespace) -> list[dict[str, Any]]:
         amg = AMG(case.index, case.embedder, AMGConfig(**settings))
         for kind, prompts in (("triggers", repeated), ("quiet", held_out)):
             chosen = choose(case, amg, prompts, kind == "triggers", args.batch)
+            if not chosen:
+                print(f"{name}: no caption is one of the {kind}", flush=True)
+                continue
             rows.append({"model": case.name, "setting": name, "prompts": kind, "images": len(chosen)})
             rows[-1] |= compare(case, chosen, amg, args.rounds)
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)

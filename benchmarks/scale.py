@@ -195,7 +195,7 @@ def run(rows: int, folder: Path, changes: Mapping[str, Any], profile: bool) -> N
             flush=True,
         )
         with stage("decide, sweep", profile):
-            verdicts, sweep = decide_stage(made, joined, None, config)
+            verdicts, sweep = decide_stage(made, joined, None, None, config)
         with stage("plan", profile):
             plan = plan_shards(out, "shards", made, verdicts, urls, config.samples_per_shard, kept=True)
         with stage("ledger", profile):
