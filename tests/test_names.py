@@ -21,6 +21,7 @@ OURS = r"(?:afresh|curate|train|benchmarks)"
 DOTTED = re.compile(rf"(?<!:)`({OURS}(?:\.(?!json\b)\w+)+)(?:\(\))?`")  # not the member afresh.json of a sample
 COMMAND = re.compile(rf"python -m ({OURS}(?:\.\w+)*)")
 FILE = re.compile(rf"(?<![\w./-])((?:{OURS}|tests|configs|docs)/[\w/.-]+\.(?:py|md|yaml))\b")
+IMPORT = re.compile(rf"^ *from ({OURS}[\w.]*) import ([\w, ]+)$", re.MULTILINE)
 NEAR_BY = re.compile(r"``([\w/]+\.py)``")
 THEIRS = "train_text_to_image.py"  # of diffusers, which a benchmark runs
 
@@ -89,6 +90,14 @@ def test_what_the_sources_name_is_there(package):
 
 def test_what_documents_and_configs_name_is_there():
     assert [name for path in PAGES for name in told(path)] == []
+
+
+def test_what_documents_import_can_be_imported():
+    imported = [(path.name, *found) for path in PAGES for found in IMPORT.findall(path.read_text(encoding="utf-8"))]
+    assert imported
+    for page, module, names in imported:
+        for name in names.split(","):
+            assert exists(f"{module}.{name.strip()}"), f"{page}: from {module} import {name.strip()}"
 
 
 def test_a_name_that_is_gone_is_found(tmp_path, monkeypatch):
