@@ -23,6 +23,7 @@ from curate.sample_set import sample_set_dir
 from train.denoising.opening.loading import sample_model_dir
 from train.finetune import loop
 from train.finetune.config import FinetuneConfig
+from train.finetune.preparation import resolve_precision
 
 WARM_UP = 10
 
@@ -86,7 +87,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{options.steps} steps of {options.batch} after {WARM_UP} to warm up, {options.workers} workers, {device}, "
-        f"{cpu_count()} cores, {loop.resolve_precision('auto')} precision, torch {torch.__version__}"
+        f"{cpu_count()} cores, {resolve_precision('auto')} precision, torch {torch.__version__}"
     )
 
 

@@ -253,6 +253,9 @@ def measure_sample_model(args: argparse.Namespace) -> list[dict[str, Any]]:
         amg = AMG(case.index, case.embedder, AMGConfig(**settings))
         for kind, prompts in (("triggers", repeated), ("quiet", held_out)):
             chosen = choose(case, amg, prompts, kind == "triggers", args.batch)
+            if not chosen:
+                print(f"{name}: no caption is one of the {kind}", flush=True)
+                continue
             rows.append({"model": case.name, "setting": name, "prompts": kind, "images": len(chosen)})
             rows[-1] |= compare(case, chosen, amg, args.rounds)
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)

@@ -1,6 +1,6 @@
 """The curation job: drop copies from tar shards, and keep an account of every sample.
 
-Stages, each of which leaves files so that a stopped run is continued where it was:
+Stages (:mod:`curate.stages`), each of which leaves files so that a stopped run is continued where it was:
 
 1. read: each shard once; hashes, sizes, captions and image embeddings → ``work/read/*.parquet``,
 2. join: pairs of near images and of near captions → ``work/pairs-*.parquet``,

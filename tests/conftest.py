@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, on at most two threads, and outside any launched job, also for the processes a test starts."""
+def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Offline, on at most two threads, and outside any launched job, also for the processes a test starts.
+
+    Threads are set again at the end, for the fixtures of the next module, which come before this one.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     threads = str(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(int(threads))
+
+    def set_threads() -> None:
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(int(threads))
+
+    set_threads()
+    yield
+    set_threads()
 
 
 @pytest.fixture(scope="session")

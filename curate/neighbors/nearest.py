@@ -27,7 +27,7 @@ def find_nearest(
         queries: ``[m, d]``, as ``known``.
         known: ``[n, d]`` float16, float32 or float64; may be a memory map.
         threshold: cosine in (0, 1].
-        memory: as in :func:`find_pairs`; of the screen of the known rows.
+        memory: as in :func:`~curate.neighbors.find_pairs`; of the screen of the known rows.
         block: known rows compared at a time.
         threads: that compare blocks; 0 takes the CPU cores at hand. The result is the same.
 

@@ -49,7 +49,8 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
     Returns:
         ``prompts``; ``memorized`` and ``found`` of them; ``neurons_per_prompt`` (mean of those that have any),
         ``neurons`` of all together and of how many (``neurons_in_model``); ``threshold``; ``evaluations_per_prompt`` of
-        the UNet and ``seconds_per_prompt``; ``rows`` of the comparison (see :func:`compare`); ``figure``; ``out``.
+        the UNet and ``seconds_per_prompt``; ``rows`` of the comparison (see
+        :func:`~train.evaluation.blocking.compare`); ``figure``; ``out``.
 
     Raises:
         UsageError: options that do not go together, or ``out`` was begun with others.

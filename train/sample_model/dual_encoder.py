@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
 from afresh.files import write_json
@@ -176,15 +177,37 @@ def whitening(features: np.ndarray, ridge: float = 0.01) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value).float() for name, value in state.items()}
 
 
-def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
-    """Train, measure, save; returns what ``metrics.json`` holds."""
+@dataclass
+class TrainingSet:
+    """The captions, the images that show them, and which of these are alike.
+
+    Args:
+        forms: of each caption, the texts that it may be drawn as.
+        drawings: of each caption, the rows of ``images`` that show it, the sample set's own image first.
+        images: those of the captions, in their order, and then the renditions.
+        pixels: ``[n_images, 3, 64, 64]`` of them.
+        caption: ``[n_captions]`` int: equal where captions are.
+        twins: ``[n_images, n_images]`` bool: looks the same.
+        near: ``[n_captions, neighbours]``: the most similar captions' images that are no twins.
+    """
+
+    forms: list[list[str]]
+    drawings: list[list[int]]
+    images: list[Image]
+    pixels: Tensor
+    caption: Tensor
+    twins: Tensor
+    near: Tensor
+
+
+def training_set(config: RecipeConfig) -> TrainingSet:
+    """Read the parts trained on, and the renditions."""
     from curate.reading.images import decode_image, stack_images
     from curate.reading.pipeline import ReadShards, Skipped, shard_list
     from curate.sample_set import load_part
 
     samples = load_part("pretrain") + load_part("finetune")
     forms = [captions_of(sample) for sample in samples]
-    # drawings[i]: rows of pixels that show caption i, the sample set's own image first.
     drawings, images = [[i] for i in range(len(samples))], [decode_image(sample.image) for sample in samples]
     row_of = {sample.key: i for i, sample in enumerate(samples)}
     for rendition in ReadShards(Skipped())(shard_list(config.renditions)) if config.renditions else []:
@@ -197,7 +220,43 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
     twins = alike > TWINS
     near = alike[: len(samples), : len(samples)].masked_fill(twins[: len(samples), : len(samples)], -1)
     near = near.topk(min(config.neighbours, len(samples)), dim=1).indices
+    return TrainingSet(forms, drawings, images, pixels, caption, twins, near)
 
+
+@dataclass
+class Batch:
+    """Two views of some images and a caption of each, with the pairs that are no negatives of one another."""
+
+    mild: Tensor
+    strong: Tensor
+    texts: list[list[list[int]]]
+    same_image: Tensor
+    same_pair: Tensor
+
+
+def draw_batch(data: TrainingSet, config: RecipeConfig, step: int) -> Batch:
+    """The batch of a step, a function of (seed, step); seeds the dropout too."""
+    rng = random.Random(f"{config.seed}/{step}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    torch.manual_seed(rng.getrandbits(63))  # dropout
+    captions = range(len(data.forms))
+    anchors = rng.sample(captions, min(config.batch_size, len(captions)) // 2)
+    beside = [int(data.near[i, rng.randrange(data.near.shape[1])]) for i in anchors]
+    chosen = list(dict.fromkeys(anchors + beside))
+    rows = torch.tensor([i if rng.random() < 0.6 else rng.choice(data.drawings[i]) for i in chosen])
+    x = data.pixels[rows]
+    draws = torch.rand(2, len(chosen), 9, generator=generator)
+    draws[1, :, 1] = draws[0, :, 1]  # the number that decides the flip
+    mild, strong = augment(x, draws[0], config.mild), augment(x, draws[1], config.strong)
+    strong = strong_edits(strong, generator)
+    texts = [draw_caption(data.forms[i], rng, config.word_dropout, config.model.buckets) for i in chosen]
+    same_image = data.twins[rows][:, rows]
+    same_caption = data.caption[chosen][:, None] == data.caption[chosen][None, :]
+    return Batch(mild, strong, texts, same_image, same_image | same_caption)
+
+
+def new_model(config: RecipeConfig) -> tuple[DualEncoder, torch.optim.Optimizer]:
+    """The network with its first weights, and its optimizer."""
     torch.manual_seed(config.seed)
     model = DualEncoder(config.model)
     model.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster
@@ -208,6 +267,25 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
         lr=config.learning_rate,
         betas=(0.9, 0.98),
     )
+    return model, optimizer
+
+
+def losses(model: DualEncoder, batch: Batch, config: RecipeConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The image–text term, the copy term, and the scale of the image–text logits."""
+    views = torch.cat([batch.mild, batch.strong]).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+        image, copy, text = model(views, batch.texts)
+    scale = model.log_scale.exp().clamp(max=50)
+    text_losses = [contrast(scale * view @ text.T, batch.same_pair) for view in image.chunk(2)]
+    copy_mild, copy_strong = copy.chunk(2)
+    copy_loss = copy_contrast(copy_mild, copy_strong, batch.same_image, config.copy_temperature)
+    return torch.stack(text_losses).mean(), copy_loss, scale
+
+
+def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
+    """Train, measure, save; returns what ``metrics.json`` holds."""
+    data = training_set(config)
+    model, optimizer = new_model(config)
     first, checkpoint = 0, Path(config.checkpoint)
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
@@ -216,7 +294,7 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
         first = state["step"]
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"{len(samples)} captions, {len(images)} images, {size:.2f} M parameters, from step {first}",
+        f"{len(data.forms)} captions, {len(data.images)} images, {size:.2f} M parameters, from step {first}",
         flush=True,
     )
 
@@ -225,31 +303,9 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
         warm = min(1.0, (step + 1) / (0.05 * config.steps))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        rng = random.Random(f"{config.seed}/{step}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        torch.manual_seed(rng.getrandbits(63))  # dropout
-        anchors = rng.sample(range(len(samples)), min(config.batch_size, len(samples)) // 2)
-        beside = [int(near[i, rng.randrange(near.shape[1])]) for i in anchors]
-        chosen = list(dict.fromkeys(anchors + beside))
-        n = len(chosen)
-        rows = torch.tensor([i if rng.random() < 0.6 else rng.choice(drawings[i]) for i in chosen])
-        x = pixels[rows]
-        draws = torch.rand(2, n, 9, generator=generator)
-        draws[1, :, 1] = draws[0, :, 1]  # the number that decides the flip
-        mild, strong = augment(x, draws[0], config.mild), augment(x, draws[1], config.strong)
-        strong = strong_edits(strong, generator)
-        texts = [draw_caption(forms[i], rng, config.word_dropout, config.model.buckets) for i in chosen]
-        same_image = twins[rows][:, rows]
-        same_pair = same_image | (caption[chosen][:, None] == caption[chosen][None, :])
-
+        batch = draw_batch(data, config, step)
         model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
-            image, copy, text = model(torch.cat([mild, strong]).to(memory_format=torch.channels_last), texts)
-        scale = model.log_scale.exp().clamp(max=50)
-        text_losses = [contrast(scale * view @ text.T, same_pair) for view in image.chunk(2)]
-        text_loss = torch.stack(text_losses).mean()
-        copy_mild, copy_strong = copy.chunk(2)
-        copy_loss = copy_contrast(copy_mild, copy_strong, same_image, config.copy_temperature)
+        text_loss, copy_loss, scale = losses(model, batch, config)
         loss = text_loss + config.copy_weight * copy_loss
         optimizer.zero_grad()
         loss.backward()
@@ -263,7 +319,7 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
             print(
                 f"step {done}/{config.steps} image-text {sums[0] / sums[2]:.3f} "
                 f"copies {sums[1] / sums[2]:.3f} scale {scale.item():.1f} "
-                f"{2 * n * (done - first) / seconds:.0f} images/s {seconds:.0f} s",
+                f"{2 * len(batch.texts) * (done - first) / seconds:.0f} images/s {seconds:.0f} s",
                 flush=True,
             )
             sums[:] = 0
@@ -272,18 +328,23 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
             aside = checkpoint.with_suffix(".partial")
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, aside)
             aside.replace(checkpoint)
-    features = model.image_features(images[: len(samples)])
+    return save_and_measure(model, data, config)
+
+
+def save_and_measure(model: DualEncoder, data: TrainingSet, config: RecipeConfig) -> dict[str, Any]:
+    """Whiten the copy head, write weights and ``metrics.json``, and let go of the checkpoint."""
+    features = model.image_features(data.images[: len(data.forms)])
     model.copy_head.load_state_dict(whitening(features))
     model.save(config.out)
     metrics = measure(DualEncoder.load(config.out))
     metrics |= {
-        "parameters": round(size * 1e6),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "steps": config.steps,
-        "training_captions": len(samples),
-        "training_images": len(images),
+        "training_captions": len(data.forms),
+        "training_images": len(data.images),
     }
     write_json(Path(config.out) / "metrics.json", metrics)
-    checkpoint.unlink(missing_ok=True)
+    Path(config.checkpoint).unlink(missing_ok=True)
     print(json.dumps(metrics, indent=1), flush=True)
     return metrics
 

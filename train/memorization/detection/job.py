@@ -43,16 +43,7 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         UserError: the prompts or the model cannot be used, or what a killed run left belongs to other settings.
     """
     out = Path(config.out)
-    if out.suffix != ".parquet":
-        raise UsageError(f"out is {config.out!r}: expected a file that ends in .parquet")
-    if config.seeds < 1:
-        raise UsageError(f"seeds is {config.seeds}: expected at least 1")
-    if not 0 <= config.calibrate < 1:
-        raise UsageError(f"calibrate is {config.calibrate}: expected a share in [0, 1)")
-    if config.calibrate and "magnitude" not in config.signals:
-        raise UsageError("calibrate finds a threshold of the magnitude: add it to signals")
-    check(config.steps, config.num_inference_steps, config.batch_size)
-    find_signals(config.signals, config.form, config.seeds)
+    check_settings(config)
     prompts = gather_prompts(config)
     if config.calibrate:
         clean_prompts(prompts)  # so that a file without any is refused at once
@@ -101,23 +92,60 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     }
     if config.calibrate:
         summary["calibrated"] = write_thresholds(config, prompts, scores, pipe.scheduler.config.num_train_timesteps)
+    summary |= draw_charts(out, prompts, scores, config.seeds, judged="auc" in summary)
+    write_json(out.with_suffix(".json"), summary)
+    get_logger(__name__).info(f"wrote {out}")
+    return summary
+
+
+def check_settings(config: DetectConfig) -> None:
+    """Refuse what cannot be scored before anything is read.
+
+    Raises:
+        UserError: a setting is out of its range, or signals do not go together with the others.
+    """
+    if Path(config.out).suffix != ".parquet":
+        raise UsageError(f"out is {config.out!r}: expected a file that ends in .parquet")
+    if config.seeds < 1:
+        raise UsageError(f"seeds is {config.seeds}: expected at least 1")
+    if not 0 <= config.calibrate < 1:
+        raise UsageError(f"calibrate is {config.calibrate}: expected a share in [0, 1)")
+    if config.calibrate and "magnitude" not in config.signals:
+        raise UsageError("calibrate finds a threshold of the magnitude: add it to signals")
+    check(config.steps, config.num_inference_steps, config.batch_size)
+    find_signals(config.signals, config.form, config.seeds)
+
+
+def draw_charts(
+    out: Path, prompts: Sequence[Prompt], scores: Scores, seeds: int, *, judged: bool
+) -> dict[str, str]:
+    """Charts beside the table: scores of both labels where there are both, and signals along the trajectory.
+
+    Args:
+        out: of the table; the charts have its name.
+        prompts: with their labels.
+        scores: of the prompts.
+        seeds: of each prompt.
+        judged: whether there are labels of both kinds.
+
+    Returns: The files, by their name in the summary.
+    """
     labels = labels_of(prompts)
     steps = len(scores.timesteps)
-    if "auc" in summary:
+    drawn = {}
+    if judged:
         chart = out.with_suffix(".png")
         looked_at = f"{steps} step{'s' * (steps > 1)}" if steps else "pure noise"
-        note = f", {looked_at}, {config.seeds} seed{'s' * (config.seeds > 1)}"
+        note = f", {looked_at}, {seeds} seed{'s' * (seeds > 1)}"
         draw_chart(chart, labels, scores.of_prompt, note)
-        summary["chart"] = str(chart)
+        drawn["chart"] = str(chart)
     curves = {name: seen.mean(axis=1) for name, seen in scores.observed.items() if seen.shape[2] == steps > 1}
     curves.pop("anisotropy", None)  # its two observations are no trajectory
     if curves:
         chart = out.with_suffix(".trajectories.png")
         draw_trajectories(chart, labels, scores.timesteps.tolist(), curves)
-        summary["trajectories"] = str(chart)
-    write_json(out.with_suffix(".json"), summary)
-    get_logger(__name__).info(f"wrote {out}")
-    return summary
+        drawn["trajectories"] = str(chart)
+    return drawn
 
 
 def gather_prompts(config: DetectConfig) -> list[Prompt]:

@@ -64,7 +64,7 @@ def suggest(
         words: how many are tried, one at a time.
         replacements: random words for each.
         instead: a prompt to measure beside them; empty for none.
-        num_inference_steps, guidance_scale, form: as they were for :func:`explain`.
+        num_inference_steps, guidance_scale, form: as they were for :func:`~train.memorization.explain`.
         batch_size: prompt and seed pairs per UNet call.
         seed: of the random words.
     """

@@ -52,7 +52,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found of one prompt."""
+    """What :func:`~train.memorization.explain` found of one prompt."""
 
     prompt: str
     tokens: tuple[Token, ...]

@@ -40,9 +40,10 @@ def run_explain(config: ExplainConfig) -> ExplainSummary:
     """The job behind ``train explain``: explain, try changes, write the page.
 
     Returns:
-        ``explanations``, one a prompt (see :meth:`Explanation.as_json`), each with its ``changes``; the mean share of
-        the magnitude that is left without the most and without the least significant word, in ``left_without_most`` and
-        ``left_without_least`` (over the prompts that have both); the settings.
+        ``explanations``, one a prompt (:meth:`~train.memorization.explaining.explanation.Explanation.as_json`), each
+        with its ``changes``; the mean share of the magnitude that is left without the most and without the least
+        significant word, in ``left_without_most`` and ``left_without_least`` (over the prompts that have both); the
+        settings.
 
     Raises:
         UserError: the prompts or the model cannot be used.

@@ -56,7 +56,7 @@ def blocked(pipe: StableDiffusionPipeline | nn.Module, neurons: Neurons) -> Iter
 
     Args:
         pipe: a pipeline with a ``unet``, or the UNet itself.
-        neurons: layer name → numbers of its units, as from :func:`read_neurons`.
+        neurons: layer name → numbers of its units, as from :func:`~train.memorization.neurons.files.read_neurons`.
 
     Raises:
         UserError: the model lacks a layer or a unit.

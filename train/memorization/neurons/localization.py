@@ -3,7 +3,7 @@
 Source: Hintersdorf et al., "Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models"
 (NeurIPS 2024): the memorization score (§3.1), the initial selection (§3.2, algorithm 1) and the refinement (§3.3,
 algorithm 2). The criterion is the paper's; the search that meets it is another, and takes far fewer passes through the
-UNet (:func:`~train.memorization.neurons.value_neurons.search.refine`).
+UNet (:func:`~train.memorization.neurons.search.refine`).
 
     found = localize(pipe, memorized_captions, clean=other_captions)
     with blocked(pipe, found.neurons):

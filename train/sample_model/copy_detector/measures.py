@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from curate.embed.copy_detector import CopyDetector
 from curate.embed.edits import EDITS, strong_edit
 from curate.reading.images import stack_images
 from train.sample_model.copy_detector.edits import attacked, edited
+
+Judged = Callable[[Tensor], dict[str, float]]
+"""From embeddings of copies to their mean cosine with the originals, and their recall."""
 
 
 def embedded(model: CopyDetector, images: Tensor) -> Tensor:
@@ -66,32 +69,9 @@ def measure(
         similarity = (z * originals[: len(z)]).sum(1)
         return {"mean": similarity.mean().item(), "recall": (similarity > threshold).float().mean().item()}
 
-    rng = np.random.default_rng(seed)
-    copies = {
-        name: against_originals(looked_at([edit(image, rng) for image in held_out]))
-        for name, edit in (EDITS | {"several": strong_edit}).items()
-    }
-
-    generator = torch.Generator().manual_seed(seed)
-    pixels = pixels[:64]
-    target = originals[:64].clone()
-    attacks = {}
-    for name, coarse, bound in (("pixels", False, 8 / 255), ("field", True, 32 / 255)):
-        start = edited(pixels, 0.2, generator)
-        changed = attacked(model, start, target, bound=bound, coarse=coarse, steps=20, generator=generator)
-        with torch.inference_mode():
-            attacks[name] = against_originals(model(changed))
-
-    x, done = pixels.clone(), torch.zeros(len(pixels), dtype=torch.bool)
-    for _ in range(60):
-        x.requires_grad_(True)
-        similarity = (model(x) * target).sum(1)
-        done = similarity.detach() <= 0.5
-        (gradient,) = torch.autograd.grad(similarity.sum(), x)
-        length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-        step = torch.where(done.view(-1, 1, 1, 1), 0.0, 0.5) * gradient / length
-        x = (x.detach() - step).clamp(0, 1)
-    correlation = pixel_correlation(pixels, x)
+    copies = measure_copies(looked_at, held_out, against_originals, seed)
+    attacks = measure_attacks(model, pixels[:64], originals[:64].clone(), against_originals, seed)
+    descended = measure_descent(model, pixels[:64], originals[:64].clone())
 
     def quantiles(values: Tensor) -> dict[str, float]:
         return {f"{q:.0%}": values.quantile(q).item() for q in (0.5, 0.95, 0.99)}
@@ -103,15 +83,63 @@ def measure(
         "threshold": threshold,
         "copies": copies,
         "attacked": attacks,
-        "descended": {
-            "reached": done.float().mean().item(),
-            "distance": (x - pixels).flatten(1).norm(dim=1).mean().item(),
-            "pixel_correlation": correlation.mean().item(),
-            "still_above_0.9": (correlation > 0.9).float().mean().item(),
-        },
+        "descended": descended,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return _rounded(result)
+
+
+def measure_copies(
+    looked_at: Callable[[Sequence[Image]], Tensor], held_out: Sequence[Image], judged: Judged, seed: int
+) -> dict[str, dict[str, float]]:
+    """Of every kind of edit, and of several at once: what the detector sees of the edited images."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: judged(looked_at([edit(image, rng) for image in held_out]))
+        for name, edit in (EDITS | {"several": strong_edit}).items()
+    }
+
+
+def measure_attacks(
+    model: CopyDetector, pixels: Tensor, target: Tensor, judged: Judged, seed: int
+) -> dict[str, dict[str, float]]:
+    """Of mild copies that were attacked, on pixels and on a coarse field.
+
+    Args:
+        model: in evaluation mode.
+        pixels: ``[n, 3, H, W]`` originals.
+        target: ``[n, d]`` their embeddings.
+        judged: from embeddings of copies to their mean cosine and recall.
+        seed: of the copies' edits and of the attacks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    attacks = {}
+    for name, coarse, bound in (("pixels", False, 8 / 255), ("field", True, 32 / 255)):
+        start = edited(pixels, 0.2, generator)
+        changed = attacked(model, start, target, bound=bound, coarse=coarse, steps=20, generator=generator)
+        with torch.inference_mode():
+            attacks[name] = judged(model(changed))
+    return attacks
+
+
+def measure_descent(model: CopyDetector, pixels: Tensor, target: Tensor) -> dict[str, float]:
+    """Of images whose similarity to ``target``, their own embedding, is followed down to 0.5."""
+    x, done = pixels.clone(), torch.zeros(len(pixels), dtype=torch.bool)
+    for _ in range(60):
+        x.requires_grad_(True)
+        similarity = (model(x) * target).sum(1)
+        done = similarity.detach() <= 0.5
+        (gradient,) = torch.autograd.grad(similarity.sum(), x)
+        length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        step = torch.where(done.view(-1, 1, 1, 1), 0.0, 0.5) * gradient / length
+        x = (x.detach() - step).clamp(0, 1)
+    correlation = pixel_correlation(pixels, x)
+    return {
+        "reached": done.float().mean().item(),
+        "distance": (x - pixels).flatten(1).norm(dim=1).mean().item(),
+        "pixel_correlation": correlation.mean().item(),
+        "still_above_0.9": (correlation > 0.9).float().mean().item(),
+    }
 
 
 def pixel_correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -126,6 +126,37 @@ def hard_batches(memory: Tensor, alike: Tensor, batch_size: int, generator: torc
     return torch.cat([order.view(-1, half), partner.view(-1, half)], 1)
 
 
+def two_views(
+    model: CopyDetector, batch: Tensor, step: int, config: CopyDetectorConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor, int]:
+    """Two edited views of each image, and of how many images, the first ones, the second view is attacked.
+
+    Args:
+        model: attacked as it is now; it is left in evaluation mode.
+        batch: ``[n, 3, H, W]`` in [0, 1].
+        step: edits grow with it, and attacks on pixels and on a coarse field take turns.
+        config: the recipe's settings.
+        generator: the source of all draws.
+    """
+    grown = min(1.0, step / (config.ramp * config.steps))
+    view_a = edited(batch, 0.3, generator)
+    view_b = edited(batch, 0.4 + 0.6 * grown, generator)
+    n_attacked = round(config.attack_share * len(batch)) if grown == 1 else 0
+    if n_attacked:
+        coarse = step % 2 == 0
+        # Under attack a view is edited less: the two together must leave a copy that one can see.
+        view_b[:n_attacked] = attacked(
+            model.eval(),
+            edited(batch[:n_attacked], 0.5, generator),
+            embedded(model, view_a[:n_attacked]),
+            bound=config.attack_field if coarse else config.attack_pixels,
+            coarse=coarse,
+            steps=config.attack_steps,
+            generator=generator,
+        )
+    return view_a, view_b, n_attacked
+
+
 def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
     """The trained detector, in evaluation mode; continues from ``work_dir`` if a run was stopped there.
 
@@ -166,23 +197,7 @@ def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
                 memory = embedded(model, images)
                 batches = hard_batches(memory, alike, config.batch_size, generator)
             rows = batches[step % per_epoch]
-            batch = images[rows]
-            grown = min(1.0, step / (config.ramp * config.steps))
-            view_a = edited(batch, 0.3, generator)
-            view_b = edited(batch, 0.4 + 0.6 * grown, generator)
-            n_attacked = round(config.attack_share * len(rows)) if grown == 1 else 0
-            if n_attacked:
-                coarse = step % 2 == 0
-                # Under attack a view is edited less: the two together must leave a copy that one can see.
-                view_b[:n_attacked] = attacked(
-                    model.eval(),
-                    edited(batch[:n_attacked], 0.5, generator),
-                    embedded(model, view_a[:n_attacked]),
-                    bound=config.attack_field if coarse else config.attack_pixels,
-                    coarse=coarse,
-                    steps=config.attack_steps,
-                    generator=generator,
-                )
+            view_a, view_b, n_attacked = two_views(model, images[rows], step, config, generator)
             model.train()
             with torch.autocast("cpu", torch.bfloat16):
                 z_a, z_b = model(torch.cat([view_a, view_b])).chunk(2)

@@ -131,7 +131,7 @@ class Folder:
         return None if self.records[task].get("withheld") else self.path / task.file
 
     def summary(self) -> dict[str, Any]:
-        """See :func:`run_sample`."""
+        """See :func:`~train.sampling.job.job.run_sample`."""
         return {**summarise(self.rows()), "made": self.made, "out": str(self.path)}
 
 

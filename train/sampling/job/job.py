@@ -3,7 +3,7 @@
 Each image is drawn from its own seed, so it does not depend on what it was batched with. The PNG itself
 carries its record (prompt, seed, guidance, nearest training sample, trace): a run that was stopped goes on
 from the files that are there, and ``samples.parquet`` can be written from them alone. Several processes share the
-images out and meet in the files too (:mod:`train.sampling.pipelines.session.shares`).
+images out and meet in the files too (:mod:`train.sampling.job.shares`).
 """
 
 from __future__ import annotations
