@@ -69,16 +69,13 @@ def _by_image(index: Any, file: str, k: int) -> tuple[Any, Any]:
 
 
 def _by_caption(index: Any, caption: str, embedder_name: str, k: int) -> tuple[Any, Any]:
-    import numpy as np
-
     from curate.embed.registry import load_caption_embedder
+    from curate.neighbors.brute_force import nearest
 
     embedder = load_caption_embedder(embedder_name)
-    wanted = embedder.embed([caption])[0]
-    similarity = np.empty(len(index.captions), dtype=np.float32)
-    for start in range(0, len(similarity), _BLOCK):
-        captions = [str(text) for text in index.captions[start : start + _BLOCK]]
-        similarity[start : start + _BLOCK] = embedder.embed(captions) @ wanted
-    rows = np.argsort(-similarity, kind="stable")[:k]
-    return similarity[rows], rows
+    captions = [str(text) for text in index.captions]
+    starts = range(0, len(captions), _BLOCK)
+    blocks = ((start, embedder.embed(captions[start : start + _BLOCK])) for start in starts)
+    similarity, rows = nearest(embedder.embed([caption]), blocks, k)
+    return similarity[0], rows[0]
 

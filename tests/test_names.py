@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from afresh import plugins
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("afresh", "curate", "train", "benchmarks")
 SOURCES = {package: sorted((ROOT / package).rglob("*.py")) for package in PACKAGES}
@@ -23,6 +25,7 @@ COMMAND = re.compile(rf"python -m ({OURS}(?:\.\w+)*)")
 FILE = re.compile(rf"(?<![\w./-])((?:{OURS}|tests|configs|docs)/[\w/.-]+\.(?:py|md|yaml))\b")
 IMPORT = re.compile(rf"^ *from ({OURS}[\w.]*) import ([\w, ]+)$", re.MULTILINE)
 NEAR_BY = re.compile(r"``([\w/]+\.py)``")
+GROUPS = {value for value in vars(plugins).values() if isinstance(value, str) and value.startswith("afresh.")}
 THEIRS = "train_text_to_image.py"  # of diffusers, which a benchmark runs
 
 
@@ -67,7 +70,7 @@ def lost(path: Path) -> Iterator[re.Match[str]]:
     """What a text names that is not there."""
     text = path.read_text(encoding="utf-8")
     for pattern in (DOTTED, COMMAND):
-        yield from (match for match in pattern.finditer(text) if not exists(match[1]))
+        yield from (match for match in pattern.finditer(text) if not (match[1] in GROUPS or exists(match[1])))
     yield from (match for match in FILE.finditer(text) if not (ROOT / match[1]).exists())
     if path.suffix == ".py":
         yield from (match for match in ROLE.finditer(text) if not known(match[1], path))

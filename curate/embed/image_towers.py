@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from afresh.errors import UsageError, UserError, reason
 from curate.embed.preprocessing import Preprocessing, read_json, read_processor, triple
 from curate.embed.torch_embedder import TorchEmbedder
-from curate.embed.tower_files import _TRANSFORMERS_FILES, _folder, _imported, _need, _transformers_tower
+from curate.embed.tower_files import TRANSFORMERS_FILES, imported, model_folder, needed_file, transformers_tower
 
 # model_type of a config → class of the tower, and which of its outputs is the image's vector. CLIP's and SigLIP's are
 # where captions are too; DINOv2's is the class token, as its authors use it.
@@ -65,16 +65,16 @@ def load_image_tower(library: str, source: str, *, name: str, half: bool | None)
 
 
 def _transformers_image(source: str) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    folder = _folder(source, _TRANSFORMERS_FILES)
-    model, config = _transformers_tower(folder, _IMAGE_TOWERS, "image")
+    folder = model_folder(source, TRANSFORMERS_FILES)
+    model, config = transformers_tower(folder, _IMAGE_TOWERS, "image")
     return model, read_processor(folder), {"config": config}
 
 
 def _timm_image(source: str) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    timm = _imported("timm")
-    folder = _folder(_timm_repository(timm, source), _TIMM_FILES)
-    config = read_json(_need(folder, "config.json", "which says what model it is"))
-    weights = _need(folder, "model.safetensors", "its weights; other formats are not loaded")
+    timm = imported("timm")
+    folder = model_folder(_timm_repository(timm, source), _TIMM_FILES)
+    config = read_json(needed_file(folder, "config.json", "which says what model it is"))
+    weights = needed_file(folder, "model.safetensors", "its weights; other formats are not loaded")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
         with safe_open(weights, "pt") as file:
@@ -127,7 +127,7 @@ class _Visual(nn.Module):
 
 
 def _open_clip_image(source: str) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    open_clip = _imported("open_clip")
+    open_clip = imported("open_clip")
     name, weights, about = _open_clip_source(open_clip, source)
     try:
         options = {"pretrained": str(weights)} if name == about else {}
@@ -170,7 +170,7 @@ def _open_clip_source(open_clip: Any, source: str) -> tuple[str, Path, str]:
         if path.suffix == ".safetensors" and path.is_file():
             return arch, path, arch
         if path.is_dir() and not (path / _OPEN_CLIP_FILES[0]).is_file():
-            return arch, _need(path, _OPEN_CLIP_WEIGHTS, "its weights; other formats are not loaded"), arch
+            return arch, needed_file(path, _OPEN_CLIP_WEIGHTS, "its weights; other formats are not loaded"), arch
         if not path.is_dir():
             known = open_clip.get_pretrained_cfg(arch, rest)
             if not known:
@@ -182,8 +182,8 @@ def _open_clip_source(open_clip: Any, source: str) -> tuple[str, Path, str]:
         source = rest
     elif not rest and not Path(source).expanduser().is_dir():
         raise UsageError(f"open_clip:{source}: name the architecture and its weights, ARCH/PRETRAINED, or a folder")
-    folder = _folder(source, _OPEN_CLIP_FILES)
-    _need(folder, _OPEN_CLIP_FILES[0], "which says what model it is: name its architecture, as in ARCH/FOLDER")
-    weights = _need(folder, _OPEN_CLIP_WEIGHTS, "its weights; other formats are not loaded")
+    folder = model_folder(source, _OPEN_CLIP_FILES)
+    needed_file(folder, _OPEN_CLIP_FILES[0], "which says what model it is: name its architecture, as in ARCH/FOLDER")
+    weights = needed_file(folder, _OPEN_CLIP_WEIGHTS, "its weights; other formats are not loaded")
     return f"local-dir:{folder}", weights, str(folder)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from afresh.errors import UserError, reason
 from afresh.progress import progress
 from curate.embed.torch_embedder import weights_digest
-from curate.embed.tower_files import _TRANSFORMERS_FILES, _folder, _imported, _need, _quiet, _transformers_tower
+from curate.embed.tower_files import TRANSFORMERS_FILES, imported, model_folder, needed_file, quiet, transformers_tower
 
 _TEXT_TOWERS = {
     "clip": ("CLIPTextModelWithProjection", "text_embeds"),
@@ -99,12 +99,12 @@ def load_text_tower(library: str, source: str, *, name: str, half: bool | None) 
 def _transformers_text(source: str) -> tuple[nn.Module, Callable[[list[str]], Tensor], dict[str, Any]]:
     import transformers
 
-    folder = _folder(source, _TRANSFORMERS_FILES)
-    model, config = _transformers_tower(folder, _TEXT_TOWERS, "text")
+    folder = model_folder(source, TRANSFORMERS_FILES)
+    model, config = transformers_tower(folder, _TEXT_TOWERS, "text")
     tokenizers = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
     if not tokenizers:
         raise UserError(f"{folder} has no {_TOKENIZERS[0]}: its captions cannot be turned into tokens")
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -124,17 +124,17 @@ def _transformers_text(source: str) -> tuple[nn.Module, Callable[[list[str]], Te
 
 
 def _sentence_transformers(source: str) -> tuple[nn.Module, Callable[[list[str]], Tensor], dict[str, Any]]:
-    library = _imported("sentence_transformers")
+    library = imported("sentence_transformers")
     if "/" not in source and not Path(source).expanduser().is_dir():
         source = f"sentence-transformers/{source}"
-    folder = _folder(source, _SENTENCE_FILES)
-    _need(folder, "modules.json", "which says what a sentence goes through")
+    folder = model_folder(source, _SENTENCE_FILES)
+    needed_file(folder, "modules.json", "which says what a sentence goes through")
     for path in folder.rglob("pytorch_model.bin"):
         if not (path.parent / "model.safetensors").is_file():
             raise UserError(f"{path} is a pickle; only weights as safetensors are loaded")
     import transformers
 
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             model = library.SentenceTransformer(
                 str(folder), device="cpu", local_files_only=True, model_kwargs={"use_safetensors": True}

@@ -16,11 +16,11 @@ from afresh.errors import UsageError, UserError, reason
 from curate.embed.preprocessing import read_json
 
 # What is asked of the hub: no pickles, and nothing of other frameworks.
-_TRANSFORMERS_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
+TRANSFORMERS_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 _EXTRAS = {"timm": "timm", "open_clip": "clip", "sentence_transformers": "sentence-transformers"}
 
 
-def _folder(source: str, files: Sequence[str]) -> Path:
+def model_folder(source: str, files: Sequence[str]) -> Path:
     """A local folder as it is, or the named files of a hub repository as a folder of the hub's cache.
 
     Raises:
@@ -47,7 +47,7 @@ def _folder(source: str, files: Sequence[str]) -> Path:
         ) from error
 
 
-def _imported(package: str) -> Any:
+def imported(package: str) -> Any:
     """A package that is no dependency.
 
     Raises:
@@ -70,7 +70,7 @@ def _imported(package: str) -> Any:
         ) from error
 
 
-def _need(folder: Path, name: str, what: str) -> Path:
+def needed_file(folder: Path, name: str, what: str) -> Path:
     if not (folder / name).is_file():
         raise UserError(f"{folder} has no {name}, {what}")
     return folder / name
@@ -88,7 +88,7 @@ class _Output(nn.Module):
         return getattr(self.tower(*inputs, **named), self.output)
 
 
-def _transformers_tower(
+def transformers_tower(
     folder: Path, towers: Mapping[str, tuple[str, str]], what: str
 ) -> tuple[_Output, dict[str, Any]]:
     """A tower with all of its weights, and its config as JSON has it.
@@ -96,7 +96,7 @@ def _transformers_tower(
     Raises:
         UserError: a file or a weight is missing, or the model is of another kind.
     """
-    config = read_json(_need(folder, "config.json", "which says what model it is"))
+    config = read_json(needed_file(folder, "config.json", "which says what model it is"))
     kind = str(config.get("model_type"))
     if kind not in towers:
         raise UserError(f"{folder}: no {what} tower is known of a model of type {kind!r} (but of {', '.join(towers)})")
@@ -108,7 +108,7 @@ def _transformers_tower(
         raise UserError(f"{folder} has no weights as safetensors (model.safetensors); other formats are not loaded")
     import transformers
 
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             model, info = getattr(transformers, class_name).from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, local_files_only=True
@@ -122,7 +122,7 @@ def _transformers_tower(
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without its bars, which would cross ours, and its report of the other tower's weights, which are not loaded."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curate.neighbors.brute_force import nearest
+
 _CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
 _CALIBRATION_ELEMENTS = 1 << 21  # float32 similarities of theirs that are held at a time: 8 MB
 
@@ -89,7 +91,7 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
     """
     rows = np.flatnonzero(kept)
     asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
-    nearest, of_asked = np.full(len(asked), -np.inf, np.float32), group[asked]
+    of_asked = group[asked]
 
     def unit(some: NDArray[np.int64]) -> NDArray[np.float32]:
         x = np.asarray(embeddings[some], np.float32)
@@ -97,11 +99,13 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
 
     queries = unit(asked) if len(asked) else np.empty((0, embeddings.shape[1]), np.float32)
     step = max(1, _CALIBRATION_ELEMENTS // max(embeddings.shape[1], len(asked), 1))
-    for start in range(0, len(rows), step):
-        some = rows[start : start + step]
-        similarity = queries @ unit(some).T
-        own = np.flatnonzero(np.isin(group[some], of_asked))  # few: most groups have no row that is asked for
-        similarity[:, own] = np.where(of_asked[:, None] == group[some[own]], -np.inf, similarity[:, own])
-        nearest = np.maximum(nearest, similarity.max(1))
-    return nearest[np.isfinite(nearest)]
+
+    def hide(start: int, similarity: NDArray[np.float32]) -> None:
+        some = group[rows[start : start + step]]
+        own = np.flatnonzero(np.isin(some, of_asked))  # few: most groups have no row that is asked for
+        similarity[:, own] = np.where(of_asked[:, None] == some[own], -np.inf, similarity[:, own])
+
+    blocks = ((start, unit(rows[start : start + step])) for start in range(0, len(rows), step))
+    cosine, _ = nearest(queries, blocks, hide=hide)
+    return cosine[np.isfinite(cosine)]
 

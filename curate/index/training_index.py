@@ -147,7 +147,8 @@ class TrainingIndex:
             raise ValueError(f"k must be at least 1, not {k}")
         queries = queries.to("cpu" if self._held is None else self._held.device)
         queries = queries / queries.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        # The rows stand first in the product, and a single vector twice: on CPUs several times as fast, and the same.
+        # Not curate.neighbors.brute_force: a sampler asks at every step, of rows that stay on a device.
+        # They stand first in the product, and a single vector twice: on CPUs several times as fast, and the same.
         columns = (queries if len(queries) > 1 else queries.repeat(2, 1)).T
         best = queries.new_empty(len(queries), 0)
         best_rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)

@@ -107,11 +107,11 @@ def join_blocks(
     """The exact join of checked arguments; ``run`` maps a function over the blocks, as ``map`` or a pool's ``map``."""
     n = len(embeddings)
     axes = screening_axes(embeddings, threshold)
-    slab = _slab(n, axes, block, memory)
+    slab = rows_of_a_slab(n, axes, block, memory)
     tally, found, held, most = _Crowding(n, crowd), [Pairs.empty()], 0, _HELD
 
     def near(screen: Screen, others: Rows, block: tuple[int, int]) -> list[Pairs]:
-        candidates = _gathered(screen.candidates(*block, others, tally.crowded))
+        candidates = gathered(screen.candidates(*block, others, tally.crowded))
         return [pairs for i, j in candidates for pairs in _decided(embeddings, i, j, threshold, tally)]
 
     for first in range(0, n, slab):
@@ -130,12 +130,12 @@ def join_blocks(
     return assembled(embeddings, found, tally.crowded, threshold)
 
 
-def _slab(n: int, axes: NDArray[np.float32], block: int, memory: int | None) -> int:
+def rows_of_a_slab(n: int, axes: NDArray[np.float32], block: int, memory: int | None) -> int:
     """How many of n rows a screen is made of at a time."""
     return n if memory is None else min(n, max(block, memory // Screen.bytes_a_row(axes.shape[1])))
 
 
-def _gathered(
+def gathered(
     candidates: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The same candidates in larger lots, since a tile often has a few only."""
@@ -187,7 +187,7 @@ def _outside(found: Sequence[Pairs], crowded: NDArray[np.bool_]) -> Pairs:
     a matter of chance.
     """
     some = (np.flatnonzero(~(crowded[pairs.i] & crowded[pairs.j])) for pairs in found)
-    return _concatenated(
+    return concatenated(
         [Pairs(of.i[at], of.j[at], of.similarity[at]) for of, at in zip(found, some, strict=True)]
     )
 
@@ -212,7 +212,8 @@ class _Crowding:
                 self.crowded[rows] = self._near[rows] > self.limit
 
 
-def _concatenated(some: Sequence[Pairs]) -> Pairs:
+def concatenated(some: Sequence[Pairs]) -> Pairs:
+    """Pairs that were found here and there, one after the other; crowds are not carried along."""
     i, j = np.concatenate([pairs.i for pairs in some]), np.concatenate([pairs.j for pairs in some])
     return Pairs(i, j, np.concatenate([pairs.similarity for pairs in some]))
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from curate.neighbors.join import BLOCK, _concatenated, _gathered, _slab, check_arguments, cores, one_blas_thread
+from curate.neighbors.join import BLOCK, check_arguments, concatenated, cores, gathered, one_blas_thread, rows_of_a_slab
 from curate.neighbors.screen import Rows, Screen, screening_axes
 from curate.neighbors.verify import Pairs, verified
 
@@ -47,7 +47,7 @@ def find_nearest(
         return row, cosine
     with one_blas_thread(), ThreadPoolExecutor(threads or cores()) as pool:
         axes = screening_axes(known, threshold)
-        slab = _slab(len(known), axes, block, memory)
+        slab = rows_of_a_slab(len(known), axes, block, memory)
         for first in range(0, len(known), slab):
             screen = Screen.of(known, axes, threshold, block, first, min(first + slab, len(known)))
             for asked in screen.turned(queries, 0):
@@ -66,7 +66,7 @@ def _near_known(
 
     def near(block: tuple[int, int]) -> list[Pairs]:
         compared = ((asked.numbers[a], screen.rows.numbers[b]) for a, b in screen.compare(*block, asked))
-        return [verified(queries, i, j, threshold, known) for i, j in _gathered(compared)]
+        return [verified(queries, i, j, threshold, known) for i, j in gathered(compared)]
 
-    return _concatenated([Pairs.empty(), *(pairs for some in pool.map(near, screen.blocks()) for pairs in some)])
+    return concatenated([Pairs.empty(), *(pairs for some in pool.map(near, screen.blocks()) for pairs in some)])
 

@@ -9,7 +9,8 @@ MAX_CAPTION_BYTES = 1 << 20
 MAX_JSON_BYTES = 1 << 24  # of a json that is read for its caption; parsed, it takes many times its size
 
 
-def _text_caption(data: bytes) -> tuple[str | None, str | None]:
+def text_caption(data: bytes) -> tuple[str | None, str | None]:
+    """The caption that a ``txt`` member holds, or None and why there is none."""
     if len(data) > MAX_CAPTION_BYTES:
         return None, f"caption has {len(data)} bytes, more than {MAX_CAPTION_BYTES}"
     try:
@@ -18,7 +19,8 @@ def _text_caption(data: bytes) -> tuple[str | None, str | None]:
         return None, "caption is not UTF-8"
 
 
-def _json_caption(data: bytes) -> tuple[str | None, str | None]:
+def json_caption(data: bytes) -> tuple[str | None, str | None]:
+    """The string ``caption`` of a ``json`` member, or None and why there is none."""
     if len(data) > MAX_JSON_BYTES:
         size = f"{len(data)} bytes, more than {MAX_JSON_BYTES}"
         return None, f"no caption: there is no txt member and the json member has {size}"
@@ -30,7 +32,7 @@ def _json_caption(data: bytes) -> tuple[str | None, str | None]:
     if not isinstance(caption, str):
         return None, "no caption: there is no txt member and the json member has no string 'caption'"
     # JSON can spell lone surrogates, which no UTF-8 file can hold.
-    return _text_caption(caption.encode("utf-8", "replace"))
+    return text_caption(caption.encode("utf-8", "replace"))
 
 
 def normalise_caption(caption: str) -> str:

@@ -14,7 +14,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
-def _key_and_extension(name: str) -> tuple[str, str] | None:
+def key_and_extension(name: str) -> tuple[str, str] | None:
     """Those of a member that may be part of a sample; None if its name is refused or has none."""
     return split_name(name) if len(name) <= MAX_NAME and _plain(name) else None
 
@@ -25,7 +25,7 @@ def split_name(member: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def _refusal(member: Member) -> str | None:
+def refusal(member: Member) -> str | None:
     """Why this member is not accepted, or None."""
     name = shown(member.name)
     if len(member.name) > MAX_NAME:
@@ -56,12 +56,13 @@ def _plain(name: str) -> bool:
     return True
 
 
-def _listed(extensions: Iterable[str]) -> str:
+def listed(extensions: Iterable[str]) -> str:
+    """Extensions for a message, no longer than messages are read."""
     text = printable(", ".join(extensions))
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
     """A refused member's name as it may stand in a ledger."""
     return printable(name[:MAX_NAME])
 

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import Any
 
 from afresh.errors import UserError
-from curate.reading.captions import MAX_JSON_BYTES, _json_caption, _text_caption
-from curate.reading.members import _key_and_extension, _listed, _refusal, _safe_name
+from curate.reading.captions import MAX_JSON_BYTES, json_caption, text_caption
+from curate.reading.members import key_and_extension, listed, refusal, safe_name
 from curate.reading.tar import BLOCK, Archive, Member, ReadError, shown
 from curate.reading.urls import open_shard, shard_names
 
@@ -89,9 +89,9 @@ class Sample:
     @cached_property
     def _caption(self) -> tuple[str | None, str | None]:
         if (ext := self._extension("txt")) is not None:
-            return _text_caption(self.members[ext])
+            return text_caption(self.members[ext])
         if (ext := self._extension("json")) is not None:
-            return _json_caption(self.members[ext])
+            return json_caption(self.members[ext])
         return None, "no caption: there is neither a txt nor a json member"
 
     def _extension(self, *wanted: str) -> str | None:
@@ -134,43 +134,25 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
     group: _Group | None = None
     usual = {"txt"}  # where the sample before had its caption: what a cut one lacks
 
-    def close(finished: _Group) -> Sample | BadSample:
-        key = finished.key
-        if finished.problem is not None:
-            seen.add(key)
-            kind, reason = finished.problem
-            return BadSample(shard, key, reason, kind)
-        if key in seen:
-            extensions = _listed(finished.members)
-            reason = f"key {shown(key)} stands in this shard before: its members must be side by side, each once"
-            return BadSample(shard, key, f"{reason} (here: {extensions})", "repeated_key")
-        seen.add(key)
-        sample = Sample(shard, key, finished.members, finished.offsets)
-        if sample.image_ext is None:
-            extensions = _listed(finished.members)
-            reason = f"no image: none of {', '.join(IMAGE_EXTENSIONS)} among its members ({extensions})"
-            return BadSample(shard, key, reason, "no_image")
-        return sample
-
     with open_shard(url) as stream:
         try:
             archive = Archive(stream)
             for member in archive:
                 if member.kind == "folder":
                     continue
-                problem = _refusal(member)
-                if (named := _key_and_extension(member.name)) is None:
+                problem = refusal(member)
+                if (named := key_and_extension(member.name)) is None:
                     if group is not None:
-                        yield close(group)
+                        yield _closed(group, shard, seen)
                         group = None
                     reason = problem or f"member {shown(member.name)} has no key and extension"
                     kind = "refused_member" if problem else "stray_member"
-                    yield BadSample(shard, _safe_name(member.name), reason, kind)
+                    yield BadSample(shard, safe_name(member.name), reason, kind)
                     continue
                 key, ext = named
                 if group is None or group.key != key or ext.lower() in group.lowered:
                     if group is not None:
-                        yield close(group)
+                        yield _closed(group, shard, seen)
                         usual = group.lowered & {"txt", "json"}
                     group = _Group(key)
                 group.add(ext, member, problem)
@@ -179,13 +161,13 @@ def read_samples(url: str, *, name: str | None = None) -> Iterator[Sample | BadS
 
         failure = archive.failure
         if failure is not None and failure.cut_member is not None:
-            named = _key_and_extension(failure.cut_member)
-            key, ext = named or (_safe_name(failure.cut_member), "")
+            named = key_and_extension(failure.cut_member)
+            key, ext = named or (safe_name(failure.cut_member), "")
             if group is not None and (group.key != key or ext.lower() in group.lowered):
-                yield close(group)
+                yield _closed(group, shard, seen)
             yield BadSample(shard, key, failure.reason, failure.kind)
             return
-        last = close(group) if group is not None else None
+        last = _closed(group, shard, seen) if group is not None else None
         if failure is None or failure.kind == "trailing_data":
             if last is not None:
                 yield last
@@ -210,6 +192,23 @@ class Shard:
 
     def __iter__(self) -> Iterator[Sample | BadSample]:
         return read_samples(self.url, name=self.name)
+
+
+def _closed(group: _Group, shard: str, seen: set[str]) -> Sample | BadSample:
+    """What the members of a key are, now that all are read; ``seen`` are the keys before it, and then this one too."""
+    key, before = group.key, group.key in seen
+    seen.add(key)
+    if group.problem is not None:
+        kind, reason = group.problem
+        return BadSample(shard, key, reason, kind)
+    if before:
+        reason = f"key {shown(key)} stands in this shard before: its members must be side by side, each once"
+        return BadSample(shard, key, f"{reason} (here: {listed(group.members)})", "repeated_key")
+    sample = Sample(shard, key, group.members, group.offsets)
+    if sample.image_ext is None:
+        reason = f"no image: none of {', '.join(IMAGE_EXTENSIONS)} among its members ({listed(group.members)})"
+        return BadSample(shard, key, reason, "no_image")
+    return sample
 
 
 def _was_cut(last: Sample | BadSample, usual: set[str]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from afresh.files import write_atomic
-from curate.reading.members import _key_and_extension
+from curate.reading.members import key_and_extension
 from curate.reading.tar import BLOCK
 
 _WRITTEN_AT_ONCE = 1 << 20
@@ -38,7 +38,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, byte
             written.add(key)
             for ext, data in members.items():
                 member = f"{key}.{ext}"
-                if _key_and_extension(member) != (key, ext):
+                if key_and_extension(member) != (key, ext):
                     raise ValueError(
                         f"{member!r} cannot be a member of a shard: it would not be read back as it is"
                     )

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from afresh.errors import UserError
 from afresh.storage import Place
+from curate.neighbors.brute_force import in_blocks, nearest
 from curate.results.ledger import DROPPED, KEPT
 
 if TYPE_CHECKING:
@@ -112,18 +113,13 @@ def nearest_similarities(
     """
     count = len(embeddings)
     asked = np.sort(np.random.default_rng(seed).choice(count, min(sample, count), replace=False))
-    queries = embeddings[asked].astype(np.float32)
-    best = np.full(len(asked), -np.inf, dtype=np.float32)
-    nearest = np.zeros(len(asked), dtype=np.int64)
-    for start in range(0, count, block):
-        similarity = queries @ embeddings[start : start + block].astype(np.float32).T
+
+    def hide(start: int, similarity: NDArray[np.float32]) -> None:
         inside = (asked >= start) & (asked < start + similarity.shape[1])
-        similarity[inside, asked[inside] - start] = -np.inf
-        column = similarity.argmax(axis=1)
-        value = similarity[np.arange(len(asked)), column]
-        better = value > best
-        best[better], nearest[better] = value[better], column[better] + start
-    return asked, nearest, best
+        similarity[inside, asked[inside] - start] = -np.inf  # a row with itself
+
+    cosine, row = nearest(embeddings[asked].astype(np.float32), in_blocks(embeddings, block), hide=hide)
+    return asked, row[:, 0], cosine[:, 0]
 
 
 def histogram(similarities: NDArray[np.float32]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from afresh.progress import progress
 from curate.config import RULES, DedupConfig
 from curate.decisions.sample_lists import refuse_missing
 from curate.stages.filters import REASON
-from curate.stages.join import Joined, _join_memory, sweep_thresholds
+from curate.stages.join import Joined, join_memory, sweep_thresholds
 from curate.stages.read import preferred_fields
 from curate.stages.rows import Rows
 
@@ -71,7 +71,7 @@ def against_stage(
     similarity = np.full(len(images), np.nan, dtype=np.float32)
     for folder, index in others.items():
         near, cosine = find_nearest(
-            images, index.embeddings, config.threshold, memory=_join_memory(config), threads=config.workers
+            images, index.embeddings, config.threshold, memory=join_memory(config), threads=config.workers
         )
         for image in np.flatnonzero((near >= 0) & ~(cosine <= similarity)).tolist():
             shard[image], key[image] = f"{folder}:{index.shards[near[image]]}", index.keys[near[image]]

@@ -164,7 +164,7 @@ def _joined(
     else:
         n = len(embeddings)
         exact = config.join == "exact" or (config.join == "auto" and n <= EXACT_ROWS)
-        find = partial(find_pairs, memory=_join_memory(config)) if exact else find_pairs_in_cells
+        find = partial(find_pairs, memory=join_memory(config)) if exact else find_pairs_in_cells
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
             pairs = find(embeddings, threshold, crowd=crowd, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
@@ -175,8 +175,8 @@ def _joined(
     return pairs, measured
 
 
-def _join_memory(config: DedupConfig) -> int:
-    """In bytes."""
+def join_memory(config: DedupConfig) -> int:
+    """What the join's screen may take, in bytes."""
     return int(config.join_memory * 1e9)
 
 

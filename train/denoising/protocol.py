@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Denoiser(Protocol):
-    """A family's model behind two notions: a :class:`Conditioning`, and a :class:`Prediction` in every space.
+    """A family's model behind two notions: a conditioning, and a prediction in every space.
 
     Attributes:
         network: the module that denoises, for hooks and switches; nobody else calls it.

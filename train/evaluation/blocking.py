@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 
-def _report(
+def draw_and_compare(
     config: LocalizeConfig,
     folder: Path,
     prompts: Sequence[Prompt],

@@ -19,7 +19,7 @@ from afresh.progress import get_logger, progress
 from afresh.runs import refuse_other_settings
 from train.denoising.network import network_of
 from train.denoising.opening.loading import open_pipeline
-from train.evaluation.blocking import _report
+from train.evaluation.blocking import draw_and_compare
 from train.evaluation.config import LocalizeConfig
 from train.memorization.neurons.localization import Localization, Localized, Localizer
 from train.memorization.neurons.value_neurons import Neurons, count, value_layers, widths
@@ -99,7 +99,7 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
         "out": str(out),
     }
     if config.report:
-        summary |= _report(config, out.with_suffix(""), prompts, clean[: config.others], found, sizes)
+        summary |= draw_and_compare(config, out.with_suffix(""), prompts, clean[: config.others], found, sizes)
         write_json(out.with_suffix("") / "report.json", summary)
     return summary
 

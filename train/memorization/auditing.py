@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,14 +108,11 @@ def audit(
     measures = measures or {"similarity": copy_similarity(load_embedder("copy-detector"))}
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     pairs = [(image, restart) for image in range(len(images)) for restart in range(restarts)]
-    denoiser = denoiser_of(pipe)
     x_0 = encode_images(pipe, images)[[image for image, _ in pairs]]
-    captions = denoiser.encode(list(prompts)).embeds.float()
+    captions = denoiser_of(pipe).encode(list(prompts)).embeds.float()
     start = torch.stack([starting_point(captions[image], search_seed, restart) for image, restart in pairs])
-
-    def look(embeds: torch.Tensor) -> list[Image]:
-        return draw(pipe, embeds, numbers, num_inference_steps, guidance_scale, batch_size)
-
+    look = partial(draw, pipe, seeds=numbers, num_inference_steps=num_inference_steps,
+                   guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
     points = _Points(measures, [images[image] for image, _ in pairs for _ in numbers], (len(images), restarts, -1))
     points.add(0, look(start))
     losses, embeds = [], start

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curate.neighbors.brute_force import nearest
 from train.evaluation.judging.drawn import Drawn
 from train.evaluation.judging.metrics import (
     copy_threshold,
@@ -58,9 +59,8 @@ class Judge:
 
     def nearest(self, copy_features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Similarity to the nearest training image, and which one: ``[n]`` each."""
-        similarity = copy_features @ self.training_copy.T
-        row = similarity.argmax(axis=1)
-        return similarity[np.arange(len(row)), row], row
+        similarity, row = nearest(copy_features, [(0, self.training_copy)])
+        return similarity[:, 0], row[:, 0]
 
     def measure(self, drawn: Drawn) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """The judge's part of a table row, and its values image by image."""

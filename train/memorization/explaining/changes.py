@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from train.memorization.explaining.explanation import _WORD, Explanation, Word
+from train.memorization.explaining.explanation import WORD, Explanation, Word
 from train.memorization.scoring import score
 from train.memorization.signals.magnitude import Form
 
@@ -100,7 +100,7 @@ def vocabulary_words(pipe: StableDiffusionPipeline, prompt: str) -> list[str]:
 
     Most are words by themselves; some are endings of words, which a byte-pair vocabulary does not tell apart.
     """
-    known = {word.casefold() for word in _WORD.findall(prompt)}
+    known = {word.casefold() for word in WORD.findall(prompt)}
     words = {token.removesuffix("</w>") for token in pipe.tokenizer.get_vocab() if token.endswith("</w>")}
     return sorted(word for word in words if len(word) > 3 and word.isascii() and word.isalpha() and word not in known)
 

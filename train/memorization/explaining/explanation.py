@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Kind = Literal["word", "begin", "end", "padding"]
 Floats = NDArray[np.float32]
 # A word keeps its apostrophes and hyphens; everything else that is not space is punctuation, in runs.
-_WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
+WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Explanation:
     def words(self) -> list[Word]:
         """The words and the punctuation, in the order of the prompt."""
         found = []
-        for match in _WORD.finditer(self.prompt):
+        for match in WORD.finditer(self.prompt):
             positions = tuple(
                 position
                 for position, token in enumerate(self.tokens)
