@@ -1,7 +1,7 @@
 """Where the result of a job lies: a local folder, or a folder at any fsspec URL.
 
-A job makes its files below :attr:`Place.made_in`, as it would make them anywhere, and hands each over with
-:meth:`Place.deliver` when it is whole. Where the place is a local folder the two are one and nothing is left to do;
+A job makes its files below :attr:`Store.made_in`, as it would make them anywhere, and hands each over with
+:meth:`Store.deliver` when it is whole. Where the place is a local folder the two are one and nothing is left to do;
 where it is a URL, the file is sent there and removed here, so that the local disk holds the files of the moment and
 caches. Nothing keeps two machines from writing to one URL at a time.
 """
@@ -35,7 +35,7 @@ REQUESTS = 16  # to a store at a time, where many small files are asked for
 
 
 @dataclass(frozen=True)
-class Place:
+class Store:
     """A folder of results. Names of files in it are relative, with ``/`` between their parts.
 
     An object store shows an object when all of it has arrived. Other file systems that have a move of their own
@@ -276,7 +276,7 @@ class Place:
             raise (UserError if passing else UsageError)(f"{self}: {reason(error)}") from error
 
 
-def open_out(out: str, work_dir: str | None) -> Place:
+def open_output(out: str, work_dir: str | None) -> Store:
     """The place of a job's output.
 
     Raises:
@@ -289,7 +289,7 @@ def open_out(out: str, work_dir: str | None) -> Place:
         raise UsageError(f"out: {out} has wildcards; name one folder")
     if work_dir is not None and "://" not in out:
         raise UsageError(f"work_dir goes with an out at a URL; {out} is a local folder, and is worked in itself")
-    place = Place(out, work_dir)
+    place = Store(out, work_dir)
     try:
         is_file = place.has("")
     except UserError as error:

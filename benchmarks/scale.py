@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from afresh.cores import cpu_count
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.config import DedupConfig, ReportConfig
 from curate.dedup import settings_of
 from curate.engines.local import LocalEngine
@@ -185,7 +185,7 @@ def run(rows: int, folder: Path, changes: Mapping[str, Any], profile: bool) -> N
 
     (folder / "work").mkdir(parents=True)
     config = DedupConfig(shards=["made-up"], out=str(folder), **changes)
-    out = Place(config.out)
+    out = Store(config.out)
     with tempfile.TemporaryDirectory() as scratch:
         with stage("(making it up)"):
             made, joined, urls = made_up(rows, Path(scratch))

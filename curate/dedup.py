@@ -33,7 +33,7 @@ from afresh.errors import UsageError, UserError
 from afresh.files import digest
 from afresh.progress import get_logger
 from afresh.runs import locked
-from afresh.storage import Place, open_out
+from afresh.storage import Store, open_output
 from curate.config import PREFERENCES, RULES, DedupConfig
 from curate.decisions.sample_lists import ids_digest, listed_keys
 from curate.engines.registry import open_engine
@@ -71,7 +71,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     """
     clock = _Clock()
     check_settings(config)
-    out = open_out(config.out, config.work_dir)
+    out = open_output(config.out, config.work_dir)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
     listed = listed_keys(config.exclude, urls) if config.exclude else None
@@ -157,7 +157,7 @@ def check_settings(config: DedupConfig) -> None:
         raise UsageError(f"prefer names a criterion twice: {', '.join(config.prefer)}")
 
 
-def _prepare(out: Place, config: DedupConfig, urls: Sequence[str]) -> None:
+def _prepare(out: Store, config: DedupConfig, urls: Sequence[str]) -> None:
     """Make the output folder, and see that it can be written, and holds neither the input nor anything foreign."""
     for url in urls:
         if out.holds(url):
@@ -178,7 +178,7 @@ def _prepare(out: Place, config: DedupConfig, urls: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Place) -> Iterator[None]:
+def _locked(out: Store) -> Iterator[None]:
     """One run at a time in a folder, which begins and ends by removing what a killed one left half-written."""
     with locked(out.where, out.made_in / "work" / "lock"):
         out.sweep()
@@ -202,7 +202,7 @@ def settings_of(config: DedupConfig) -> dict[str, Any]:
     return settings
 
 
-def _note_changes(out: Place, config: DedupConfig, inputs: Mapping[str, str]) -> None:
+def _note_changes(out: Store, config: DedupConfig, inputs: Mapping[str, str]) -> None:
     """Say what differs from the run that this folder holds, and mark the folder as unfinished."""
     settings = settings_of(config)
     job = {"settings": settings, "inputs": dict(inputs)}

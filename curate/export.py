@@ -22,7 +22,7 @@ from afresh.errors import UsageError, UserError
 from afresh.files import write_atomic
 from afresh.progress import progress
 from afresh.runs import locked
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.config import ExportConfig
 from curate.reading.samples import BadSample, Sample, read_samples
 from curate.results.ledger import KEPT, read_ledger
@@ -122,7 +122,7 @@ def kept_samples(out: str) -> Iterator[dict[str, Any]]:
     """Kept samples in their order, as rows of COLUMNS. Raises ``UserError`` if shards and ledger do not agree."""
     ledger = read_ledger(out, ["shard", "key", "status"])
     ledger = ledger.filter(pc.equal(ledger["status"], KEPT))
-    place = Place(out)
+    place = Store(out)
     shards = [place.at(f"shards/{name}") for name in place.entries("shards") if name.endswith(".tar")]
     samples = (sample for url in shards for sample in read_samples(url))
     for batch in ledger.to_batches(max_chunksize=1024):

@@ -27,7 +27,7 @@ from afresh.errors import UsageError, UserError
 from afresh.files import write_atomic
 from afresh.progress import Progress, get_logger, progress
 from afresh.runs import locked, refuse_other_settings
-from afresh.storage import Place, open_out
+from afresh.storage import Store, open_output
 from curate.config import ImportConfig
 from curate.importing.members import sample_members
 from curate.importing.rows import Row, RowError, Source
@@ -71,7 +71,7 @@ def run_import(config: ImportConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     _check_settings(config)
-    out = open_out(config.out, config.work_dir)
+    out = open_output(config.out, config.work_dir)
     _check_place(out, config)
     source = open_source(config)
     _prepare(out, config, source)
@@ -100,11 +100,11 @@ def _check_settings(config: ImportConfig) -> None:
             raise UsageError(f"{name} must be at least 1, got {value}")
 
 
-def _check_place(out: Place, config: ImportConfig) -> None:
+def _check_place(out: Store, config: ImportConfig) -> None:
     """See that ``out`` does not lie in the source, nor the source there, nor anything foreign."""
     for src in config.src:
         if "://" in src or Path(src).expanduser().is_dir():
-            if Place(src).holds(out.where):
+            if Store(src).holds(out.where):
                 raise UsageError(f"out: {out} lies in the source {src}; name a folder outside")
             if out.holds(src):
                 raise UsageError(f"out: {out} holds the source {src}; name another folder")
@@ -114,7 +114,7 @@ def _check_place(out: Place, config: ImportConfig) -> None:
         raise UsageError(f"out: {out} is not empty and no import ({foreign}); name a new folder")
 
 
-def _prepare(out: Place, config: ImportConfig, source: Source) -> None:
+def _prepare(out: Store, config: ImportConfig, source: Source) -> None:
     """Begin or continue: ``run.json`` holds the settings that the result depends on."""
     given = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "work_dir")}
     settings = {"job": "curate import", **given, "what the source holds": source.contents}
@@ -129,7 +129,7 @@ def _prepare(out: Place, config: ImportConfig, source: Source) -> None:
         raise UsageError(f"out: cannot write to {out.made_in}: {error.strerror or error}") from error
 
 
-def _import(source: Source, out: Place, config: ImportConfig) -> None:
+def _import(source: Source, out: Store, config: ImportConfig) -> None:
     """Write the shards that are missing, each with the account of its rows behind it."""
     rows = _rows_of_shards(out)
     number, first = len(rows), sum(rows)
@@ -191,7 +191,7 @@ class _Samples:
         self.bar.update(1)
 
 
-def _write_account(out: Place, number: int, account: list[Any], size: int) -> None:
+def _write_account(out: Store, number: int, account: list[Any], size: int) -> None:
     columns = zip(*account, strict=True) if account else [()] * len(SCHEMA)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
     table = pa.table(arrays, schema=SCHEMA.with_metadata({"bytes": str(size)}))
@@ -203,7 +203,7 @@ def _account(number: int) -> str:
     return f"work/{number:06d}.parquet"
 
 
-def _rows_of_shards(out: Place) -> list[int]:
+def _rows_of_shards(out: Store) -> list[int]:
     """How many rows of the source each shard stands for, up to the first that is not finished."""
     sizes, accounts = out.entries(), out.entries("work")
     present = itertools.takewhile(lambda n: Path(_account(n)).name in accounts, itertools.count())
@@ -219,7 +219,7 @@ def _rows_of_shards(out: Place) -> list[int]:
     return rows
 
 
-def _publish(out: Place) -> dict[str, Any]:
+def _publish(out: Store) -> dict[str, Any]:
     """Join the accounts to ``import.parquet``, and sum them up."""
     reasons: dict[str, Counter[str]] = {IMPORTED: Counter(), SKIPPED: Counter()}
     status: Counter[str] = Counter()

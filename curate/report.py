@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.config import ReportConfig
 from curate.results.ledger import read_ledger
 from curate.results.report_data import Pictures
@@ -18,7 +18,7 @@ def run_report(config: ReportConfig) -> dict[str, Any]:
         UsageError: ``out`` is a URL that cannot be opened.
         UserError: ``out`` is not a finished curation.
     """
-    out = Place(config.out)
+    out = Store(config.out)
     summary = read_summary(config.out)
     html = render(summary, read_ledger(config.out, LEDGER_COLUMNS), Pictures.load(out))
     write_report(out, html)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from afresh.errors import UserError, reason
 from afresh.files import write_atomic, write_json
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.index.calibration import Calibration, nearest_distinct
 from curate.reading.captions import normalise_caption
 
@@ -298,7 +298,7 @@ class TrainingIndex:
 
 def index_folder(where: str | Path) -> Path:
     """The local folder of an index, or of the copy of one at a URL; see :meth:`TrainingIndex.load`."""
-    place = Place(str(where))
+    place = Store(str(where))
     inner = "" if place.has("index.json") else "index/"
     for name in reversed(FILES):
         if not place.has(inner + name):

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from curate.neighbors.screen import Rows, Screen, screening_axes
+from curate.neighbors.screen import Screen, ShortRows, screening_axes
 from curate.neighbors.verify import Crowd, Pairs, surely_near, verified
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def join_blocks(
     slab = rows_of_a_slab(n, axes, block, memory)
     tally, found, held, most = _Crowding(n, crowd), [Pairs.empty()], 0, _HELD
 
-    def near(screen: Screen, others: Rows, block: tuple[int, int]) -> list[Pairs]:
+    def near(screen: Screen, others: ShortRows, block: tuple[int, int]) -> list[Pairs]:
         candidates = gathered(screen.candidates(*block, others, tally.crowded))
         return [pairs for i, j in candidates for pairs in _decided(embeddings, i, j, threshold, tally)]
 

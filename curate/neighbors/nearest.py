@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curate.neighbors.join import BLOCK, check_arguments, concatenated, cores, gathered, one_blas_thread, rows_of_a_slab
-from curate.neighbors.screen import Rows, Screen, screening_axes
+from curate.neighbors.screen import Screen, ShortRows, screening_axes
 from curate.neighbors.verify import Pairs, verified
 
 
@@ -60,7 +60,7 @@ def find_nearest(
 
 
 def _near_known(
-    pool: ThreadPoolExecutor, screen: Screen, queries: NDArray, known: NDArray, threshold: float, asked: Rows
+    pool: ThreadPoolExecutor, screen: Screen, queries: NDArray, known: NDArray, threshold: float, asked: ShortRows
 ) -> Pairs:
     """Pairs of a query, one of ``asked``, and a known row."""
 

@@ -27,7 +27,7 @@ _QUERIES = 1 << 14  # rows compared with a screen that they are no part of, at a
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShortRows:
     """Rows as a screen sees them.
 
     Attributes:
@@ -43,9 +43,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def chosen(self, which: NDArray[np.int64] | slice) -> Rows:
+    def chosen(self, which: NDArray[np.int64] | slice) -> ShortRows:
         """Some of them."""
-        return Rows(self.short[which], self.places[:, which], self.numbers[which])
+        return ShortRows(self.short[which], self.places[:, which], self.numbers[which])
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Screen:
     """
 
     axes: NDArray[np.float32]
-    rows: Rows
+    rows: ShortRows
     starts: NDArray[np.int64]
     slack: float
     lowest: np.float32
@@ -91,7 +91,7 @@ class Screen:
         short = np.empty((n, k + 1), np.float32)
         order += first
         screen = cls(
-            axes, Rows(short, places, order), starts, slack, np.float32(threshold - slack - 1e-6),
+            axes, ShortRows(short, places, order), starts, slack, np.float32(threshold - slack - 1e-6),
             np.float32(apart**2),
         )  # fmt: skip
         for start, some in unit_chunks(embeddings, first, last, 2048):
@@ -116,14 +116,15 @@ class Screen:
         short[:, :-1], short[:, -1] = first, np.sqrt(rest.clip(0) + self.slack)
         return short
 
-    def turned(self, embeddings: NDArray, first: int) -> Iterator[Rows]:
+    def turned(self, embeddings: NDArray, first: int) -> Iterator[ShortRows]:
         """Rows that are no part of the screen, from number ``first`` on, as it sees them, some at a time."""
         for start in range(first, len(embeddings), _QUERIES):
             stop = min(start + _QUERIES, len(embeddings))
             short = np.concatenate([self.screened(unit) for _, unit in unit_chunks(embeddings, start, stop, 2048)])
-            yield Rows(short, np.ascontiguousarray(short[:, : len(self.rows.places)].T), np.arange(start, stop))
+            places = np.ascontiguousarray(short[:, : len(self.rows.places)].T)
+            yield ShortRows(short, places, np.arange(start, stop))
 
-    def compare(self, start: int, stop: int, others: Rows) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def compare(self, start: int, stop: int, others: ShortRows) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Which of ``others`` may be near which row of the block ``start … stop``: their places in ``others`` and in
         the screen, some at a time.
         """
@@ -139,7 +140,7 @@ class Screen:
                 yield some[a], start + b
 
     def _within(
-        self, boxes: Sequence[tuple[np.float32, np.float32]], others: Rows, first: int
+        self, boxes: Sequence[tuple[np.float32, np.float32]], others: ShortRows, first: int
     ) -> NDArray[np.int64]:
         """Which of the next ``others`` from ``first`` on are no farther than ``reach`` from a box."""
         places = others.places[:, first : first + _BOXED]
@@ -153,7 +154,7 @@ class Screen:
         return first + np.flatnonzero(apart <= self.reach)
 
     def candidates(
-        self, start: int, stop: int, others: Rows, crowded: NDArray[np.bool_]
+        self, start: int, stop: int, others: ShortRows, crowded: NDArray[np.bool_]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Pairs ``i < j`` of a row in the block ``start … stop`` and one of ``others`` that may be near, some at a
         time; if ``others`` are the screen's own rows, only those in the block or after it. Pairs of two ``crowded``

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from afresh.errors import UserError
 from afresh.files import write_atomic
-from afresh.storage import Place
+from afresh.storage import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ def read_ledger(out: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     Raises:
         UserError: there is none in ``out``, or it is not one.
     """
-    place = Place(str(out))
+    place = Store(str(out))
     path = place.at("ledger.parquet")
     try:
         with place.open("ledger.parquet") as file:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afresh.errors import UserError
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.neighbors.brute_force import in_blocks, nearest
 from curate.results.ledger import DROPPED, KEPT
 
@@ -45,7 +45,7 @@ class Pictures:
     close_calls: Sequence[tuple[int, int, float]]
     thumbnails: Mapping[int, bytes]
 
-    def save(self, out: Place) -> None:
+    def save(self, out: Store) -> None:
         """Write ``work/report.json``."""
         thumbnails = {
             str(row): base64.b64encode(data).decode() for row, data in sorted(self.thumbnails.items())
@@ -54,7 +54,7 @@ class Pictures:
         out.write_json(PICTURES, {"histogram": self.histogram, "close_calls": calls, "thumbnails": thumbnails})
 
     @classmethod
-    def load(cls, out: Place) -> Pictures:
+    def load(cls, out: Store) -> Pictures:
         """Read what ``save`` wrote. Raises ``UserError`` when it is missing or damaged."""
         try:
             stored = json.loads(out.read(PICTURES))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from afresh.errors import UserError
 from afresh.files import write_atomic
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.results.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE
 from curate.results.report_data import BINS, Pictures, gallery
 
@@ -55,7 +55,7 @@ SHORT = {  # beside a similarity, in the gallery
 }
 
 
-def write_report(out: Place, html: str) -> None:
+def write_report(out: Store, html: str) -> None:
     """Write ``report.html``, atomically."""
     with write_atomic(out.made_in / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8", newline="\n")
@@ -64,7 +64,7 @@ def write_report(out: Place, html: str) -> None:
 
 def read_summary(out: str | Path) -> dict[str, Any]:
     """``summary.json`` of a finished curation, in a folder or at a URL. Raises ``UserError`` when there is none."""
-    place = Place(str(out))
+    place = Store(str(out))
     path = place.at("summary.json")
     try:
         return json.loads(place.read("summary.json"))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from afresh.files import digest
 from afresh.progress import progress
 from curate.config import RULES, DedupConfig
-from curate.results import ledger as ledgers
+from curate.results import ledger
 from curate.stages.rows import Rows
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _joined(
     table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
     crowded = [] if pairs.crowd is None else pairs.crowd.rows.tolist()
     metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowded)}
-    ledgers.write_table(table.replace_schema_metadata(metadata), cache)
+    ledger.write_table(table.replace_schema_metadata(metadata), cache)
     return pairs, measured
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.config import DedupConfig
 from curate.engines.protocol import Engine
 from curate.reading.samples import Sample, read_samples
-from curate.results import ledger as ledgers
+from curate.results import ledger
 from curate.stages.decide import Elsewhere
 from curate.stages.filters import REASON
 from curate.stages.join import Joined, sweep_thresholds
@@ -32,11 +32,11 @@ HISTOGRAM_SAMPLE = 2000
 
 
 def publish_ledger(
-    out: Place, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
+    out: Store, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
 ) -> pa.Table:
     """Write the ledger, and give it."""
     table = ledger_table(rows, verdicts, elsewhere)
-    ledgers.write_table(table, out.made_in / "ledger.parquet")
+    ledger.write_table(table, out.made_in / "ledger.parquet")
     out.deliver("ledger.parquet")
     return table
 
@@ -54,14 +54,14 @@ def ledger_table(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | N
         name: rows.table[name] for name in ("shard", "key", "sha256", "width", "height", "caption")
     }
     columns["row"] = np.arange(total)
-    status = np.full(total, ledgers.UNREADABLE, dtype=object)
+    status = np.full(total, ledger.UNREADABLE, dtype=object)
     reason = rows.table["reason"].to_numpy(zero_copy_only=False).copy()
     stand_in = np.full(total, -1, dtype=np.int64)
     numbers: dict[str, NDArray[Any]] = {}
     for name in ("image_similarity", "caption_similarity", "group", "group_size"):
         numbers[name] = np.full(total, np.nan if "similarity" in name else -1)
     if verdicts is not None:
-        status[rows.readable] = np.where(verdicts.kept, ledgers.KEPT, ledgers.DROPPED)
+        status[rows.readable] = np.where(verdicts.kept, ledger.KEPT, ledger.DROPPED)
         reason[rows.readable] = verdicts.reason
         stand_in[rows.readable] = np.where(verdicts.kept_by >= 0, rows.readable[verdicts.kept_by], -1)
         for name, values in numbers.items():
@@ -79,12 +79,12 @@ def ledger_table(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | N
         numbers["image_similarity"][rows.readable[there]] = elsewhere.similarity[there]
     for name, values in numbers.items():
         missing = np.isnan(values) if "similarity" in name else values < 0
-        columns[name] = pa.array(values, mask=missing).cast(ledgers.SCHEMA.field(name).type)
+        columns[name] = pa.array(values, mask=missing).cast(ledger.SCHEMA.field(name).type)
     columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
-    return pa.table({field.name: columns[field.name] for field in ledgers.SCHEMA}, schema=ledgers.SCHEMA)
+    return pa.table({field.name: columns[field.name] for field in ledger.SCHEMA}, schema=ledger.SCHEMA)
 
 
-def publish_index(out: Place, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
+def publish_index(out: Store, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
     """Write ``out/index``, of all readable rows."""
     from curate.index.training_index import FILES, TrainingIndex
 
@@ -107,16 +107,16 @@ def summarise(
     """The summary without its sweep; ``settings`` are those that the result depends on."""
     status = collections.Counter(table["status"].to_pylist())
     reasons = collections.Counter(
-        table.filter(pc.equal(table["status"], ledgers.DROPPED))["reason"].to_pylist()
+        table.filter(pc.equal(table["status"], ledger.DROPPED))["reason"].to_pylist()
     )
     by_filters = sorted(name for name in reasons if name.startswith(REASON))
     sizes = np.bincount(verdicts.group)
     return {
         "samples": table.num_rows,
-        **{name: status[name] for name in (ledgers.KEPT, ledgers.DROPPED, ledgers.UNREADABLE)},
+        **{name: status[name] for name in (ledger.KEPT, ledger.DROPPED, ledger.UNREADABLE)},
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
-        "reasons": {name: reasons[name] for name in (*ledgers.DROP_REASONS, *by_filters) if reasons[name]},
+        "reasons": {name: reasons[name] for name in (*ledger.DROP_REASONS, *by_filters) if reasons[name]},
         "captions_pooled": sum(bool(pooled) for pooled in verdicts.pooled.values()),
         "recall": joined.recall,
         "caption_recall": joined.caption_recall,
@@ -127,7 +127,7 @@ def summarise(
 
 def publish_report(
     engine: Engine,
-    out: Place,
+    out: Store,
     table: pa.Table,
     rows: Rows,
     joined: Joined,

@@ -24,7 +24,7 @@ from curate.config import DedupConfig
 from curate.engines.protocol import Engine
 from curate.reading.samples import BadSample, Sample, Shard, sample_bytes
 from curate.reading.urls import shard_bytes
-from curate.results import ledger as ledgers
+from curate.results import ledger
 from curate.stages.filters import left_out_by
 from curate.stages.rows import READ_COLUMNS
 
@@ -130,7 +130,7 @@ def _read(task: _ReadTask) -> None:
     look = partial(_look, task, SCALE_TO_SPARE * embedder.size)
     ahead = max(2 * task.threads, PIXELS_AHEAD // (2 * SCALE_TO_SPARE * embedder.size) ** 2)
     looked_at = in_order(look, task.samples, task.threads, at_most=ahead, weigh=sample_bytes, weight=BYTES_AHEAD)
-    with one_thread(), ledgers.table_writer(schema, task.cache) as writer:
+    with one_thread(), ledger.table_writer(schema, task.cache) as writer:
         pixels_held = 0
         for row, image in looked_at:
             rows.append(row)

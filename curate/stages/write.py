@@ -18,7 +18,7 @@ import numpy as np
 
 from afresh.errors import UserError
 from afresh.files import digest
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.engines.protocol import Engine
 from curate.reading.captions import MAX_JSON_BYTES
 from curate.reading.samples import Sample, read_samples
@@ -44,7 +44,7 @@ class WriteTask:
         plan: changes when what is to be written does.
     """
 
-    out: Place
+    out: Store
     shard: str
     sources: tuple[tuple[str, str, tuple[tuple[int, str, str | None], ...]], ...]
     plan: str
@@ -56,7 +56,7 @@ class WriteTask:
 
 
 def plan_shards(
-    out: Place, folder: str, rows: Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int, *, kept: bool
+    out: Store, folder: str, rows: Rows, verdicts: Verdicts, urls: Sequence[str], per_shard: int, *, kept: bool
 ) -> list[WriteTask]:
     """Which kept (or dropped) samples go where in ``folder`` of ``out``, in input order.
 
@@ -94,7 +94,7 @@ def plan_shards(
     return tasks
 
 
-def write_stage(engine: Engine, out: Place, plan: Sequence[WriteTask]) -> None:
+def write_stage(engine: Engine, out: Store, plan: Sequence[WriteTask]) -> None:
     """Write what is planned and not there yet; remove what is there and not planned."""
     planned = {task.shard for task in plan}
     there: dict[str, int | None] = {}

@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from afresh.errors import UsageError, UserError
-from afresh.storage import Place
+from afresh.storage import Store
 from curate.config import DedupConfig, ExportConfig, ImportConfig, ReportConfig, SearchConfig
 from curate.dedup import run_dedup
 from curate.export import run_export
@@ -85,7 +85,7 @@ def files_at(where: object) -> dict[str, str]:
 
 def local_files(url: str) -> set[str]:
     """What a curation at a URL left on this machine."""
-    folder = Place(url).made_in
+    folder = Store(url).made_in
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -169,8 +169,8 @@ def test_a_killed_curation_goes_on_at_its_url_to_the_same_bytes(shards, curated,
     left_over = [out / "shards" / ".tmp-1-000003.tar", out / "work" / "shards" / ".tmp-1-000003.json"]
     for path in left_over:
         path.write_bytes(b"half of it")
-    (Place(f"file://{out}").made_in / "shards").mkdir(exist_ok=True)
-    (Place(f"file://{out}").made_in / "shards" / "000099.tar").write_bytes(b"whole, and not sent")
+    (Store(f"file://{out}").made_in / "shards").mkdir(exist_ok=True)
+    (Store(f"file://{out}").made_in / "shards" / "000099.tar").write_bytes(b"whole, and not sent")
     run_dedup(settings(shards, f"file://{out}"))
     assert files_at(out) == expected and not any(path.exists() for path in left_over)
     assert stamps and {path: path.stat().st_mtime_ns for path in done} == stamps  # not written again
@@ -258,7 +258,7 @@ def test_an_import_at_a_url_is_the_local_one(images, tmp_path):
     assert set(fsspec.filesystem("memory").find("/results/out")) == {
         f"/results/out/{name}" for name in files_at(tmp_path / "local")
     }
-    assert not Place(MEMORY).made_in.exists()
+    assert not Store(MEMORY).made_in.exists()
     again = run_import(ImportConfig(src=[str(images)], out=MEMORY, samples_per_shard=9))
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
     with pytest.raises(UsageError, match="other settings .samples_per_shard"):
@@ -341,7 +341,7 @@ def test_two_runs_of_one_machine_do_not_write_to_one_url_at_once(shards):
     import fcntl
 
     run_dedup(settings(shards, MEMORY))
-    with open(Place(MEMORY).made_in / "work" / "lock", "w") as handle:
+    with open(Store(MEMORY).made_in / "work" / "lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=f"{MEMORY}: another run"):
             run_dedup(settings(shards, MEMORY))

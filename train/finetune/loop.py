@@ -3,7 +3,7 @@
     ./launch.sh configs/finetune.yaml --model DIR --shards OUT/shards --out RUN
     accelerate launch -m train finetune --config configs/finetune.yaml      (the same, by hand)
 
-Read top to bottom: what a step does stands in :func:`run_finetune`. Everything random at a step follows from the seed
+Read top to bottom: what a step does stands in :func:`train`. Everything random at a step follows from the seed
 and the positions of its samples (``data/order.py``, ``model/diffusion.py``), so a run that is killed goes on exactly
 where it was.
 """

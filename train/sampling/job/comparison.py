@@ -8,7 +8,7 @@ from typing import Any
 
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
-from train.sampling.job import pictures as picture
+from train.sampling.job import pictures
 from train.sampling.job.folder import Folder
 from train.sampling.job.records import SAMPLES, write_table
 
@@ -29,20 +29,20 @@ def write_comparison(
     names = [folder.config.guidance for folder in folders]
     originals = any(prompt.image is not None for prompt in prompts)
     heads = [("training image", "")] if originals else []
-    heads += [picture.table_head(name, one) for name, one in zip(names, summaries, strict=True)]
-    seeds = picture.shown_seeds(len(prompts), config.seeds)
+    heads += [pictures.table_head(name, one) for name, one in zip(names, summaries, strict=True)]
+    seeds = pictures.shown_seeds(len(prompts), config.seeds)
     rows = []
     for i, task in enumerate(folders[0].tasks):
         nth = i % config.seeds
         if nth >= seeds:
             continue
-        cells = [picture.Cell(task.prompt.image if nth == 0 else None)] if originals else []
+        cells = [pictures.Cell(task.prompt.image if nth == 0 else None)] if originals else []
         for folder in folders:
             record = folder.records[task]
-            note, marked = picture.similarity_note(record["similarity"])
+            note, marked = pictures.similarity_note(record["similarity"])
             withheld = folder.image(task) is None
-            cells.append(picture.Cell(folder.image(task), note, marked and not withheld, withheld))
-        rows.append(picture.Row(task.prompt.caption, f"seed {task.seed}" if seeds > 1 else "", cells))
+            cells.append(pictures.Cell(folder.image(task), note, marked and not withheld, withheld))
+        rows.append(pictures.Row(task.prompt.caption, f"seed {task.seed}" if seeds > 1 else "", cells))
     legend = f"{config.steps} steps, guidance scale {config.scale:g}; in a row, all begin with one seed."
     if seeds < config.seeds:
         legend += f" The first {seeds} of {config.seeds} seeds." if seeds > 1 else " The first seed of each prompt."
@@ -50,7 +50,7 @@ def write_comparison(
         legend += (
             " Below an image: similarity to its nearest training image, 0 for unrelated ones; red above 0.5, a copy."
         )
-    picture.draw_comparison(out / "compare.png", heads, rows, legend)
+    pictures.draw_comparison(out / "compare.png", heads, rows, legend)
     return {
         "guidances": [
             {"guidance": name} | {key: value for key, value in one.items() if key not in ("made", "out")}

@@ -20,7 +20,7 @@ from train.sampling.job import shares
 from train.sampling.job.records import Task, batches
 from train.sampling.pipelines.session import NEAREST, Opened
 from train.sampling.pipelines.stable_diffusion import GuidedOutput, GuidedStableDiffusion
-from train.sampling.terms import registry as terms
+from train.sampling.terms import registry
 from train.sampling.terms.rejection import Accepted, NeverAbove, Rejection, unjudged
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def draw_images(
     index, embedder = opened.index
     pipe = opened.pipe
     config = _with_numbers(config, opened)
-    guidance, rejection = terms.make(config, index, embedder)
+    guidance, rejection = registry.make(config, index, embedder)
     never = None
     if config.never_above is not None:
         assert index is not None  # _check saw to it
@@ -116,12 +116,12 @@ def _pipe(
 
 def _with_numbers(config: SampleConfig, opened: Opened) -> SampleConfig:
     """``config`` with the model's threshold at the first timestep in the place of ``auto``."""
-    if not terms.automatic(config):
+    if not registry.automatic(config):
         return config
     scheduler = opened.pipe.scheduler
     scheduler.set_timesteps(config.steps)
     t = float(scheduler.timesteps[0])
-    return terms.with_thresholds(config, opened.thresholds, t, scheduler.config.num_train_timesteps)
+    return registry.with_thresholds(config, opened.thresholds, t, scheduler.config.num_train_timesteps)
 
 
 def _nearest(

@@ -13,8 +13,7 @@ from afresh.files import to_json
 from afresh.progress import get_logger
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
-from train.sampling.job import pictures as picture
-from train.sampling.job import shares
+from train.sampling.job import pictures, shares
 from train.sampling.job.drawing import draw_images
 from train.sampling.job.records import (
     SAMPLES,
@@ -124,7 +123,7 @@ class Folder:
         write_table(self.path / "trace.parquet", trace)
         lines = [list(group) for _, group in groupby(self.tasks, key=lambda task: task.number)]
         grid = [(line[0].prompt.caption, [self.image(task) for task in line]) for line in lines]
-        picture.draw_grid(self.path / "grid.png", grid)
+        pictures.draw_grid(self.path / "grid.png", grid)
 
     def image(self, task: Task) -> Path | None:
         """The file of an image; None if it is withheld."""

@@ -11,16 +11,16 @@ from afresh.errors import UsageError
 from train.memorization.neurons.files import read_neurons
 from train.sampling.config import SampleConfig
 from train.sampling.pipelines.session import fingerprint
-from train.sampling.terms import registry as terms
+from train.sampling.terms import registry
 
 
 def check_settings(config: SampleConfig) -> None:
     for option, least in (("seeds", 1), ("steps", 1), ("batch_size", 1), ("first_seed", 0), ("tries", 1)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} is {getattr(config, option)}: it is at least {least}")
-    terms.check(config)
-    terms.automatic(config)
-    if terms.needs_index(config.guidance) and not config.index:
+    registry.check(config)
+    registry.automatic(config)
+    if registry.needs_index(config.guidance) and not config.index:
         raise UsageError(f"--guidance {config.guidance} needs --index: the output folder of curate dedup")
     if config.embedder and not config.index:
         raise UsageError("--embedder needs --index")
@@ -62,5 +62,5 @@ def settings_digest(config: SampleConfig) -> str:
             decisive["judge_index"] = fingerprint(index_folder(config.judge_index))
     if config.neurons:
         decisive["neurons"] = [config.neurons_of, *read_neurons(config.neurons)]
-    decisive["settings"] = terms.settings(config)
+    decisive["settings"] = registry.settings(config)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

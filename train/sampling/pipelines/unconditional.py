@@ -108,8 +108,7 @@ class GuidedUnconditional(DiffusionPipeline):
             class_labels: one for all images or one for each: numbers, names, or what the model's class embedding takes.
             guidance_scale: of classifier-free guidance, off at 1; needs a null class.
             guidance: terms that correct ``ε̂``, in this order.
-            trace_tensors: keep tensors in the trace; see
-                :class:`~train.sampling.pipelines.stable_diffusion.GuidedStableDiffusion`.
+            trace_tensors: keep tensors in the trace, as ``GuidedStableDiffusion`` does.
 
         Raises:
             ValueError: arguments that do not fit the model or each other.
@@ -158,9 +157,7 @@ class GuidedUnconditional(DiffusionPipeline):
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return GuidedImages(images=images, trace=loop.trace.rows())
+        return GuidedImages(images=images, trace=loop.trace.rows()) if return_dict else (images,)
 
     def _denoised(
         self,
