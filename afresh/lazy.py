@@ -1,4 +1,7 @@
-"""Names that a package hands on from its files, each imported when it is first asked for: no face loads torch."""
+"""Names that a package hands on from its files, each imported when it is first asked for: no face loads torch.
+
+PEP 562 asks for one function a package; that is less than a dependency (lazy_loader) and the stub files it would need.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The near-duplicate join: all pairs of embeddings whose cosine reaches a threshold.
 
-Exact by construction, at a fraction of brute force's work:
+By hand, since libraries compare everything with everything (faiss's exact search takes about twenty times as long and
+more memory, ``benchmarks/join.py``) or lose pairs (its other indexes, MinHash). Exact by construction, at a fraction of
+brute force's work:
 
 1. *Screen* (:mod:`curate.neighbors.screen`). Short rows, whose products are no smaller than the cosines, rule out
    nearly all pairs (BLAS does the work).
