@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 from afresh import __version__
-from afresh.configs import Options, Verb, guessed, hint_of, is_list, load, metavar, read_config
+from afresh.configs import Options, Verb, did_you_mean, field_type, load, placeholder, read_config, takes_list
 from afresh.errors import UsageError, UserError, one_line
 from afresh.progress import is_main_process
 from afresh.summaries import as_json, as_text
@@ -51,7 +51,7 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
             return 0
         name = argv[0]
         if name not in verbs:
-            raise UsageError(f"unknown verb {name!r}{guessed(name, verbs)}; {prog} --help lists the verbs")
+            raise UsageError(f"unknown verb {name!r}{did_you_mean(name, verbs)}; {prog} --help lists the verbs")
         options = _split(verbs[name], argv[1:], f"{prog} {name}")
         config = read_config(package, name, verbs[name], options)
         if options.check:
@@ -122,9 +122,9 @@ def _name_positions(verb: Verb, positions: list[str], given: set[str], prog: str
     fields = [field for field in verb.positionals if field not in given]
     if not fields:
         raise UsageError(f"unexpected argument {positions[0]!r}; see {prog} --help")
-    lists = [is_list(hint_of(load(verb.config), field)) for field in fields]
+    lists = [takes_list(field_type(load(verb.config), field)) for field in fields]
     if len(positions) < len(fields) or (len(positions) > len(fields) and not any(lists)):
-        form = " ".join(metavar(field, many) for field, many in zip(fields, lists, strict=True))
+        form = " ".join(placeholder(field, many) for field, many in zip(fields, lists, strict=True))
         raise UsageError(f"{prog} takes {form}: got {len(positions)} of them ({' '.join(positions)})")
     spare = len(positions) - len(fields)
     settings = []

@@ -10,12 +10,13 @@ import json
 import re
 import types
 import typing
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from afresh.errors import UsageError, one_line
+from afresh.errors import UsageError, one_line, reason
 
 EPILOG = (
     "Lists are given as a,b,c or [a, b, c]. --json prints the summary as JSON alone on stdout; --debug adds "
@@ -42,14 +43,31 @@ class Verb:
 
 @dataclass
 class Options:
-    settings: list[tuple[str, str]]  # (dotted key, value), in the order given
+    """A verb's command line, sorted.
+
+    Attributes:
+        settings: (dotted key, value), in the order given.
+        configs: paths of ``--config`` files.
+        passed: what the parser itself answers: ``--help``, ``--print_config``.
+        json: whether the summary is printed as JSON alone.
+        check: whether to stop once the configuration is read.
+    """
+
+    settings: list[tuple[str, str]]
     configs: list[str]
-    passed: list[str]  # --help, --print_config
+    passed: list[str]
     json: bool = False
     check: bool = False
 
 
-def metavar(field: str, many: bool) -> str:
+class _Setting(NamedTuple):
+    where: str  # the file and a colon; empty for the command line
+    key: str
+    value: Any
+
+
+def placeholder(field: str, many: bool) -> str:
+    """How help and errors write a positional field."""
     return field.upper() + ("…" if many else "")
 
 
@@ -59,26 +77,19 @@ def read_config(package: str, name: str, verb: Verb, options: Options) -> Any:
     Raises:
         UsageError: a missing or malformed file, an unknown or ill-typed key, a config of another job.
     """
-    from argparse import ArgumentError
-
-    job, config_class = f"{package} {name}", load(verb.config)
-    given = [_Given(f"{path}: ", *item) for path in options.configs for item in _leaves(_read(path, job), config_class)]
-    given += [_Given("", key.removesuffix("+"), value) for key, value in options.settings]
-    known = list(_keys(config_class))
-    for one in given:
-        if hint_of(config_class, one.key) is None:
-            guess = guessed(one.key, known)
-            raise UsageError(f"{one.source}unknown key {one.key!r}{guess}; python -m {job} --help lists the keys")
+    job = f"{package} {name}"
+    config_class = load(verb.config)
+    given = [setting for path in options.configs for setting in _settings_in(path, job, config_class)]
+    given += [_Setting("", key, value) for key, value in options.settings]
     parser = _parser(package, name, verb, config_class)
     argv = [f"--config={path}" for path in options.configs]
-    for key, value in options.settings:
-        argv.append(f"--{key}={as_list(value, hint_of(config_class, key))}")
+    argv += [f"--{key}={_as_list(value, field_type(config_class, key))}" for key, value in options.settings]
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
             namespace = parser.parse_args(argv + options.passed)
     except ArgumentError as error:
-        raise UsageError(_complaint(given, config_class, job) or one_line(error)) from None
+        raise UsageError(_fault(config_class, given, job) or reason(error)) from None
     except SystemExit:  # --help and --print_config
         if any(flag.startswith("--print_config") for flag in options.passed):
             print(f"job: {job}")  # so that what is printed is a config file of its own
@@ -91,65 +102,18 @@ def read_config(package: str, name: str, verb: Verb, options: Options) -> Any:
         raise UsageError(one_line(error)) from error
     for field in verb.positionals:
         if getattr(config, field) in (None, "", [], ()):
-            many = is_list(hint_of(config_class, field))
+            many = takes_list(field_type(config_class, field))
             raise UsageError(
-                f"{job} needs {metavar(field, many)}: on the command line, or {field!r} in a --config file"
+                f"{job} needs {placeholder(field, many)}: on the command line, or {field!r} in a --config file"
             )
     return config
 
 
-@dataclass(frozen=True)
-class _Given:
-    source: str  # what a complaint begins with: the file, nothing for the command line
-    key: str
-    value: Any
-
-
-def _leaves(mapping: Mapping[str, Any], config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config file, down to where the dataclasses end."""
-    for name, value in mapping.items():
-        key = f"{prefix}{name}"
-        hint = hint_of(config_class, key)
-        if isinstance(value, Mapping) and any(map(dataclasses.is_dataclass, (hint, *typing.get_args(hint)))):
-            yield from _leaves(value, config_class, f"{key}.")
-        else:
-            yield key, value
-
-
-def _complaint(given: Sequence[_Given], config_class: Any, job: str) -> str | None:
-    """What is wrong with what was given, each value asked for by itself; None if it is not found that way."""
-    from argparse import ArgumentError
-
-    from jsonargparse import ArgumentParser
-
-    for one in given:
-        hint = hint_of(config_class, one.key)
-        alone = ArgumentParser(exit_on_error=False, default_env=False)
-        alone.add_argument("--value", type=hint)
-        try:
-            if one.source:
-                alone.parse_object({"value": one.value})
-            else:
-                alone.parse_args([f"--value={as_list(one.value, hint)}"])
-        except ArgumentError:
-            return f"{one.source}{one.key}: expected {_type_name(hint)}, got {one.value}"
-    keys = {one.key.partition(".")[0] for one in given}
-    needed = [field.name for field in _init_fields(config_class) if _is_required(field) and field.name not in keys]
-    if needed:
-        options = ", ".join(f"--{name}" for name in needed)
-        return f"{job} needs {options}: on the command line, or in a --config file"
-    return None
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _read(path: str, job: str) -> dict[str, Any]:
-    """A config file's mapping but for its ``job:`` line, which names this job if it is there.
+def _settings_in(path: str, job: str, config_class: type) -> list[_Setting]:
+    """What a YAML file sets.
 
     Raises:
-        UsageError: it is missing, no YAML mapping, or of another job.
+        UsageError: the file is not a YAML mapping, or its ``job:`` line, if it has one, names another job.
     """
     import yaml
 
@@ -159,7 +123,7 @@ def _read(path: str, job: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such config file") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {reason(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -167,17 +131,26 @@ def _read(path: str, job: str) -> dict[str, Any]:
         raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path}: a config file maps keys to values; this one is {_shown(config)}")
-    named = config.pop("job", job)
-    if named != job:
-        raise UsageError(f"{path} is a config for {named!r}, not for {job!r}")
-    return config
+    if config.get("job", job) != job:
+        raise UsageError(f"{path} is a config for {config['job']!r}, not for {job!r}")
+    return list(_settings(f"{path}: ", {key: value for key, value in config.items() if key != "job"}, config_class))
+
+
+def _settings(where: str, values: Mapping[Any, Any], config_class: type, prefix: str = "") -> Iterator[_Setting]:
+    """A mapping's values by dotted key, down to the fields that are no dataclasses themselves."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and _dataclass_in(field_type(config_class, key)):
+            yield from _settings(where, value, config_class, f"{key}.")
+        else:
+            yield _Setting(where, key, value)
 
 
 def _parser(package: str, name: str, verb: Verb, config_class: type) -> Any:
     from jsonargparse import SUPPRESS, ArgumentParser
 
     prog = f"python -m {package} {name}"
-    forms = [metavar(field, is_list(hint_of(config_class, field))) for field in verb.positionals]
+    forms = [placeholder(field, takes_list(field_type(config_class, field))) for field in verb.positionals]
     parser = ArgumentParser(
         prog=prog,
         usage=" ".join([prog, *forms, "[--config FILE] [--key value]… [--json] [--debug]"]),
@@ -193,9 +166,9 @@ def _parser(package: str, name: str, verb: Verb, config_class: type) -> Any:
     return parser
 
 
-def as_list(value: str, hint: Any) -> str:
+def _as_list(value: str, hint: Any) -> str:
     """``a,b`` as a list literal where the field is a list; anything else as it came."""
-    if not is_list(hint) or value.lstrip().startswith("[") or value in ("null", "None"):
+    if not takes_list(hint) or value.lstrip().startswith("[") or value in ("null", "None"):
         return value
     items = re.split(r",(?![^{}]*\})", value) if value else []  # not at the commas of a brace range
     numbers = {member for member in typing.get_args(hint) if member in (int, float)}
@@ -206,18 +179,25 @@ def _init_fields(config_class: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(config_class) if field.init]
 
 
-def hint_of(config_class: Any, key: str) -> Any:
-    """Type of the field under a dotted key; None where there is no such field."""
-    hint = config_class
-    for name in key.split("."):
-        owners = [member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)]
-        if not owners:
-            return None
-        hint = typing.get_type_hints(owners[0]).get(name)
+def field_type(config_class: type, key: str) -> Any:
+    """Type of what stands under a dotted key: a field, or a dict's item; None where there is no such thing."""
+    hint: Any = config_class
+    for name in key.removesuffix("+").split("."):
+        owner = _dataclass_in(hint)
+        if owner is not None:
+            hint = typing.get_type_hints(owner).get(name)
+        else:
+            hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
     return hint
 
 
-def is_list(hint: Any) -> bool:
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that a field holds, perhaps among other things; None where it holds none."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
+
+
+def takes_list(hint: Any) -> bool:
     """Whether a field holds a list or tuple (perhaps optional), and not plain text as well."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if str in members:
@@ -228,15 +208,51 @@ def is_list(hint: Any) -> bool:
 def _keys(config_class: Any, prefix: str = "") -> Iterator[str]:
     for field in _init_fields(config_class):
         yield prefix + field.name
-        hint = hint_of(config_class, field.name)
-        for member in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(member):
-                yield from _keys(member, f"{prefix}{field.name}.")
+        inner = _dataclass_in(field_type(config_class, field.name))
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{field.name}.")
 
 
 def load(reference: str) -> Any:
+    """The thing that ``"module:name"`` names; its module is imported."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _fault(config_class: type, given: Sequence[_Setting], job: str) -> str | None:
+    """What is wrong with a configuration that the parser refuses, in one line; None where that is not seen here.
+
+    Settings are taken one by one, each by a parser of its own field: so the key, its file and the value are known,
+    and nothing is read out of the library's messages.
+    """
+    for where, key, value in given:
+        hint = field_type(config_class, key)
+        if hint is None or (key.endswith("+") and not takes_list(hint)):
+            guess = did_you_mean(key, list(_keys(config_class)))
+            return f"{where}unknown key {key!r}{guess}; python -m {job} --help lists the keys"
+        append = "+" if key.endswith("+") else ""
+        if not _takes(hint, {"value": value} if where else f"--value{append}={_as_list(value, hint)}"):
+            return f"{where}{key.removesuffix('+')}: expected {_type_name(hint)}, got {value}"
+    set_keys = {key.partition(".")[0].removesuffix("+") for _, key, _ in given}
+    missing = [
+        f"--{field.name}"
+        for field in _init_fields(config_class)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in set_keys
+    ]
+    return f"{job} needs {', '.join(missing)}: on the command line, or in a --config file" if missing else None
+
+
+def _takes(hint: Any, given: str | dict[str, Any]) -> bool:
+    """Whether an option ``--value`` of this type takes an argument of the command line, or a mapping from a file."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        parser.parse_args([given]) if isinstance(given, str) else parser.parse_object(given)
+    except ArgumentError:
+        return False
+    return True
 
 
 def _type_name(hint: Any) -> str:
@@ -256,7 +272,8 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def guessed(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The known word that is nearest to one that is not, as the end of a message; empty where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

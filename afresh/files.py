@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,6 +63,21 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
     text = json.dumps(to_json(obj), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with write_atomic(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, or is no object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is no JSON object")
+    return fields
 
 
 def to_json(obj: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a job says while it works: log lines and progress, on stderr, by one of several processes.
 
-The bar on a terminal is tqdm's. Elsewhere it would fill a log with carriage returns, and it has no form of a line now and
-then: those lines are made here.
+The bar on a terminal is tqdm's. Elsewhere it would fill a log with carriage returns, and it has no form of a line now
+and then: those lines are made here.
 """
 
 from __future__ import annotations

@@ -166,8 +166,8 @@ class Store:
             UsageError: it cannot.
         """
         probe = f".tmp-probe-{os.getpid()}"
+        self.make_folders("")
         try:
-            self.made_in.mkdir(parents=True, exist_ok=True)
             (self.made_in / probe).write_bytes(b"")
         except OSError as error:
             raise UsageError(f"out: cannot write to {self.made_in}: {reason(error)}") from error
@@ -179,6 +179,21 @@ class Store:
             raise UsageError(f"out: cannot write to {self}: {reason(error)}") from error
         finally:
             (self.made_in / probe).unlink(missing_ok=True)
+
+    def make_folders(self, *names: str) -> None:
+        """Make folders below ``made_in`` to make files in, with all above them. Raises ``UsageError``."""
+        try:
+            for name in names:
+                (self.made_in / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"out: cannot write to {self.made_in}: {reason(error)}") from error
+
+    def refuse_foreign(self, job: str, marks: Sequence[str]) -> None:
+        """See that the folder is empty, or that a file or folder in it marks it as a job's. Raises ``UsageError``."""
+        there = self.entries()
+        foreign = next((name for name in there if not name.startswith(".tmp-")), None)
+        if foreign is not None and not any(mark in there for mark in marks):
+            raise UsageError(f"out: {self} is not empty and no {job} ({foreign}); name a new folder")
 
     def deliver(self, name: str) -> None:
         """Hand over a file that stands whole below ``made_in``; there is nothing to do where that is the place."""

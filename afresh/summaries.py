@@ -21,6 +21,7 @@ def as_text(summary: Any) -> str:
 
 
 def as_json(summary: Any) -> str:
+    """A summary as one line of JSON."""
     return json.dumps(to_json(summary), ensure_ascii=False)
 
 

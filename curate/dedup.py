@@ -162,19 +162,11 @@ def _prepare(out: Store, config: DedupConfig, urls: Sequence[str]) -> None:
     for url in urls:
         if out.holds(url):
             raise UsageError(f"out: {out} holds the input {url}; inputs are never changed, name another folder")
-    there = out.entries()
-    if "work" not in there and "ledger.parquet" not in there:
-        foreign = next((name for name in there if not name.startswith(".tmp-")), None)
-        if foreign is not None:
-            raise UsageError(f"out: {out} is not empty and no curation ({foreign}); name a new folder")
+    out.refuse_foreign("curation", ("work", "ledger.parquet"))
     if out.in_memory and config.workers != 1:
         raise UsageError(f"out: {out} lies in the memory of one process; give --workers 1")
     out.prepare()
-    try:
-        for folder in ("work/read", *([] if out.remote else ["shards"])):
-            (out.made_in / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"out: cannot write to {out.made_in}: {error.strerror or error}") from error
+    out.make_folders("work/read", *([] if out.remote else ["shards"]))
 
 
 @contextlib.contextmanager

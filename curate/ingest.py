@@ -108,10 +108,7 @@ def _check_place(out: Store, config: ImportConfig) -> None:
                 raise UsageError(f"out: {out} lies in the source {src}; name a folder outside")
             if out.holds(src):
                 raise UsageError(f"out: {out} holds the source {src}; name another folder")
-    there = out.entries()
-    foreign = next((name for name in there if not name.startswith(".tmp-")), None)
-    if "run.json" not in there and foreign is not None:
-        raise UsageError(f"out: {out} is not empty and no import ({foreign}); name a new folder")
+    out.refuse_foreign("import", ("run.json",))
 
 
 def _prepare(out: Store, config: ImportConfig, source: Source) -> None:
@@ -123,10 +120,7 @@ def _prepare(out: Store, config: ImportConfig, source: Source) -> None:
     except FileNotFoundError:
         out.prepare()
         out.write_json("run.json", settings)
-    try:
-        (out.made_in / "work").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"out: cannot write to {out.made_in}: {error.strerror or error}") from error
+    out.make_folders("work")
 
 
 def _import(source: Source, out: Store, config: ImportConfig) -> None:

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from afresh.errors import UsageError, UserError, reason
-from curate.embed.preprocessing import Preprocessing, read_json, read_processor, triple
+from afresh.files import read_json
+from curate.embed.preprocessing import Preprocessing, read_processor, triple
 from curate.embed.torch_embedder import TorchEmbedder
 from curate.embed.tower_files import TRANSFORMERS_FILES, imported, model_folder, needed_file, transformers_tower
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afresh.errors import UserError, reason
+from afresh.errors import UserError
+from afresh.files import read_json
 from curate.reading.images import image_array
 
 if TYPE_CHECKING:
@@ -214,19 +215,3 @@ def triple(values: Any, path: object) -> Triple:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {values!r} are no three numbers, one a channel") from error
     return red, green, blue
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        UserError: it cannot be read, or is no object.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is no JSON object")
-    return fields
-

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from afresh.errors import UsageError, UserError, reason
-from curate.embed.preprocessing import read_json
+from afresh.files import read_json
 
 # What is asked of the hub: no pickles, and nothing of other frameworks.
 TRANSFORMERS_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")

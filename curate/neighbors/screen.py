@@ -124,7 +124,9 @@ class Screen:
             places = np.ascontiguousarray(short[:, : len(self.rows.places)].T)
             yield ShortRows(short, places, np.arange(start, stop))
 
-    def compare(self, start: int, stop: int, others: ShortRows) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def compare(
+        self, start: int, stop: int, others: ShortRows
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Which of ``others`` may be near which row of the block ``start … stop``: their places in ``others`` and in
         the screen, some at a time.
         """

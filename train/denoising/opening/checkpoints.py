@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from afresh.errors import UserError
+from afresh.files import read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTED = ("unet", "vae", "text_encoder")
@@ -54,21 +54,6 @@ def check_folder(path: Path, variant: str | None) -> None:
             raise UserError(f"{path}: {part} has weights of variant {there} alone: give --variant")
         if variant is not None and variant not in variants:
             raise UserError(f"{path}: {part} has no weights of variant {variant} (variants there: {there})")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def check_kind(name: str, index: Mapping[str, Any]) -> None:
