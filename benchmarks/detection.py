@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import train.sampling.guidance
+import train.sampling.trace
 from curate.config import DedupConfig
 from curate.embed.ngrams import embed_captions
 from train.denoising.families.stable_diffusion import initial_noise, latent_shape
@@ -103,13 +103,13 @@ def trace_share(pipe: Any, captions: Sequence[str], steps: int, scale: float) ->
         "output_type": "latent",
     }
     guided(list(captions), **options | {"num_inference_steps": 2})
-    train.sampling.guidance.magnitude = watched
+    train.sampling.trace.magnitude = watched
     try:
         start = time.process_time()
         guided(list(captions), **options)
         return spent / (time.process_time() - start)
     finally:
-        train.sampling.guidance.magnitude = magnitude
+        train.sampling.trace.magnitude = magnitude
 
 
 def main() -> None:
