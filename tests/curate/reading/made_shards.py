@@ -11,9 +11,10 @@ from curate.reading.samples import BadSample, Sample, read_samples
 IMAGE = b"not decoded here"
 
 
-def tar_bytes(*members: tuple[str, bytes] | tarfile.TarInfo) -> bytes:
+def tar_bytes(*members: tuple[str, bytes] | tarfile.TarInfo, **options) -> bytes:
+    """An archive of these members; ``options`` are those of :func:`tarfile.open`."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
                 tar.addfile(member)

@@ -16,21 +16,13 @@ import pytest
 
 from curate.reading import tar
 from curate.reading.tar import Archive, Member, ReadError
+from tests.curate.reading.made_shards import tar_bytes
 
 COMPRESS = {"gzip": lambda data: gzip.compress(data, mtime=0), "bzip2": bz2.compress, "xz": lzma.compress}
 
 
 def archive(*members: tuple[str, bytes] | tarfile.TarInfo, form: int = tarfile.GNU_FORMAT, **options) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form, **options) as made:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                made.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                made.addfile(info, io.BytesIO(member[1]))
-    return buffer.getvalue()
+    return tar_bytes(*members, format=form, **options)
 
 
 def block(name: bytes, size: bytes | int = 0, kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytearray:
