@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError, UserError, one_line
+from afresh.errors import UsageError, UserError, one_line, reason
 from afresh.files import write_json
 
 
@@ -58,7 +58,7 @@ def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     try:
         write_json(path, settings)
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
 def refuse_other_settings(folder: object, before: dict[str, Any], settings: dict[str, Any]) -> None:

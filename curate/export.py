@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from afresh.files import write_atomic
 from afresh.progress import progress
 from afresh.runs import locked
@@ -104,7 +104,7 @@ def _written_aside(dest: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"dest: cannot write to {dest.parent}: {error.strerror or error}") from error
+        raise UsageError(f"dest: cannot write to {dest.parent}: {reason(error)}") from error
     with locked(dest, aside / "lock"):
         try:
             for left_over in (aside / "result", aside / "cache"):
@@ -113,7 +113,7 @@ def _written_aside(dest: Path) -> Iterator[Path]:
             yield aside / "result"
             (aside / "result").rename(dest)
         except OSError as error:
-            raise UserError(f"{dest} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{dest} cannot be written: {reason(error)}") from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, reason
 from curate.config import SearchConfig
 
 _BLOCK = 1 << 14  # captions compared at a time
@@ -61,7 +61,7 @@ def _by_image(index: Any, file: str, k: int) -> tuple[Any, Any]:
     try:
         image = decode_image(Path(file).expanduser().read_bytes())
     except OSError as error:
-        raise UserError(f"image {file}: {error.strerror or error}") from error
+        raise UserError(f"image {file}: {reason(error)}") from error
     except ImageError as error:
         raise UserError(f"image {file}: {error}") from error
     similarity, rows = index.search(load_embedder(index.embedder).embed([image]), min(k, len(index.captions)))

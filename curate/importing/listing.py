@@ -68,7 +68,7 @@ def _local_files(root: str) -> Iterator[Entry]:
             with os.scandir(os.path.join(root, folder)) as listed:
                 entries = [entry for entry in listed if not _is_hidden(entry.name)]
         except OSError as error:
-            yield Entry(folder or ".", "", f"cannot be read: {error.strerror or error}")
+            yield Entry(folder or ".", "", f"cannot be read: {reason(error)}")
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
@@ -89,7 +89,7 @@ def _local_files(root: str) -> Iterator[Entry]:
                     problem = "the link leads nowhere" if entry.is_symlink() else "it is not a file"
                     yield Entry(name, "", f"cannot be read: {problem}")
             except OSError as error:
-                yield Entry(name, "", f"cannot be read: {error.strerror or error}")
+                yield Entry(name, "", f"cannot be read: {reason(error)}")
 
 
 def _is_hidden(name: str) -> bool:

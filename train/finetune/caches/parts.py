@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import write_atomic
 from afresh.progress import get_logger, progress
 from afresh.runs import try_lock
@@ -173,7 +173,7 @@ def _compute_file(folder: Path, part: Part, number: int, count: Count) -> Stored
             with write_atomic(folder / f"{part.key}.rows.npy") as beside:  # before the numbers, which stand for both
                 np.save(beside, checksums)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from error
+        raise UserError(f"{folder}: {reason(error)}") from error
     found = _open(folder, part)
     assert found is not None
     return found

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from curate.reading.images import ImageError, decode_scaled
 from curate.reading.samples import Sample, read_samples
 from train.finetune.config import Augmentation
@@ -92,7 +92,7 @@ class ImageReader:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise SampleError(f"{url}: {error.strerror or error}") from error
+            raise SampleError(f"{url}: {reason(error)}") from error
         if len(data) < size:
             raise SampleError(f"{url}: the shard was cut after it was scanned")
         if zlib.crc32(data) != crc32:

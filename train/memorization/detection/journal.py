@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import write_atomic
 from afresh.runs import locked, refuse_other_settings
 from train.memorization.scoring import PromptScore, Scores
@@ -49,7 +49,7 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{self.path} cannot be written: {reason(error)}") from error
         self.done += scores
 
 

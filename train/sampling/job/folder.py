@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import to_json
 from afresh.progress import get_logger
 from train.prompts import Prompt
@@ -59,7 +59,7 @@ class Folder:
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder.path}: cannot write there ({error.strerror}): choose another --out") from error
+            raise UserError(f"{folder.path}: cannot write there ({reason(error)}): choose another --out") from error
         folder._read(tasks)
         if folder.records:
             log.info(f"{folder.path}: {len(folder.records)} of {len(tasks)} images are there already")
