@@ -34,13 +34,19 @@ from train.finetune.caches.texts import cache_texts
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
-from train.finetune.filter.filter import MemorizationFilter
-from train.finetune.filter.settings import chosen_thresholds, reference_samples
+from train.finetune.filter.settings import make_filter
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.model.loss import min_snr_weights, squared_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
-from train.finetune.preparation import begin, check_config, make_accelerator, publish, resolve_precision
+from train.finetune.preparation import (
+    begin,
+    check_config,
+    make_accelerator,
+    publish,
+    resolve_precision,
+    say_what_has_no_effect,
+)
 from train.finetune.state.average import Average
 from train.finetune.state.checkpoint import (
     Stateful,
@@ -84,6 +90,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             is not finite several times in a row.
     """
     check_config(config)
+    say_what_has_no_effect(config)
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     out = Path(config.out)
     while True:
@@ -163,16 +170,9 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(
-        config.filter,
-        schedule,
-        predict_unconditional,
-        len(shard_set),
-        config.seed,
-        chosen_thresholds(config.filter, config.model),
-        reference_samples(config.filter, shard_set),
-        together=accelerator.is_fsdp2,
-    )
+    nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
+    samples = world * nominal  # and on all of them
+    memorization = make_filter(config, schedule, predict_unconditional, shard_set, samples, accelerator.is_fsdp2)
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
@@ -201,8 +201,6 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
             validation = Validation(config.validation, device, accelerator.autocast)
-    nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
-    samples = world * nominal  # and on all of them
     began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)

@@ -11,14 +11,14 @@ import torch
 
 from afresh.errors import UsageError
 from afresh.files import write_json
-from afresh.progress import get_logger
+from afresh.progress import get_logger, is_main_process
 from afresh.runs import claim
 from curate.decisions.sample_lists import ids_digest
 from train.finetune.config import FinetuneConfig
 from train.finetune.filter.settings import check_filter
 from train.finetune.hub import check_hub, push_model
 from train.finetune.state.log import check_trackers
-from train.finetune.state.optimizer import find_optimizer
+from train.finetune.state.optimizer import find_optimizer, learning_rate
 from train.finetune.state.sharding import check_parallel, shard_on_cpu
 from train.finetune.validation import check_validation
 
@@ -74,6 +74,23 @@ def check_config(config: FinetuneConfig) -> None:
     check_validation(config.validation)
     if config.push_to_hub:
         check_hub(config.push_to_hub)
+
+
+def say_what_has_no_effect(config: FinetuneConfig) -> None:
+    """Warn of settings that the run is too short for."""
+    if not is_main_process():
+        return
+    if config.warmup_steps > config.steps:
+        log.warning(
+            "warmup_steps is %d, and the run has %d steps: the learning rate never reaches its peak, and ends at %.3g",
+            config.warmup_steps,
+            config.steps,
+            learning_rate(config.steps - 1, config),
+        )
+    if config.validation.every > config.steps:
+        log.warning(
+            "validation.every is %d, and the run has %d steps: no image is drawn", config.validation.every, config.steps
+        )
 
 
 def make_accelerator(config: FinetuneConfig) -> Accelerator:
