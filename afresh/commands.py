@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 
 from afresh import __version__
 from afresh.configs import Options, Verb, did_you_mean, field_type, load, placeholder, read_config, takes_list
+from afresh.cores import share_the_machine
 from afresh.errors import UsageError, UserError, one_line
 from afresh.progress import is_main_process
 from afresh.summaries import as_json, as_text
@@ -40,6 +41,7 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
         verbs: the package's verbs by name.
         argv: arguments after the program's name; ``sys.argv[1:]`` by default.
     """
+    share_the_machine()  # before anything loads torch
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = f"python -m {package}"
     try:
