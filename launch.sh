@@ -308,7 +308,11 @@ run_config() {
   [[ "$job" =~ ^(curate|train)\ [a-z]+$ ]] ||
     usage_error "$config: no line 'job: train VERB' or 'job: curate VERB' that says what to run"
 
-  if [[ -z "$dry_run" ]]; then install; fi
+  if [[ -z "$dry_run" ]]; then
+    install
+    # Mistakes are told before torch is loaded; and behind a launcher they would cost a traceback for each process.
+    "$python" -m "${job% *}" "${job#* }" --config "$config" ${rest[@]+"${rest[@]}"} --check_config >/dev/null
+  fi
   build_command "$job" --config "$config" ${rest[@]+"${rest[@]}"}
   if [[ -n "$dry_run" ]]; then
     printf '%q ' "${command[@]}" | sed 's/ $//'
@@ -316,8 +320,6 @@ run_config() {
     exit 0
   fi
   [[ -n "$launcher" ]] || exec "${command[@]}"
-  # A mistake costs a line here, and a traceback of each launcher there.
-  "$python" -m "${job% *}" "${job#* }" --config "$config" ${rest[@]+"${rest[@]}"} --check_config >/dev/null
   supervise
 }
 

@@ -56,6 +56,8 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
             raise UsageError(f"unknown verb {name!r}{did_you_mean(name, verbs)}; {prog} --help lists the verbs")
         options = _split(verbs[name], argv[1:], f"{prog} {name}")
         config = read_config(package, name, verbs[name], options)
+        if verbs[name].check:
+            load(verbs[name].check)(config)
         if options.check:
             return 0
         with _stdout_kept_for_the_summary(options.json):

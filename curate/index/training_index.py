@@ -296,6 +296,16 @@ class TrainingIndex:
         )
 
 
+def check_index(where: str | Path) -> None:
+    """See that an index is there, without reading it; a URL is not asked.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if "://" not in str(where):
+        index_folder(where)
+
+
 def index_folder(where: str | Path) -> Path:
     """The local folder of an index, or of the copy of one at a URL; see :meth:`TrainingIndex.load`."""
     place = Store(str(where))

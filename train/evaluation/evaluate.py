@@ -13,6 +13,7 @@ from urllib.parse import quote
 from afresh.errors import UsageError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger
+from train.evaluation.checks import check_evaluate
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.judging.drawn import read_drawn
 from train.evaluation.judging.judge import Judge
@@ -37,6 +38,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from train.sampling.job.job import run_sample
     from train.sampling.pipelines.session import open_index
 
+    check_evaluate(config)
     protocol, out = read_protocol(config.protocol), Path(config.out)
     try:
         amg = AMGConfig(**protocol.amg)  # type: ignore[arg-type]

@@ -14,13 +14,12 @@ from afresh.files import write_json
 from afresh.progress import get_logger, is_main_process
 from afresh.runs import claim
 from curate.decisions.sample_lists import ids_digest
+from train.finetune.checks import check_finetune
 from train.finetune.config import FinetuneConfig
-from train.finetune.filter.settings import check_filter
 from train.finetune.hub import check_hub, push_model
 from train.finetune.state.log import check_trackers
 from train.finetune.state.optimizer import find_optimizer, learning_rate
 from train.finetune.state.sharding import check_parallel, shard_on_cpu
-from train.finetune.validation import check_validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,33 +44,10 @@ def publish(out: Path, config: FinetuneConfig, summary: dict[str, Any]) -> dict[
 
 
 def check_config(config: FinetuneConfig) -> None:
-    """Raise :class:`UsageError` for what can be seen to be wrong before anything is loaded."""
-    counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "lr_cycles", "max_bad_steps")
-    for name in (*counts, "learning_rate"):
-        if getattr(config, name) <= 0:
-            raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("snr_gamma", "noise_offset", "input_perturbation", "lr_power", "max_grad_norm"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    for name in ("ema_decay", "caption_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    if config.cache_text and config.train_text_encoder:
-        raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
-    lora = config.lora
-    for name in ("rank", "alpha"):
-        if getattr(lora, name) < 0:
-            raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
-    if not 0 <= lora.dropout < 1:
-        raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
-    if lora.rank and not lora.targets:
-        raise UsageError("lora.targets is empty: name the layers that get adapters")
-    if lora.rank and lora.dropout and config.filter.policy != "off":
-        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
-    check_filter(config.filter, config.model)
+    """Raise :class:`UsageError` for what can be seen to be wrong before the model is loaded."""
+    check_finetune(config)
     find_optimizer(config.optimizer)
     check_trackers(config.trackers)
-    check_validation(config.validation)
     if config.push_to_hub:
         check_hub(config.push_to_hub)
 
