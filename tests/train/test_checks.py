@@ -65,7 +65,8 @@ def test_every_verb_that_opens_a_model_says_what_is_missing_before_anything_heav
     model, prompts = ["--model", here / "model"], ["--prompts", here / "prompts.jsonl"]
     detect, localize = ["detect", "--out", here / "s.parquet"], ["localize", "--out", here / "n.json"]
     audit, sample = ["audit", "--out", here / "audited"], ["sample", "--out", here / "drawn"]
-    explain, finetune = ["explain", "--prompt", "a cat"], ["finetune", "--out", here / "run", "--shards", here / "0.tar"]
+    explain = ["explain", "--prompt", "a cat"]
+    finetune = ["finetune", "--out", here / "run", "--shards", here / "0.tar"]
     cases = [
         ([*detect, *model, "--prompts", here / "none.txt"], "none.txt: no such prompt file"),
         ([*detect, *model, "--prompts", here / "table.csv"], "no column caption"),
@@ -106,7 +107,8 @@ def test_fp16_without_a_gpu_is_told_by_torch_alone(here):
 def test_a_device_and_a_guidance_that_do_not_exist_are_told_by_torch_alone(here):
     sample = ["sample", "--model", here / "model", "--prompts", here / "prompts.jsonl", "--out", here / "drawn"]
     cases = [[*sample, "--device", "cuda:99"], [*sample, "--guidance", "agm"]]
-    for (code, said, heavy), needle in zip(said_at_the_start(cases), ("device cuda:99", "'agm' is not known"), strict=True):
+    needles = ("device cuda:99", "'agm' is not known")
+    for (code, said, heavy), needle in zip(said_at_the_start(cases), needles, strict=True):
         assert code == 2 and needle in said
         assert heavy == ["torch"]
 

@@ -17,6 +17,7 @@ from curate.decisions.sample_lists import ids_digest
 from train.finetune.checks import check_finetune
 from train.finetune.config import FinetuneConfig
 from train.finetune.hub import check_hub, push_model
+from train.finetune.state.checkpoint import list_checkpoints
 from train.finetune.state.log import check_trackers
 from train.finetune.state.optimizer import find_optimizer, learning_rate
 from train.finetune.state.sharding import check_parallel, shard_on_cpu
@@ -99,15 +100,62 @@ def resolve_precision(name: str) -> Any:
 
 
 def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Claim the folder for this configuration; the summary of the run if it is finished already."""
+    """Claim the folder for this configuration; the summary of the run if it is finished already.
+
+    A run may be given other ``steps`` than before, where those that were made do not depend on them.
+
+    Raises:
+        UsageError: the folder was begun with other settings, or cannot have other steps.
+    """
     run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     for free in FREE:
         run.pop(free)
     if config.exclude:
         run["exclude"] = ids_digest(config.exclude)
-    claim(out, run)
-    if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
-        log.info("%s is finished already", out)
-        return json.loads((out / "summary.json").read_text())
+    begun = out / "run.json"
+    steps = json.loads(begun.read_text())["steps"] if begun.is_file() else config.steps
+    claim(out, run | {"steps": steps})
+    if steps != config.steps:
+        check_other_steps(out, config, steps)
+        log.info("%s goes on to step %d, after the %d that it was begun with", out, config.steps, steps)
+        write_json(begun, run)
+    summary = out / "summary.json"
+    if summary.is_file() and (out / "model" / "model_index.json").is_file():
+        found = json.loads(summary.read_text())
+        if found["steps"] == config.steps:
+            log.info("%s is finished already", out)
+            return found
+        summary.unlink()
     return None
+
+
+def keeps_final_state(config: FinetuneConfig) -> bool:
+    """Whether a finished run leaves the state from which more steps go on: where these are exact."""
+    return config.keep_checkpoints > 0 and config.lr_schedule == "constant"
+
+
+def check_other_steps(out: Path, config: FinetuneConfig, before: int) -> None:
+    """See that a run of ``before`` steps may have ``config.steps``: that those made are the ones that it would make.
+
+    All else that a step does follows from its number alone; the learning rate may follow from the number of all.
+
+    Raises:
+        UsageError: it may not; says why, and what to do.
+    """
+    change = f"{out}: steps cannot become {config.steps}, after {before}"
+    if config.lr_schedule != "constant":
+        raise UsageError(
+            f"{change}: with lr_schedule {config.lr_schedule} every step's learning rate follows from the number of "
+            f"all steps, so those made so far would have been others; start another run with --model {out / 'model'} "
+            "and another --out"
+        )
+    made = [step for step, _ in list_checkpoints(out / "checkpoints")]
+    finished = (out / "summary.json").is_file()
+    if finished and before not in made:
+        raise UsageError(
+            f"{change}: the state after the last step was not kept (keep_checkpoints 0); start another run with "
+            f"--model {out / 'model'} and another --out"
+        )
+    if made and config.steps < max(made):
+        raise UsageError(f"{change}: {max(made)} are made already; choose another --out")
 

@@ -7,6 +7,7 @@ A checkpoint is one file, ``checkpoints/step-000500.pt``, of tensors and numbers
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     for _, old in list_checkpoints(folder)[: -max(keep, 1)]:
         old.unlink()
     return path
+
+
+def keep_last(folder: Path, keep: int) -> None:
+    """Leave of a finished run's checkpoints the newest, or nothing where ``keep`` is 0."""
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    for _, old in list_checkpoints(folder)[:-1]:
+        old.unlink()
 
 
 def remove_partial(folder: Path) -> None:

@@ -158,10 +158,14 @@ class LossBands:
         self.counts = [a + b for a, b in zip(self.counts, totals.band_counts, strict=True)]
 
     def take(self) -> list[float | None]:
-        """The means, None for a band without samples; starts anew."""
-        means = [loss / count if count else None for loss, count in zip(self.losses, self.counts, strict=True)]
+        """The means; starts anew."""
+        means = self.means()
         self._restart()
         return means
+
+    def means(self) -> list[float | None]:
+        """The means, None for a band without samples."""
+        return [loss / count if count else None for loss, count in zip(self.losses, self.counts, strict=True)]
 
     def state_dict(self) -> dict[str, list[float]]:
         """What a checkpoint stores."""
