@@ -62,6 +62,12 @@ VERBS = {
         "compare models and guidances: copies, alignment, quality, time",
         check="train.evaluation.checks:check_evaluate",
     ),
+    "reports": Verb(
+        "train.evaluation.config:ReportsConfig",
+        "train.evaluation.reporting.index:run_reports",
+        "write one page that links every report below a folder",
+        positionals=("folder",),
+    ),
 }
 
 

@@ -164,7 +164,8 @@ class FinetuneConfig:
         model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
             that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
-            ``verdicts.parquet``, ``filter.json`` (the thresholds), ``summary.json``.
+            ``report.html`` (the run on a page, at each checkpoint), ``verdicts.parquet``, ``filter.json`` (the
+            thresholds), ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps. A run, finished or not, goes on to more of them under ``lr_schedule: constant``.

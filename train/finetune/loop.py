@@ -47,6 +47,7 @@ from train.finetune.preparation import (
     resolve_precision,
     say_what_has_no_effect,
 )
+from train.finetune.report import write_report
 from train.finetune.state.average import Average
 from train.finetune.state.checkpoint import (
     Stateful,
@@ -303,6 +304,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             state = collect_state(parts)  # by every process: the weights may be spread over them
             if accelerator.is_main_process:
                 save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
+                write_report(config, shard_set, memorization.table, step, None)
             accelerator.wait_for_everyone()
         if totals.asked:
             bar.close()
@@ -333,6 +335,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         size = config.resolution or model.size
         write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space)
         write_json(out / "summary.json", summary)
+        write_report(config, shard_set, memorization.table, step, summary)
         keep_last(checkpoints, int(keeps_final_state(config)))
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -18,6 +18,7 @@ from train.memorization.checks import check_detect, is_curation
 from train.memorization.config import DetectConfig
 from train.memorization.detection.charts import draw_chart, draw_trajectories
 from train.memorization.detection.journal import open_journal, write_table
+from train.memorization.detection.page import write_scores_page
 from train.memorization.detection.separation import labels_of, read_outcomes, summarise
 from train.memorization.scoring import Scores, Scoring
 from train.memorization.signals.registry import find_signals, identities
@@ -95,6 +96,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     if config.calibrate:
         summary["calibrated"] = write_thresholds(config, prompts, scores, pipe.scheduler.config.num_train_timesteps)
     summary |= draw_charts(out, prompts, scores, config.seeds, judged="auc" in summary)
+    summary["page"] = str(out.with_suffix(".html"))
+    write_scores_page(out.with_suffix(".html"), config.model, prompts, scores, summary)
     write_json(out.with_suffix(".json"), summary)
     get_logger(__name__).info(f"wrote {out}")
     return summary

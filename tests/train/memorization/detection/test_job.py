@@ -18,6 +18,7 @@ import pytest
 
 from afresh.errors import UsageError, UserError
 from curate.index.training_index import TrainingIndex
+from tests.afresh.test_pages import Parts
 from train.memorization.config import DetectConfig
 from train.memorization.detection.job import run_detect
 
@@ -54,6 +55,9 @@ def test_the_job_writes_rows_and_judges_labels(model, tmp_path):
     assert 0 <= summary["tpr_at_1pct_fpr"]["magnitude"] <= 1
     assert json.loads((tmp_path / "scores.json").read_text())["auc"] == summary["auc"]
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    page = Parts((tmp_path / "scores.html").read_text(encoding="utf-8"))
+    assert all(row["caption"] in page.words for row in rows) and "not memorized" in page.words
+    assert [link[:11] for link in page.links] == ["data:image/"] * 2
 
     again = tmp_path / "again.parquet"
     config.out = str(again)
