@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from tests.train.finetune.runs import (
     same,
     settings,
     wait_for_step,
+    wait_for_torch,
     weights,
     workers_of,
 )
@@ -163,6 +165,23 @@ def test_a_signal_to_launch_sh_saves_after_the_step_and_ends_with_success(model,
         assert "the same command goes on from there" in finish(process)
         before, (done, _) = done, load_latest(tmp_path / "run" / "checkpoints")
         assert done == len(log_lines(tmp_path / "run")) > before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_launch_sh_while_two_processes_start_saves_after_the_first_step(model, shards, tmp_path, sent):
+    config = settings(model, shards, tmp_path / "run", steps=100_000, batch_size=1)
+    process = launch_sh(config, "--processes", "2")
+    while not (launchers := [pid for pid in workers_of(process.pid) if len(workers_of(pid)) == 2]):
+        assert process.poll() is None
+        time.sleep(0.02)
+    for worker in workers_of(launchers[0]):
+        wait_for_torch(worker)
+    process.send_signal(sent)
+    assert "stopped after step 1 of" in finish(process)
+    step, _ = load_latest(tmp_path / "run" / "checkpoints")
+    assert step == len(log_lines(tmp_path / "run")) == 1
 
 
 SPREAD = {"ema_decay": 0.9, "train_text_encoder": True, "filter": FilterConfig("every_step", threshold=2.6)}

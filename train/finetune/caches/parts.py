@@ -136,7 +136,7 @@ def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str,
     missing = [number for number, one in enumerate(stored) if one is None]
     need, free = sum(2 * int(parts[number].starts[-1]) for number in missing), shutil.disk_usage(folder).free
     if need > free:
-        raise UserError(f"{folder}: {name} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        raise UserError(f"{folder}: {name} needs {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
     with _counting(compute, name, unit, sum(parts[number].rows for number in missing)) as count:
         while missing:
             before = len(missing)

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from afresh.errors import UsageError, UserError
-from tests.train.finetune.runs import launch, log_lines, same, settings, stop_after, wait_for_step, weights, workers_of
+from tests.train.finetune.runs import (
+    launch,
+    log_lines,
+    same,
+    settings,
+    stop_after,
+    wait_for_step,
+    wait_for_torch,
+    weights,
+    workers_of,
+)
 from train.finetune.config import Calibration, FilterConfig
 from train.finetune.loop import run_finetune
 from train.finetune.state.checkpoint import list_checkpoints, load_latest, remove_partial, save_checkpoint
@@ -47,6 +57,19 @@ def test_a_signal_saves_within_a_step_and_exits_cleanly_and_the_run_goes_on(mode
     run_finetune(config)
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_a_run_starts_saves_after_its_first_step(model, shards, tmp_path, sent):
+    config = settings(model, shards, tmp_path / "run", steps=1000, batch_size=1)
+    process = launch(config)
+    wait_for_torch(process.pid)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped after step 1 of 1000; the same command goes on" in said
+    step, _ = load_latest(tmp_path / "run" / "checkpoints")
+    assert step == len(log_lines(tmp_path / "run")) == 1
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_every_signal_has_its_columns_its_judgement_and_its_curve(model, tmp_pat
     for name in ("s.png", "s.trajectories.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "p.jsonl", "s.json", "s.parquet", "s.png", "s.trajectories.png",
+        "p.jsonl", "s.html", "s.json", "s.parquet", "s.png", "s.trajectories.png",
     ]  # fmt: skip
 
 
