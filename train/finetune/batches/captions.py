@@ -79,7 +79,9 @@ class Captions:
         conditional = torch.tensor([is_conditional for _, is_conditional in chosen])
         if self.cached is not None:
             return Conditioning({"embeds": self.cached.embed(texts)}), texts, conditional
-        seen = [self._with_words(*visit) for visit in zip(texts, positions, strict=True)] if self.words.number else texts
+        seen = texts
+        if self.words.number:
+            seen = [self._with_words(text, position) for text, position in zip(texts, positions, strict=True)]
         return Conditioning.join([self._tokens(text) for text in seen]).to(self._device), texts, conditional
 
     def _with_words(self, text: str, position: int) -> str:
