@@ -166,7 +166,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     shard_set = scan_once(config, accelerator)
     loader, order = lay_out(shard_set, sizes, config, planned)
     texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
-    captions = Captions(model, shard_set.captions, config.caption_dropout, texts)
+    captions = Captions(model, shard_set.captions, config.caption_dropout, texts, config.random_words, config.seed)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
@@ -227,7 +227,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
-            prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform)
+            prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
