@@ -7,6 +7,7 @@ import os
 import sys
 
 from train.cli import main
+from train.stopping import listen
 
 
 def end(code: int) -> None:
@@ -24,4 +25,6 @@ def end(code: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["finetune"]:
+        listen()
     end(main())

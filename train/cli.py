@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from afresh.commands import run
 from afresh.configs import Verb
-from train.finetune.state.stop import listen
 
 VERBS = {
     "quickstart": Verb(
@@ -77,7 +75,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 success, 1 failure, 2 bad usage."""
     # transformers warns at import of every optional package that is missing; none of it is for the user to act on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if argv is None and sys.argv[1:2] == ["finetune"]:
-        listen()  # before torch is loaded
     return run("train", "Fine-tune Stable Diffusion, sample and measure, without memorization.", VERBS, argv)
 

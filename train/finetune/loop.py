@@ -71,8 +71,8 @@ from train.finetune.state.memory import (
 )
 from train.finetune.state.optimizer import learning_rate, make_optimizer, set_learning_rate
 from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
-from train.finetune.state.stop import StopOnSignal
 from train.finetune.validation import Validation, send_images
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
