@@ -1,7 +1,8 @@
-"""Files written whole or not at all, and JSON with one spelling."""
+"""Files written whole or not at all, text as it is meant, and JSON with one spelling."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -14,6 +15,14 @@ from typing import Any
 
 from afresh.errors import UserError, reason
 
+# UTF-32's mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,6 +52,31 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file: UTF-8, or UTF-16 or UTF-32 where a byte order mark says so; the mark is no part of it.
+
+    Raises:
+        ValueError: it is none of these; the message says where, and what to do.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{where}: convert it to UTF-8, as by iconv -f CP1252 -t UTF-8") from error
+    if 4 * text.count("\0") > len(text):
+        raise ValueError("it is full of NUL bytes, as UTF-16 without its mark would be: convert it to UTF-8")
+    return text
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, without their ends, which are line feeds alone, perhaps behind a carriage return: what else
+    ``str.splitlines`` takes for one (U+2028, U+0085, form feeds) stands in captions and in JSON.
+    """
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def _sync_folder(folder: Path) -> None:

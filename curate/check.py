@@ -49,6 +49,7 @@ class CheckSummary(dict[str, Any]):
 class _CheckTask:
     url: str
     name: str
+    caption_field: str
     max_pixels: int
     threads: int
 
@@ -72,7 +73,7 @@ def run_check(config: CheckConfig) -> CheckSummary:
     urls = expand_shards(config.shards)
     threads = shares([shard_bytes(url) for url in urls], config.workers or cpu_count())
     tasks = [
-        _CheckTask(url, name, config.max_pixels, of_shard)
+        _CheckTask(url, name, config.caption_field, config.max_pixels, of_shard)
         for url, name, of_shard in zip(urls, shard_names(urls), threads, strict=True)
     ]
     samples = readable = 0
@@ -97,7 +98,7 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
     samples = readable = 0
     kinds: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
-    items = read_samples(task.url, name=task.name)
+    items = read_samples(task.url, name=task.name, caption_field=task.caption_field)
     look = partial(_problems, max_pixels=task.max_pixels)
     for key, found in in_order(look, items, task.threads, at_most=1024, weigh=sample_bytes, weight=BYTES_AHEAD):
         samples += 1

@@ -19,7 +19,9 @@ class ImportConfig:
         out: local folder or fsspec URL for the result: ``{:06d}.tar``, ``import.parquet`` with a row for every row of
             the source, ``summary.json``.
         kind: what the source is, where it should not be recognised by itself.
-        caption_field: of the ``.json`` beside an image, the field with its caption.
+        caption_field: of the ``.json`` beside an image, the field with its caption, which then goes before a ``.txt``;
+            empty takes the ``.txt`` (or ``.caption``, ``.cap``), else the first of the fields caption, text, prompt and
+            captions that holds text.
         text_column: the column of captions, in tables and in a folder's metadata files; null for the only one of
             text, caption and prompt that there is, empty (``--text_column=``) for none.
         image_column: the column of images; null for the only one that looks like it.
@@ -40,7 +42,7 @@ class ImportConfig:
     src: list[str] = field(default_factory=list)
     out: str = ""
     kind: Literal["auto", "folder", "dataset", "parquet"] = "auto"
-    caption_field: str = "caption"
+    caption_field: str = ""
     text_column: str | None = None
     image_column: str | None = None
     image_root: str | None = None
@@ -90,6 +92,8 @@ class DedupConfig:
         on_caption_differs: of images near under different captions, ``pool`` drops the copy and hands its
             caption to the sample that stays; ``keep`` keeps both.
         max_per_caption: how many samples with different images may share one caption; null for any number.
+        caption_field: field of the samples' ``json`` that holds the caption; empty takes ``txt`` (or ``caption``,
+            ``cap``), else the first of the fields ``caption``, ``text``, ``prompt`` and ``captions`` that holds text.
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
             image alone, with an ``empty`` caption.
         pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs of at least four
@@ -131,6 +135,7 @@ class DedupConfig:
     prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
     max_per_caption: int | None = None
+    caption_field: str = ""
     missing_caption: Literal["unreadable", "empty"] = "unreadable"
     pixel_hash: bool = False
     max_pixels: int = 64_000_000
@@ -153,12 +158,15 @@ class CheckConfig:
 
     Args:
         shards: tar shards: paths, folders, globs, brace ranges or fsspec URLs.
+        caption_field: field of the samples' ``json`` that holds the caption; empty for the usual places, as in
+            ``curate dedup``.
         max_pixels: images with more pixels are refused before they are decoded.
         list_at_most: problems listed one by one; all are counted. null lists all.
         workers: processes; 1 works in this process, 0 takes the CPU cores at hand.
     """
 
     shards: list[str] = field(default_factory=list)
+    caption_field: str = ""
     max_pixels: int = 64_000_000
     list_at_most: int | None = 1000
     workers: int = 0

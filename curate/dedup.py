@@ -227,7 +227,7 @@ def _caption_embedder(name: str) -> CaptionEmbedder:
 def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
     """What the reading of a shard depends on, as a file name: its content, the embedder's weights, limits, filters."""
     limits: list[Any] = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
-    limits += identities(config.steps)
+    limits += [config.caption_field, *identities(config.steps)]
     made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, *limits]
     return digest([made_by, name, fingerprint(url)])
 

@@ -143,6 +143,7 @@ def image_and_caption(
     sample: Mapping[str, Any],
     *,
     max_pixels: int = MAX_PIXELS,
+    caption_field: str = "",
     missing_caption: Literal["unreadable", "empty"] = "unreadable",
 ) -> dict[str, Any]:
     """A dictionary of bytes → ``__key__``, ``__url__``, ``image`` (PIL, RGB) and ``caption``, by the rules of curation.
@@ -150,13 +151,14 @@ def image_and_caption(
     Args:
         sample: what :func:`as_dictionary` gives.
         max_pixels: images with more pixels are refused before they are decoded.
+        caption_field: field of ``json`` that holds the caption; empty for ``txt``, or the usual fields.
         missing_caption: whether a sample without a caption that can be read is an error, or has an empty one.
 
     Raises:
         BadSampleError: no image, or one that cannot be decoded, or no caption.
     """
     members = {name: data for name, data in sample.items() if not name.startswith("__")}
-    whole = Sample(str(sample["__url__"]), str(sample["__key__"]), members)
+    whole = Sample(str(sample["__url__"]), str(sample["__key__"]), members, caption_field=caption_field)
 
     def bad(kind: str, reason: str) -> BadSampleError:
         return BadSampleError.of(BadSample(whole.shard, whole.key, reason, kind))

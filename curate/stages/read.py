@@ -80,7 +80,7 @@ def read_stage(
     if len(missing) < len(caches):
         log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
     threads = shares([shard_bytes(urls[number]) for number in missing], config.workers or cpu_count())
-    shards = [(Shard(urls[number], names[number]), caches[number]) for number in missing]
+    shards = [(Shard(urls[number], names[number], config.caption_field), caches[number]) for number in missing]
     read_into(engine, shards, threads, config)
     return caches
 

@@ -203,6 +203,8 @@ class FinetuneConfig:
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
         buckets: images of several shapes.
+        caption_field: field of a sample's json that holds its caption; empty for the usual places, as in ``curate
+            dedup``.
         weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
         cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
@@ -263,6 +265,7 @@ class FinetuneConfig:
     resolution: int = 0
     crop: Literal["none", "center", "random"] = "none"
     buckets: Buckets = field(default_factory=Buckets)
+    caption_field: str = ""
     weight_field: str | None = None
     cache_latents: bool | Literal["memory", "disk"] = False
     cache_text: bool | Literal["memory", "disk"] = False

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from afresh.errors import UsageError, UserError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 log = get_logger(__name__)
-FORMAT = 1
+FORMAT = 2
 ALONE_BYTES = 1 << 28  # shards of less than this together are read faster than processes start
 SCHEMA = pa.schema(
     [
@@ -56,15 +57,8 @@ SCHEMA = pa.schema(
 
 
 def sample_captions(sample: Sample) -> tuple[str, ...]:
-    """The sample's caption and those that curation pooled from its dropped copies; ``("",)`` if it has none."""
-    captions = [sample.caption] if sample.caption else []
-    if "json" in sample.members:
-        try:
-            pooled = json.loads(sample.members["json"]).get("afresh", {}).get("captions", [])
-        except (ValueError, AttributeError):
-            pooled = []
-        captions += [text for text in pooled if isinstance(text, str) and text not in captions]
-    return tuple(captions) or ("",)
+    """What a sample may be trained on: its captions, or the empty one."""
+    return sample.captions or ("",)
 
 
 class ShardSet:
@@ -149,6 +143,7 @@ class _ScanTask:
     url: str
     name: str
     part: Path
+    caption_field: str
     weight_field: str | None
     excluded: frozenset[str]
 
@@ -158,6 +153,7 @@ def scan(
     path: Path,
     *,
     workers: int = 1,
+    caption_field: str = "",
     weight_field: str | None = None,
     exclude: str = "",
 ) -> ShardSet:
@@ -170,6 +166,7 @@ def scan(
         shards: paths, globs, brace ranges, folders or URLs, some perhaps with their repeats.
         path: of ``samples.arrow``, in the folder of the run.
         workers: processes that read the shards.
+        caption_field: field of a sample's json that holds its caption; empty for the usual places.
         weight_field: field of a sample's json with its weight in the loss; 1 where there is none.
         exclude: a list of samples to leave out (:mod:`curate.decisions.sample_lists`); empty for none.
 
@@ -189,11 +186,11 @@ def scan(
     work = path.with_name(path.name + ".parts")
     work.mkdir(parents=True, exist_ok=True)
     parts = [
-        work / f"{digest([FORMAT, url, name, mark, weight_field, sorted(keys)])}.arrow"
+        work / f"{digest([FORMAT, url, name, mark, caption_field, weight_field, sorted(keys)])}.arrow"
         for url, name, mark, keys in zip(urls, names, fingerprints, excluded, strict=True)
     ]
     tasks = [
-        _ScanTask(url, name, part, weight_field, keys)
+        _ScanTask(url, name, part, caption_field, weight_field, keys)
         for url, name, part, keys in zip(urls, names, parts, excluded, strict=True)
         if not part.is_file()
     ]
@@ -223,10 +220,18 @@ def scan(
         "counts": counts,
         "left_out": left_out,
     }
+    captionless = 0
     with _writer(path, about) as writer:
         for part in parts:
             with pa.memory_map(str(part)) as source, pa.ipc.open_file(source) as reader:
-                writer.write_batch(reader.get_batch(0))
+                batch = reader.get_batch(0)
+                captionless += pc.sum(pc.equal(batch.column("captions").flatten(), "")).as_py() or 0
+                writer.write_batch(batch)
+    if captionless:
+        log.warning(
+            "%d of %d samples have no caption, and are trained on with the empty one (caption_field names the field of "
+            "the json that holds it)", captionless, sum(counts),
+        )  # fmt: skip
     shutil.rmtree(work)
     return ShardSet(path)
 
@@ -241,6 +246,7 @@ def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
                 config.shards,
                 path,
                 workers=config.workers,
+                caption_field=config.caption_field,
                 weight_field=config.weight_field,
                 exclude=config.exclude,
             )
@@ -296,7 +302,7 @@ def _scan_shard(task: _ScanTask) -> None:
     """Write the record batch of one shard."""
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     left_out, excluded = 0, []
-    for item in read_samples(task.url, name=task.name):
+    for item in read_samples(task.url, name=task.name, caption_field=task.caption_field):
         if item.key in task.excluded:
             excluded.append(item.key)
             continue
