@@ -23,6 +23,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_TWO_BYTES = codecs.BOM_UTF16_LE  # alone they are no text
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,7 +61,7 @@ def decode_text(data: bytes) -> str:
     Raises:
         ValueError: it is none of these; the message says where, and what to do.
     """
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark) and data != _TWO_BYTES), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

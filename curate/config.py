@@ -92,8 +92,9 @@ class DedupConfig:
         on_caption_differs: of images near under different captions, ``pool`` drops the copy and hands its
             caption to the sample that stays; ``keep`` keeps both.
         max_per_caption: how many samples with different images may share one caption; null for any number.
-        caption_field: field of the samples' ``json`` that holds the caption; empty takes ``txt`` (or ``caption``,
-            ``cap``), else the first of the fields ``caption``, ``text``, ``prompt`` and ``captions`` that holds text.
+        caption_field: field of the samples' ``json`` that holds the caption, and goes before a ``txt``; empty takes
+            ``txt`` (or ``caption``, ``cap``), else the first of the fields ``caption``, ``text``, ``prompt`` and
+            ``captions`` that holds text.
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
             image alone, with an ``empty`` caption.
         pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs of at least four

@@ -22,10 +22,12 @@ from curate.importing.listing import Entry, fingerprint, list_files, open_folder
 from curate.importing.rows import Content, Row, RowError, caption_of, failed, opened, printable, read_image
 from curate.importing.sidecars import read_beside
 from curate.importing.tables import BATCH_ROWS, choose_text, json_values
+from curate.reading.captions import TEXT_EXTENSIONS
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MAX_KEY_BYTES = 100
+_TEXTS = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)  # of files with a caption, the first goes before
 _TXT, _JSON, _IMAGE = 1, 2, 4  # what stands under one path without suffix; images are counted above the two bits
 
 
@@ -54,7 +56,7 @@ class Folder:
         self.metadata: dict[str, str | None] = {}  # file → its caption column
         self.problems: list[Entry] = []
         self._stems: dict[str, int] = {}
-        self._spelled: dict[str, str] = {}  # sidecars whose suffix is not in lower case
+        self._spelled: dict[str, str] = {}  # what stands for a .txt or .json of another suffix, or in upper case
         entries = sorted(list_files(url))
         if not entries:
             raise UsageError(f"src: {url} holds no files")
@@ -110,10 +112,15 @@ class Folder:
             self.problems.append(entry)
         elif posixpath.basename(name) in METADATA_FILES:
             self.metadata[name] = None
-        elif suffix.lower() in (".txt", ".json"):
-            self._stems[stem] = self._stems.get(stem, 0) | (_TXT if suffix.lower() == ".txt" else _JSON)
-            if suffix != suffix.lower():
-                self._spelled.setdefault(stem + suffix.lower(), name)
+        elif suffix.lower() in (*_TEXTS, ".json"):
+            kind = ".json" if suffix.lower() == ".json" else ".txt"
+            bit = _JSON if kind == ".json" else _TXT
+            before = self._sidecar(stem, kind) if self._stems.get(stem, 0) & bit else None
+            self._stems[stem] = self._stems.get(stem, 0) | bit
+            if before is None or _rank(name) < _rank(before):
+                self._spelled.pop(stem + kind, None)
+                if name != stem + kind:
+                    self._spelled[stem + kind] = name
         else:
             self.images.append(name)
             self._stems[stem] = self._stems.get(stem, 0) + _IMAGE
@@ -197,6 +204,13 @@ class Folder:
             yield error
         except (pa.ArrowException, UnicodeError) as error:
             yield RowError(f"cannot be read: {reason(error)}")
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Of several files beside an image that may hold its caption, the one with the lowest is taken."""
+    suffix = posixpath.splitext(name)[1]
+    places = [place for place, text in enumerate(_TEXTS) if suffix.lower() == text]
+    return (places[0] if places else 0), "" if suffix == suffix.lower() else suffix
 
 
 def _parquet_records(file: Any, _: str) -> Iterator[dict[str, Any] | RowError]:

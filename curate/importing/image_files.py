@@ -129,15 +129,12 @@ class Given:
 
 
 def _png(number: int, image: Image) -> bytes:
-    """The pixels of an image as they would be read from its file."""
+    """The pixels of an image as they would be seen in its file."""
     from PIL import Image as images
-    from PIL import ImageOps
 
+    from curate.reading.images import as_seen
     if not isinstance(image, images.Image):
         raise UsageError(f"item {number} is a {type(image).__name__}: expected PIL images or paths of image files")
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        upright = upright.convert("RGB")
     buffer = io.BytesIO()
-    upright.save(buffer, "PNG", compress_level=1)
+    as_seen(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -60,8 +60,9 @@ class Sample:
 
     @property
     def caption(self) -> str | None:
-        """The caption: ``txt`` (or ``caption``, ``cap``), else the first text in the fields ``caption``, ``text``,
-        ``prompt`` or ``captions`` of ``json``, or in the one that ``caption_field`` names; None if there is none.
+        """The caption: the text in that field of ``json`` that ``caption_field`` names, else ``txt`` (or ``caption``,
+        ``cap``), else, where no field is named, the first text in ``caption``, ``text``, ``prompt`` or ``captions`` of
+        ``json``; None if there is none.
         """
         return self._caption[0]
 
@@ -72,13 +73,12 @@ class Sample:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All captions without repetition, empty ones left out: ``caption``, the others of a list that it is the first
-        of, and those that curation pooled from copies.
+        """All captions without repetition, empty ones left out: ``caption``, the others of a list in ``json`` that it
+        stands in, and those that curation pooled from copies.
         """
-        listed: tuple[str, ...] = ()
-        if self.caption is not None and (self.caption_field or self._extension(*TEXT_EXTENSIONS) is None):
-            listed = tuple(text.strip() for text in field_captions(self.fields, self.caption_field))
-        return tuple(dict.fromkeys(filter(None, (self.caption, *listed, *texts_of(self.account.get("captions"))))))
+        listed = [text.strip() for text in field_captions(self.fields, self.caption_field)]
+        found = [self.caption, *(listed if self.caption in listed else ()), *texts_of(self.account.get("captions"))]
+        return tuple(dict.fromkeys(filter(None, found)))
 
     @cached_property
     def fields(self) -> Mapping[str, Any]:
@@ -111,18 +111,21 @@ class Sample:
 
     @cached_property
     def _caption(self) -> tuple[str | None, str | None]:
-        if not self.caption_field and (ext := self._extension(*TEXT_EXTENSIONS)) is not None:
+        if self._in_json:
+            return text_caption(self._in_json[0].encode())
+        if (ext := self._extension(*TEXT_EXTENSIONS)) is not None:
             return text_caption(self.members[ext])
-        problem = self._json[1]
         if self._extension("json") is None:
-            missing = "no json member" if self.caption_field else "neither a txt nor a json member"
-            return None, f"no caption: there is {missing}"
-        if problem is None:
-            if texts := field_captions(self.fields, self.caption_field):
-                return text_caption(texts[0].encode())
-            problem = f"has no string {self.caption_field or 'caption'!r}"
-        instead = "" if self.caption_field else "there is no txt member and "
-        return None, f"no caption: {instead}the json member {problem}"
+            return None, "no caption: there is neither a txt nor a json member"
+        problem = self._json[1] or f"has no string {self.caption_field or 'caption'!r}"
+        return None, f"no caption: there is no txt member and the json member {problem}"
+
+    @cached_property
+    def _in_json(self) -> tuple[str, ...]:
+        """The captions in ``json``, where it is there that the caption stands."""
+        if self.caption_field or self._extension(*TEXT_EXTENSIONS) is None:
+            return field_captions(self.fields, self.caption_field)
+        return ()
 
     def _extension(self, *wanted: str) -> str | None:
         spelled = {ext.lower(): ext for ext in self.members}

@@ -164,7 +164,7 @@ def test_a_caption_column_is_chosen_by_name_or_said_to_be_none(tmp_path):
     ingest(src, tmp_path / "none", text_column="")
     words, none = samples_of(tmp_path / "words")[0], samples_of(tmp_path / "none")[0]
     assert words.caption == "w" and fields(words)["text"] == "t"
-    assert none.caption is None and fields(none) == {"words": "w", "text": "t", "source": "a.png"}
+    assert none.caption is None and fields(none) == {"words": "w", "text_": "t", "source": "a.png"}
 
 
 def test_the_format_is_told_by_the_first_bytes(tmp_path):
@@ -279,14 +279,26 @@ def test_captions_that_cannot_be_read_travel_and_are_listed(tmp_path):
     by_source = {fields(sample)["source"]: sample for sample in samples_of(tmp_path / "out")}
     for name in ("a.png", "e.png"):
         assert by_source[name].members["txt"] == latin
-        assert by_source[name].caption_problem == "caption is not UTF-8"
-        assert accounts(tmp_path / "out")[name] == ("imported", "caption is not UTF-8")
+        assert by_source[name].caption_problem.startswith("caption is not UTF-8: ")
+        assert accounts(tmp_path / "out")[name] == ("imported", by_source[name].caption_problem)
     assert by_source["b.png"].caption == "with a mark"
     assert by_source["c.png"].caption == "" and by_source["d.png"].caption is None
     assert summary["remarks"] == {"caption is not UTF-8": 2, "no caption": 2}
 
     strict = ingest(src, tmp_path / "strict", require_caption=True)
     assert (strict["imported"], strict["reasons"]) == (1, {"caption is not UTF-8": 2, "no caption": 2})
+
+
+def test_captions_beside_images_have_the_suffixes_that_trainers_know(tmp_path):
+    files = {f"{name}.png": png(number) for number, name in enumerate("abcdef")}
+    files |= {"a.caption": "a", "b.cap": "b", "c.CAPTION": "c", "d.cap": "other", "d.txt": "d", "d.caption": "other"}
+    files |= {"e.txt": "ein Bär\n".encode("utf-16"), "f.json": '{"prompt": ["f", "more"], "n": 1}', "g.cap": "orphan"}
+    summary = ingest(lay_out(tmp_path / "src", files), tmp_path / "out")
+    captions = {fields(sample)["source"]: sample.caption for sample in samples_of(tmp_path / "out")}
+    assert captions == {f"{name}.png": name for name in "abcdf"} | {"e.png": "ein Bär"}
+    assert samples_of(tmp_path / "out")[4].members["txt"] == "ein Bär".encode()
+    assert samples_of(tmp_path / "out")[5].captions == ("f", "more")
+    assert summary["reasons"] == {"no image": 1} and summary["remarks"] == {}
 
 
 def test_fields_of_a_source_that_shards_use_themselves_move_aside(tmp_path):

@@ -220,6 +220,13 @@ def scan(
         "counts": counts,
         "left_out": left_out,
     }
+    _join(parts, path, about)
+    shutil.rmtree(work)
+    return ShardSet(path)
+
+
+def _join(parts: Sequence[Path], path: Path, about: dict[str, Any]) -> None:
+    """Write the scans of all shards as one; say how many samples have no caption."""
     captionless = 0
     with _writer(path, about) as writer:
         for part in parts:
@@ -230,10 +237,8 @@ def scan(
     if captionless:
         log.warning(
             "%d of %d samples have no caption, and are trained on with the empty one (caption_field names the field of "
-            "the json that holds it)", captionless, sum(counts),
+            "the json that holds it)", captionless, sum(about["counts"]),
         )  # fmt: skip
-    shutil.rmtree(work)
-    return ShardSet(path)
 
 
 def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
