@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import csv
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afresh.errors import UsageError, UserError, reason
+from afresh.files import csv_rows, encoding_of
 from curate.config import ImportConfig
 from curate.importing.listing import Entry, fingerprint, list_files, open_folder
 from curate.importing.rows import Content, Row, RowError, caption_of, failed, opened, printable, read_image
@@ -170,10 +170,14 @@ class Folder:
                 with opened(self.filesystem, posixpath.join(self.root, metadata)) as file:
                     columns = pq.ParquetFile(file).schema_arrow.names
             else:
-                first = next((row for row in self._records(metadata) if isinstance(row, dict)), None)
+                records = (row for row in self._records(metadata) if isinstance(row, dict))
+                first = next(records, None)
                 if first is None:
                     return None
                 columns = list(first)
+                if metadata.endswith(".csv"):  # all of it: a row that lost the end of its caption shows in its shape
+                    for _ in records:
+                        pass
         except (RowError, pa.ArrowException) as error:
             raise UserError(f"{where}: {reason(error)}") from error
         if "file_name" not in columns:
@@ -187,11 +191,12 @@ class Folder:
         name = record.get("file_name")
         if not isinstance(name, str) or not name:
             raise RowError("no image: the metadata row has no file_name")
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(metadata), name))
-        place = bisect.bisect_left(self.images, path)
-        if place == len(self.images) or self.images[place] != path:
-            raise RowError(f"no image: the metadata row names {printable(name)!r}, which is not in the folder")
-        return path
+        for spelled in (name, name.replace("\\", "/")):  # as Windows writes paths
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(metadata), spelled))
+            place = bisect.bisect_left(self.images, path)
+            if place < len(self.images) and self.images[place] == path:
+                return path
+        raise RowError(f"no image: the metadata row names {printable(name)!r}, which is not in the folder")
 
     def _records(self, metadata: str) -> Iterator[dict[str, Any] | RowError]:
         """The rows of a metadata file in order; in the place of a row that cannot be read, the reason."""
@@ -204,6 +209,8 @@ class Folder:
             yield error
         except (pa.ArrowException, UnicodeError) as error:
             yield RowError(f"cannot be read: {reason(error)}")
+        except ValueError as error:  # of a table's shape
+            raise UserError(f"{posixpath.join(self.url, metadata)}: {error}") from error
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -222,18 +229,13 @@ def _parquet_records(file: Any, _: str) -> Iterator[dict[str, Any] | RowError]:
 
 def _text_records(file: Any, name: str) -> Iterator[dict[str, Any] | RowError]:
     # Bytes that are not UTF-8 are kept as lone surrogates: one caption's fault, which leaves the others readable.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    if name.endswith(".csv"):
-        rows = csv.DictReader(text)
-        while True:
-            try:
-                record = next(rows, None)
-            except csv.Error as error:
-                yield RowError(f"cannot be read: {reason(error)}")
-                continue
-            if record is None:
-                return
-            yield {key: value for key, value in record.items() if key is not None}
+    encoding = encoding_of(file.read(4))
+    file.seek(0)
+    table = name.endswith(".csv")
+    text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="" if table else "\n")
+    if table:
+        yield from csv_rows(text)
+        return
     for line in text:
         if not line.strip():
             continue
