@@ -21,7 +21,8 @@ from curate.config import ImportConfig
 from curate.importing.listing import Entry, fingerprint, list_files, open_folder
 from curate.importing.rows import Content, Row, RowError, caption_of, failed, opened, printable, read_image
 from curate.importing.sidecars import read_beside
-from curate.importing.tables import BATCH_ROWS, choose_text, json_values
+from curate.importing.tables import BATCH_ROWS, choose_text
+from curate.importing.values import json_values, without_bytes
 from curate.reading.captions import TEXT_EXTENSIONS
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -168,7 +169,7 @@ class Folder:
         try:
             if metadata.endswith(".parquet"):
                 with opened(self.filesystem, posixpath.join(self.root, metadata)) as file:
-                    columns = pq.ParquetFile(file).schema_arrow.names
+                    columns = without_bytes(pq.ParquetFile(file).schema_arrow)
             else:
                 records = (row for row in self._records(metadata) if isinstance(row, dict))
                 first = next(records, None)
