@@ -9,7 +9,7 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 
 from afresh.errors import UsageError, UserError, reason
 from afresh.files import csv_rows, encoding_of
+from afresh.progress import get_logger
 from curate.config import ImportConfig
+from curate.importing.layouts import METADATA_FILES, folder_repeats, of_split
 from curate.importing.listing import Entry, fingerprint, list_files, open_folder
 from curate.importing.rows import Content, Row, RowError, caption_of, failed, opened, printable, read_image
 from curate.importing.sidecars import read_beside
@@ -25,8 +27,7 @@ from curate.importing.tables import BATCH_ROWS, choose_text
 from curate.importing.values import json_values, without_bytes
 from curate.reading.captions import TEXT_EXTENSIONS
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+log = get_logger(__name__)
 MAX_KEY_BYTES = 100
 _TEXTS = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)  # of files with a caption, the first goes before
 _TXT, _JSON, _IMAGE = 1, 2, 4  # what stands under one path without suffix; images are counted above the two bits
@@ -42,11 +43,12 @@ class Folder:
 
     Args:
         url: a local path or an fsspec URL.
-        config: ``caption_field`` and ``text_column`` say where captions are.
-        metadata: whether metadata files are read; else they are passed over.
+        config: ``caption_field`` and ``text_column`` say where captions are; ``split`` names one of several.
+        metadata: whether metadata files are read, and folders' names for what they say; else they are passed over.
 
     Raises:
-        UsageError: it is no folder, holds nothing, or a metadata file's columns do not tell which is the caption.
+        UsageError: it is no folder, holds nothing or several splits of which none is named, or a metadata file's
+            columns do not tell which is the caption.
         UserError: a metadata file cannot be read.
     """
 
@@ -58,9 +60,11 @@ class Folder:
         self.problems: list[Entry] = []
         self._stems: dict[str, int] = {}
         self._spelled: dict[str, str] = {}  # what stands for a .txt or .json of another suffix, or in upper case
-        entries = sorted(list_files(url))
+        entries: Sequence[Entry] = sorted(list_files(url))
         if not entries:
             raise UsageError(f"src: {url} holds no files")
+        if metadata:
+            entries = of_split(entries, config.split, url)
         for entry in entries:
             self._sort_in(entry)
         self.contents = fingerprint(entries)
@@ -70,8 +74,15 @@ class Folder:
             for sidecar in (self._sidecar(stem, ".json"), self._sidecar(stem, ".txt"))
             if sidecar is not None
         ]
+        self.repeats: dict[str, tuple[int, str]] = {}
         if not metadata:
             self.metadata.clear()
+        elif repeats := folder_repeats(self.images):
+            self.repeats = repeats
+            log.info(
+                "%s: folders say how often their images are to be seen: the json of a sample has it as repeats, which "
+                "train finetune takes as a weight (--weight_field repeats)", url,
+            )  # fmt: skip
         for name in self.metadata:
             self.metadata[name] = self._caption_column(name)
         self.total: int | None = len(self.images) + len(self.orphans) + len(self.problems)
@@ -155,6 +166,10 @@ class Folder:
                 elif caption is None:
                     problem = why_none
             fields |= {key: value for key, value in record.items() if key != "file_name"}
+            if (repeated := self.repeats.get(posixpath.dirname(name))) is not None:
+                fields.setdefault("repeats", repeated[0])
+                if caption is None:  # as these trainers do
+                    caption, problem = repeated[1].encode("utf-8", "surrogateescape"), None
             if column is not None and isinstance(fields.get(column), str):
                 del fields[column]
             return Content(image, caption, problem, fields)
