@@ -39,6 +39,16 @@ def reason(error: BaseException, *, at_most: int = 300) -> str:
     return " ".join(text.split())[:at_most] or type(error).__name__
 
 
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error tells of the machine, which has no memory or refused a call, and not of what was being decoded.
+
+    Pillow's own errors of malformed images are ``OSError`` too, without a number; so is its word for lacking memory.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None or str(error).startswith("out of memory")
+    return isinstance(error, MemoryError)
+
+
 def one_line(error: BaseException) -> str:
     """An exception as a command ends with it; what the system refused is named by its path, a defect by its class."""
     if isinstance(error, OSError) and error.strerror:

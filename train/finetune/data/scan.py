@@ -30,7 +30,7 @@ from afresh.progress import get_logger
 from curate.decisions.sample_lists import listed_keys, refuse_missing
 from curate.engines.local import LocalEngine
 from curate.reading.images import ImageError, image_size
-from curate.reading.samples import BadSample, Sample, read_samples
+from curate.reading.samples import BadSample, Sample, Shard
 from curate.reading.urls import expand_shards, fingerprint, shard_bytes, shard_names
 from train.finetune.config import FinetuneConfig, ShardGroup
 from train.finetune.data.together import together
@@ -307,7 +307,7 @@ def _scan_shard(task: _ScanTask) -> None:
     """Write the record batch of one shard."""
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     left_out, excluded = 0, []
-    for item in read_samples(task.url, name=task.name, caption_field=task.caption_field):
+    for item in Shard(task.url, task.name, task.caption_field):
         if item.key in task.excluded:
             excluded.append(item.key)
             continue
