@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from afresh.errors import UserError, one_line
+from afresh.errors import UserError
 from curate.reading.captions import TEXT_EXTENSIONS, field_captions, json_fields, text_caption, texts_of
 from curate.reading.members import cut_name, is_left_behind, key_and_extension, listed, refusal, safe_name
 from curate.reading.tar import BLOCK, Archive, Failure, Member, ReadError, shown
@@ -296,11 +296,11 @@ def machine_named(sample: Sample | BadSample) -> Iterator[None]:
     where = f"sample {shown(sample.key)} of {sample.shard or 'the set'}"
     try:
         yield
-    except MemoryError as error:
-        instead = "give it fewer --workers, or a lower --max_pixels; the same command goes on there"
-        raise UserError(f"{where}: out of memory: {instead}") from error
-    except OSError as error:
-        raise UserError(f"{where}: {one_line(error)}; the same command goes on there") from error
+    except (MemoryError, OSError) as error:
+        why = f"{error.strerror};" if isinstance(error, OSError) and error.strerror else (
+            "out of memory: give it fewer --workers, or a lower --max_pixels;"
+        )
+        raise UserError(f"{where}: {why} the same command goes on there") from error
 
 
 def sample_bytes(sample: Sample | BadSample) -> int:
