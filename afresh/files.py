@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import errno
 import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UserError, reason
+from afresh.errors import UserError, printable, reason
 
 # UTF-32's mark begins with UTF-16's.
 _MARKS = (
@@ -62,15 +63,19 @@ def decode_text(data: bytes) -> str:
     Raises:
         ValueError: it is none of these; the message says where, and what to do.
     """
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark) and data != _TWO_BYTES), "utf-8")
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding_of(data))
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise ValueError(f"{where}: convert it to UTF-8, as by iconv -f CP1252 -t UTF-8") from error
     if 4 * text.count("\0") > len(text):
         raise ValueError("it is full of NUL bytes, as UTF-16 without its mark would be: convert it to UTF-8")
     return text
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding of a text by its byte order mark, which is looked for in the first four bytes."""
+    return next((name for mark, name in _MARKS if head.startswith(mark) and head != _TWO_BYTES), "utf-8")
 
 
 def text_lines(text: str) -> list[str]:
@@ -84,6 +89,41 @@ def text_lines(text: str) -> list[str]:
 def temporary_name(name: str) -> str:
     """``.tmp-…-NAME``, which nobody else gives: not another thread, nor a machine with the same process numbers."""
     return f".tmp-{secrets.token_hex(8)}-{name}"
+
+
+def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The rows of comma-separated text with a header, as ``csv.DictReader`` gives them; empty ones are passed over.
+
+    Args:
+        lines: with their ends, as a file opened with ``newline=""`` gives them.
+
+    Raises:
+        ValueError: a row has not as many values as the header, or a quotation does not end; the message gives its
+            number, from 1 behind the header. What an unquoted comma or line end cuts off would be lost otherwise.
+    """
+    rows = csv.reader(lines, strict=True)
+    number, header = 0, None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"row {number + 1} (line {rows.line_num}) cannot be read: {error}") from error
+        if row is None:
+            return
+        if header is None:
+            header = row
+            if any("\0" in name for name in header):
+                raise ValueError("it is full of NUL bytes, as UTF-16 without its mark would be: convert it to UTF-8")
+            if twice := next((name for name in header if name and header.count(name) > 1), None):
+                raise ValueError(f"two columns are named {printable(twice)!r}")
+        elif row:
+            number += 1
+            if len(row) < len(header) or any(row[len(header) :]):
+                raise ValueError(
+                    f"row {number} (line {rows.line_num}) has {len(row)} values where the header has {len(header)} "
+                    f"({printable(', '.join(header))}): put text that holds commas or line ends in double quotes"
+                )
+            yield dict(zip(header, row, strict=False))
 
 
 def _sync_folder(folder: Path) -> None:

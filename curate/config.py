@@ -14,8 +14,8 @@ class ImportConfig:
     """Settings of ``curate import``.
 
     Args:
-        src: a folder of images, a Hugging Face dataset (a local folder or a hub name), or parquet files; paths,
-            globs, brace ranges or fsspec URLs. Only parquet files may be several.
+        src: a folder of images, or a zip file of one, a Hugging Face dataset (a local folder or a hub name), or parquet
+            files; paths, globs, brace ranges or fsspec URLs. Only parquet files may be several.
         out: local folder or fsspec URL for the result: ``{:06d}.tar``, ``import.parquet`` with a row for every row of
             the source, ``summary.json``.
         kind: what the source is, where it should not be recognised by itself.
@@ -27,7 +27,8 @@ class ImportConfig:
         image_column: the column of images; null for the only one that looks like it.
         image_root: folder below which the paths of a table lie; null for the folder of the table. What leads out of
             it is skipped, so ``/`` admits any path.
-        split: split of a dataset that has several.
+        split: split of a dataset that has several, or of a folder with folders such as ``train`` and ``test``; ``all``
+            takes all images of such a folder.
         subset: configuration of a dataset that has several.
         streaming: read a dataset of the hub as it arrives instead of downloading it first.
         convert: write GIF, BMP, TIFF and AVIF images as PNG, their pixels unchanged, instead of skipping them.

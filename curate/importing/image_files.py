@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from afresh.errors import UsageError, reason
 from curate.config import ImportConfig
-from curate.importing.folders import IMAGE_SUFFIXES, Folder
+from curate.importing.folders import Folder
+from curate.importing.layouts import IMAGE_SUFFIXES
 from curate.importing.members import sample_members
 from curate.importing.rows import Content, RowError, filesystem_of, opened, printable, read_image
 from curate.importing.sidecars import read_beside

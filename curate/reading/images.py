@@ -56,6 +56,8 @@ _MAGIC = (
     (b"II+\0", "tiff"),
     (b"MM\0+", "tiff"),
     (b"\0\0\0\x0cjP  ", "jp2"),
+    (b"\0\0\0\x0cJXL \r\n", "jxl"),
+    (b"\xff\x0a", "jxl"),
 )
 _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124))
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -193,7 +195,15 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         if is_png:
             image.info |= png.orientation_data(data)
     except Image.UnidentifiedImageError as error:
+<<<<<<< HEAD
         raise ImageError(f"not a {', '.join(FORMATS)} image") from error
+=======
+        known = image_format(data[:64])
+        other = "" if known is None else f": its first bytes are those of {known}"
+        raise ImageError(f"not a {', '.join(FORMATS)} image{other}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image has more than {max_pixels} pixels: refused before decoding") from error
+>>>>>>> field
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
         if of_the_machine(error):
             raise
@@ -260,7 +270,8 @@ def image_format(head: bytes) -> str | None:
     """The format that encoded bytes begin with, by their magic numbers: the first 64 bytes are enough.
 
     Returns:
-        ``jpg``, ``png``, ``webp``, ``gif``, ``bmp``, ``tiff``, ``avif``, ``heic`` or ``jp2``; None for anything else.
+        ``jpg``, ``png``, ``webp``, ``gif``, ``bmp``, ``tiff``, ``avif``, ``heic``, ``jp2`` or ``jxl``; None for
+        anything else.
     """
     for magic, name in _MAGIC:
         if head.startswith(magic):

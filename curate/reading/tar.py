@@ -109,6 +109,8 @@ class Archive:
             header = _Header.parse(block)
             if isinstance(header, str):
                 what = "is corrupt" if self._last is not None else "is no tar archive, or corrupt,"
+                if self._last is None and block.startswith(b"PK\3\4"):
+                    raise _Damage("corrupt_archive", "archive is a zip, no tar: `curate import` makes shards of it")
                 raise _Damage("corrupt_archive", f"archive {what} {self._where()}: {header}")
             if header.type in _EXTENDED:
                 (fixed if header.type == _GLOBAL else extra).add(header, self._extension(header))

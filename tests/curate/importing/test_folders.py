@@ -102,6 +102,36 @@ def test_metadata_files_caption_images_as_imagefolder_reads_them(suffix, tmp_pat
     ]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_lines_of_metadata_end_where_their_format_says_so(suffix, encoding, tmp_path):
+    odd = "a\u2028b\x85c\x0cd"
+    lines = {"csv": ["file_name,text", f"a.png,{odd}", "sub\\b.png,two"]}
+    rows = [{"file_name": "a.png", "text": odd}, {"file_name": "sub\\b.png", "text": "two"}]
+    lines["jsonl"] = [json.dumps(row, ensure_ascii=False) for row in rows]
+    src = lay_out(tmp_path / "src", {"a.png": png(0), "sub/b.png": png(1)})
+    (src / f"metadata.{suffix}").write_bytes("".join(f"{line}\r\n" for line in lines[suffix]).encode(encoding))
+    summary = ingest(src, tmp_path / "out")
+    captions = {fields(sample)["source"]: sample.caption for sample in samples_of(tmp_path / "out")}
+    assert captions == {"a.png": odd, "sub/b.png": "two"} and summary["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("file_name,text\na.png,a\nb.png,a cat, on a mat\n", r"row 2 \(line 3\) has 3 values where the header has 2"),
+        ("file_name,text\na.png,a cat\non a mat\n", r"row 2 \(line 3\) has 1 values"),
+        ('file_name,text\na.png,"a cat\nb.png,a dog\n', "row 1 .* cannot be read"),
+        ("file_name,text,text\na.png,a,b\n", "two columns are named 'text'"),
+    ],
+)
+def test_a_table_that_would_lose_a_part_of_a_caption_is_refused_with_its_row(table, complaint, tmp_path):
+    src = lay_out(tmp_path / "src", {"a.png": png(0), "b.png": png(1), "metadata.csv": table})
+    with pytest.raises(UserError, match=f"metadata.csv: {complaint}"):
+        ingest(src, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_metadata_lists_what_it_names_in_vain_and_leaves_the_rest_to_other_captions(tmp_path):
     src = lay_out(
         tmp_path / "src",
