@@ -195,15 +195,9 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         if is_png:
             image.info |= png.orientation_data(data)
     except Image.UnidentifiedImageError as error:
-<<<<<<< HEAD
-        raise ImageError(f"not a {', '.join(FORMATS)} image") from error
-=======
         known = image_format(data[:64])
         other = "" if known is None else f": its first bytes are those of {known}"
         raise ImageError(f"not a {', '.join(FORMATS)} image{other}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image has more than {max_pixels} pixels: refused before decoding") from error
->>>>>>> field
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
         if of_the_machine(error):
             raise
