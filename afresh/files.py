@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +33,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Temporary path beside ``path``, renamed onto it when the block ends well and removed when it does not.
 
-    A reader sees the old file or the new one, never a part. The folder is made if it is missing; the
-    temporary name keeps the suffix, for writers that go by it.
+    A reader sees the old file or the new one, never a part, and of several writers the last one's. The folder is made
+    if it is missing; the temporary name keeps the suffix, for writers that go by it.
 
     Raises:
         UserError: the disk is full, or the user's share of it.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -83,6 +84,11 @@ def text_lines(text: str) -> list[str]:
     """
     lines = text.split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def temporary_name(name: str) -> str:
+    """``.tmp-…-NAME``, which nobody else gives: not another thread, nor a machine with the same process numbers."""
+    return f".tmp-{secrets.token_hex(8)}-{name}"
 
 
 def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:

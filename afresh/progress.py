@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, Self
 
+from afresh.errors import printable
+
 
 def is_main_process() -> bool:
     """Whether this process speaks for the job: rank 0 of a launched job, or the only process."""
@@ -51,7 +53,8 @@ def get_logger(name: str) -> logging.Logger:
 
 class _LevelFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        # Names and captions stand in it; its own lines (a traceback's) stay lines.
+        message = "\n".join(map(printable, super().format(record).split("\n")))
         return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
 
 

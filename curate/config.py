@@ -97,7 +97,8 @@ class DedupConfig:
             ``txt`` (or ``caption``, ``cap``), else the first of the fields ``caption``, ``text``, ``prompt`` and
             ``captions`` that holds text.
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
-            image alone, with an ``empty`` caption.
+            image alone, with an ``empty`` caption; ``auto`` leaves it out, unless no sample of the set has a caption:
+            then all are curated by their images alone.
         pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs of at least four
             times the embedder's size are decoded at a reduced scale, which makes reading nearly twice as fast,
             and compared by their coded data without metadata; copies that were coded anew without loss, or stored
@@ -138,7 +139,7 @@ class DedupConfig:
     on_caption_differs: Literal["pool", "keep"] = "pool"
     max_per_caption: int | None = None
     caption_field: str = ""
-    missing_caption: Literal["unreadable", "empty"] = "unreadable"
+    missing_caption: Literal["auto", "unreadable", "empty"] = "auto"
     pixel_hash: bool = False
     max_pixels: int = 64_000_000
     sweep: float = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,10 @@ def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
         raise UsageError(f"src {url!r}: {reason(error)}") from error
 
 
+# What the next file would meet as well: no files or memory left, a disk that fails.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+
+
 @contextlib.contextmanager
 def opened(filesystem: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
     """A file of a source, open for reading.
@@ -110,7 +115,7 @@ def opened(filesystem: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
         raise RowError(f"cannot be read: {reason(error)}") from error
     except OSError as error:
         # Arrow says OSError, without a number, of damaged data; file systems have kinds or numbers of their own.
-        if local or (type(error) is OSError and error.errno is None):
+        if (local and error.errno not in _OF_THE_MACHINE) or (type(error) is OSError and error.errno is None):
             raise RowError(f"cannot be read: {reason(error)}") from error
         raise _outage(path, error) from error
     except Exception as error:

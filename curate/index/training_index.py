@@ -8,6 +8,7 @@ somebody may have.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afresh.errors import UserError, reason
+from afresh.errors import UsageError, UserError, reason
 from afresh.files import write_atomic, write_json
 from afresh.storage import Store
 from curate.index.calibration import Calibration, nearest_distinct
@@ -28,6 +29,8 @@ from curate.reading.captions import normalise_caption
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from curate.embed.protocol import Embedder
 
 
 FORMAT = 1
@@ -48,6 +51,8 @@ class TrainingIndex:
         group: int64 ``[n]``, rows of one image (and its copies) share a number.
         embedder: name or path for ``load_embedder``.
         calibration: onto SSCD's scale.
+        embedder_digest: of the embedder's weights and preparation of images, which is what it is known by; empty in an
+            index that did not note it.
     """
 
     embeddings: NDArray[np.float16]
@@ -58,6 +63,7 @@ class TrainingIndex:
     group: NDArray[np.int64]
     embedder: str
     calibration: Calibration = field(default_factory=Calibration)
+    embedder_digest: str = ""
 
     @classmethod
     def build(
@@ -69,6 +75,7 @@ class TrainingIndex:
         kept: NDArray,
         group: NDArray,
         embedder_name: str,
+        embedder_digest: str = "",
     ) -> TrainingIndex:
         """An index in memory, calibrated on its own kept samples.
 
@@ -78,6 +85,7 @@ class TrainingIndex:
             kept: ``[n]`` bool.
             group: ``[n]`` int, equal for copies of one image.
             embedder_name: name or path for ``load_embedder``.
+            embedder_digest: the embedder's.
 
         Raises:
             ValueError: the lengths differ.
@@ -95,10 +103,44 @@ class TrainingIndex:
         rows = np.ascontiguousarray(embeddings, np.float16)
         kept, group = np.asarray(kept, bool), np.asarray(group, np.int64)
         calibration = Calibration.fit(nearest_distinct(rows, kept, group))
-        return cls(rows, list(captions), list(shards), list(keys), kept, group, embedder_name, calibration)
+        identity = (list(captions), list(shards), list(keys))
+        return cls(rows, *identity, kept, group, embedder_name, calibration, embedder_digest)
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes when the rows do, wherever the index lies: 32 hex characters."""
+        content = hashlib.sha256(np.ascontiguousarray(self.embeddings).data)
+        for column in (self.shards, self.keys, self.kept.tolist()):
+            content.update(json.dumps(column).encode())
+        return content.hexdigest()[:32]
+
+    def refuse_other(self, embedder: Embedder, where: str = "the index") -> None:
+        """See that an embedder is the one that the rows were made with: by its weights and how it prepares images, and
+        not by its name, under which other weights may lie by now. An index that did not note them goes by the name of
+        the embedder, or of its file.
+
+        Args:
+            embedder: that is to be compared with the rows.
+            where: what to call the index in the message.
+
+        Raises:
+            UsageError: it is another one; the message says what to do.
+        """
+        name, now = embedder.name, getattr(embedder, "digest", "")
+        if now == self.embedder_digest if now and self.embedder_digest else Path(name).name == Path(self.embedder).name:
+            return
+        if name != self.embedder:
+            raise UsageError(
+                f"{where} was made with the embedder {self.embedder!r}, not {name!r}; give it the same one, or curate "
+                "again with this one"
+            )
+        raise UsageError(
+            f"{where} was made with other weights or settings of {name!r} (digest {self.embedder_digest[:12]}, now "
+            f"{now[:12]}); give it the same ones, or curate again with these"
+        )
 
     @property
     def dim(self) -> int:
@@ -242,6 +284,7 @@ class TrainingIndex:
             {
                 "format": FORMAT,
                 "embedder": self.embedder,
+                "embedder_digest": self.embedder_digest,
                 "rows": len(self),
                 "dim": self.dim,
                 "calibration": {"cosine": self.calibration.cosine, "value": self.calibration.value},
@@ -267,6 +310,7 @@ class TrainingIndex:
             about = json.loads((folder / "index.json").read_text())
             stored, rows, dim = about["format"], about["rows"], about["dim"]
             embedder, calibration = about["embedder"], about["calibration"]
+            embedder_digest = about.get("embedder_digest", "")
             calibration = Calibration(tuple(calibration["cosine"]), tuple(calibration["value"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'index.json'} is not an index's description: {error!r}") from error
@@ -293,6 +337,7 @@ class TrainingIndex:
             columns["group"].to_numpy().astype(np.int64),
             embedder,
             calibration,
+            embedder_digest,
         )
 
 

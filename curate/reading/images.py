@@ -1,14 +1,14 @@
 """The one place that reads images: bytes → what a viewer shows as RGB, RGB → arrays, and the hash of what is seen.
 
 Image bytes come from anywhere, so they are refused by size before they are decoded, and every way in which
-decoding can fail ends in one exception, ``ImageError``, with a reason that can stand in a ledger.
+decoding can fail for what they hold ends in one exception, ``ImageError``, with a reason that can stand in a ledger.
+Where the machine fails (no memory left), its own error goes through: it says nothing about the image.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from afresh.errors import reason
+from afresh.errors import of_the_machine, reason
 from curate.reading import jpeg, png
+from curate.reading.limits import pillows_limit_lifted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,6 +101,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises:
         ImageError: empty, unknown, truncated, malformed or too large.
+        MemoryError: there is too little for an image of its size.
     """
     return decode_scaled(data, None, max_pixels=max_pixels).image
 
@@ -117,11 +119,18 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
     Raises:
         ImageError: as ``decode_image``.
     """
+    with pillows_limit_lifted():
+        return _decoded(data, at_least, max_pixels)
+
+
+def _decoded(data: bytes, at_least: int | None, max_pixels: int) -> DecodedImage:
     image = _opened(data, max_pixels)
     width, height = image.size
     try:
         _load(image, at_least)
     except Exception as error:
+        if of_the_machine(error):
+            raise
         whole = None
         if image.format in ("JPEG", "MPO"):
             whole = jpeg.ended(data, partial(_pixels_of, max_pixels=max_pixels))
@@ -135,6 +144,8 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
             width, height = height, width
         return DecodedImage(as_seen(image), width, height, orientation)
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
@@ -150,7 +161,8 @@ def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         ImageError: empty, unknown, too large, or with a malformed header.
     """
-    image = _opened(data, max_pixels)
+    with pillows_limit_lifted():
+        image = _opened(data, max_pixels)
     width, height = image.size
     return (height, width) if _orientation(image) > 4 else (width, height)
 
@@ -165,7 +177,9 @@ def _pixels_of(data: bytes, max_pixels: int) -> object:
     """What is equal where the pixels of a JPEG are; nothing is equal to what cannot be decoded."""
     try:
         return hashlib.sha256(_opened(data, max_pixels).tobytes()).digest()
-    except Exception:  # the readers raise whatever the malformed bytes lead them to
+    except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        if of_the_machine(error):
+            raise
         return object()
 
 
@@ -177,18 +191,16 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError(f"JPEG has {scans} scans, more than {MAX_SCANS}: refused before decoding")
     is_png = data.startswith(png.SIGNATURE)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
-            image = Image.open(io.BytesIO(png.pixels_alone(data) if is_png else data), formats=FORMATS)
+        image = Image.open(io.BytesIO(png.pixels_alone(data) if is_png else data), formats=FORMATS)
         if is_png:
             image.info |= png.orientation_data(data)
     except Image.UnidentifiedImageError as error:
         known = image_format(data[:64])
         other = "" if known is None else f": its first bytes are those of {known}"
         raise ImageError(f"not a {', '.join(FORMATS)} image{other}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image has more than {max_pixels} pixels: refused before decoding") from error
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        if of_the_machine(error):
+            raise
         raise ImageError(f"image header is malformed: {reason(error, at_most=200)}") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -277,10 +289,13 @@ def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
     Raises:
         ImageError: it cannot be decoded, is too large, or has colours or a depth that PNG cannot hold unchanged.
     """
+    with pillows_limit_lifted():
+        return _as_png(data, max_pixels)
+
+
+def _as_png(data: bytes, max_pixels: int) -> bytes:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
-            opened = Image.open(io.BytesIO(data), formats=CONVERTED_FORMATS)
+        opened = Image.open(io.BytesIO(data), formats=CONVERTED_FORMATS)
         if opened.width * opened.height > max_pixels:
             raise ImageError(f"image is {opened.width}x{opened.height}, more than {max_pixels} pixels")
         bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (1,)) if isinstance(opened, TiffImageFile) else (8,)
@@ -300,6 +315,8 @@ def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"not a {', '.join(CONVERTED_FORMATS)} image") from error
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        if of_the_machine(error):
+            raise
         raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
@@ -366,7 +383,9 @@ def _orientation(image: Image.Image) -> int:
     try:
         # Not a PNG's own way, which decodes all pixels to look behind them.
         orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except Exception:  # malformed EXIF says nothing about the pixels
+    except Exception as error:  # malformed EXIF says nothing about the pixels
+        if of_the_machine(error):
+            raise
         return 1
     return int(orientation) if orientation in range(2, 9) else 1
 

@@ -72,6 +72,13 @@ class Sample:
         return self._caption[1]
 
     @property
+    def captionless(self) -> bool:
+        """Whether nothing stands where a caption would: not one that cannot be read, nor a lack of the field asked for."""
+        if self.caption is not None or self.caption_field or self._extension(*TEXT_EXTENSIONS) is not None:
+            return False
+        return self._json[1] is None
+
+    @property
     def captions(self) -> tuple[str, ...]:
         """All captions without repetition, empty ones left out: ``caption``, the others of a list in ``json`` that it
         stands in, and those that curation pooled from copies.
@@ -91,7 +98,7 @@ class Sample:
         member ``afresh.json``.
         """
         noted = self.fields.get("afresh")
-        if noted is None and (ext := self._extension("afresh.json")) is not None:
+        if not isinstance(noted, dict) and (ext := self._extension("afresh.json")) is not None:
             noted = json_fields(self.members[ext])[0]
         return noted if isinstance(noted, dict) else {}
 
@@ -200,19 +207,29 @@ def read_samples(url: str, *, name: str | None = None, caption_field: str = "") 
                 group.add(ext, member, problem)
         except ReadError as error:
             raise UserError(f"cannot read shard {url}: {error}") from error
+        except MemoryError as error:
+            raise UserError(f"cannot read shard {url}: out of memory: give it fewer --workers") from error
     yield from _at_the_end(archive.failure, group, shard, seen, usual)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard, to be read as often as it is iterated: :func:`read_samples` of ``url`` under ``name``."""
+    """A shard, to be read as often as it is iterated: :func:`read_samples` of ``url`` under ``name``.
+
+    One without a sample is no part of a set: it comes as a ``BadSample`` that says so.
+    """
 
     url: str
     name: str
     caption_field: str = ""
 
     def __iter__(self) -> Iterator[Sample | BadSample]:
-        return read_samples(self.url, name=self.name, caption_field=self.caption_field)
+        empty = True
+        for item in read_samples(self.url, name=self.name, caption_field=self.caption_field):
+            empty = False
+            yield item
+        if empty:
+            yield BadSample(self.name, "", "archive holds no sample", "truncated")
 
 
 def _at_the_end(
@@ -267,6 +284,23 @@ def _was_cut(last: Sample | BadSample, usual: set[str]) -> bool:
         return last.kind == "no_image"
     extensions = {ext.lower() for ext in last.members}
     return last.caption is None and not extensions & set(TEXT_EXTENSIONS) and bool(usual - extensions)
+
+
+@contextlib.contextmanager
+def machine_named(sample: Sample | BadSample) -> Iterator[None]:
+    """Troubles of the machine while a sample is looked at end the job, by the sample's name; they are none of its own.
+
+    Raises:
+        UserError: memory ran out, or the system refused something.
+    """
+    where = f"sample {shown(sample.key)} of {sample.shard or 'the set'}"
+    try:
+        yield
+    except (MemoryError, OSError) as error:
+        why = f"{error.strerror};" if isinstance(error, OSError) and error.strerror else (
+            "out of memory: give it fewer --workers, or a lower --max_pixels;"
+        )
+        raise UserError(f"{where}: {why} the same command goes on there") from error
 
 
 def sample_bytes(sample: Sample | BadSample) -> int:

@@ -22,3 +22,8 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
     log.info("said by all")
     log.warning("seen by one")
     assert capsys.readouterr().err == "warning: seen by one\n"
+
+
+def test_a_name_in_a_message_does_not_steer_the_terminal(capsys):
+    progress.get_logger("curate.test").warning("%s (left out)\nand another line", "\x1b[2J\u202e\x9b")
+    assert capsys.readouterr().err == "warning: \\x1b[2J\\u202e\\x9b (left out)\nand another line\n"

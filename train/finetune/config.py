@@ -37,6 +37,21 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class RandomWords:
+    """Words that a caption gets at random places, other ones at every visit (Somepalli et al., NeurIPS 2023).
+
+    Args:
+        kind: word of the tokenizer's vocabulary, number, or repeat, a word of the caption again.
+        number: how many; 0 leaves captions as they are. The paper adds 4.
+        share: probability that a visit gets them.
+    """
+
+    kind: Literal["word", "number", "repeat"] = "word"
+    number: int = 0
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -193,6 +208,7 @@ class FinetuneConfig:
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
+        random_words: words added to captions, so that none is a key to its image.
         lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
@@ -205,6 +221,10 @@ class FinetuneConfig:
         buckets: images of several shapes.
         caption_field: field of a sample's json that holds its caption; empty for the usual places, as in ``curate
             dedup``.
+        missing_caption: what becomes of samples without a caption that can be read, as in ``curate dedup``: they are left
+            out as ``unreadable``, or trained on with the ``empty`` one; ``auto`` leaves them out, unless no sample of the
+            set has a caption.
+        max_pixels: images with more pixels are left out, as in ``curate dedup``.
         weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
         cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
@@ -255,6 +275,7 @@ class FinetuneConfig:
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
+    random_words: RandomWords = field(default_factory=RandomWords)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"
@@ -266,6 +287,8 @@ class FinetuneConfig:
     crop: Literal["none", "center", "random"] = "none"
     buckets: Buckets = field(default_factory=Buckets)
     caption_field: str = ""
+    missing_caption: Literal["auto", "unreadable", "empty"] = "auto"
+    max_pixels: int = 64_000_000
     weight_field: str | None = None
     cache_latents: bool | Literal["memory", "disk"] = False
     cache_text: bool | Literal["memory", "disk"] = False

@@ -189,7 +189,7 @@ class ImageLoader:
         if self.how.variants:
             visit %= self.how.variants
         try:
-            image = decode_scaled(data, DETAIL_TO_SPARE * max(size)).image
+            image = decode_scaled(data, DETAIL_TO_SPARE * max(size), max_pixels=self.shard_set.max_pixels).image
         except ImageError as error:
             raise SampleError(str(error)) from error
         if not self.varies:

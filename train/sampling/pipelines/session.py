@@ -17,7 +17,7 @@ from train.memorization.thresholds import Thresholds, model_thresholds
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
-from train.sampling.similarity import check_embedder, check_not_empty
+from train.sampling.similarity import check_not_empty
 
 if TYPE_CHECKING:
     from curate.embed.protocol import Embedder
@@ -88,9 +88,9 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
 
     index = TrainingIndex.load(path)
     check_not_empty(index, path)
-    if embedder:
-        check_embedder(index, embedder)
-    return index, load_embedder(embedder or index.embedder)
+    loaded = load_embedder(embedder or index.embedder)
+    index.refuse_other(loaded, f"the index {path}")
+    return index, loaded
 
 
 def fingerprint(path: Path) -> str:
