@@ -138,9 +138,8 @@ def _nothing_to_read(out: Store, rows: Rows) -> UserError:
     first = table["reason"][0].as_py()
     captions = pc.sum(pc.equal(table["reason"], table["caption_problem"])).as_py() or 0
     instead = f"; {captions} lack nothing but a caption: --missing_caption empty takes them" if captions else ""
-    return UserError(
-        f"none of the {table.num_rows} samples can be read ({printable(first)}){instead}; see {out.at('ledger.parquet')}"
-    )
+    where = out.at("ledger.parquet")
+    return UserError(f"none of the {table.num_rows} samples can be read ({printable(first)}){instead}; see {where}")
 
 
 def check_settings(config: DedupConfig) -> None:

@@ -73,7 +73,7 @@ class Sample:
 
     @property
     def captionless(self) -> bool:
-        """Whether nothing stands where a caption would: not one that cannot be read, nor a lack of the field asked for."""
+        """Whether nothing stands where a caption would: no caption that cannot be read, and no other field."""
         if self.caption is not None or self.caption_field or self._extension(*TEXT_EXTENSIONS) is not None:
             return False
         return self._json[1] is None

@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
 
 
 def sample_captions(sample: Sample) -> tuple[str, ...]:
-    """What a sample may be trained on: its captions, or the empty one where it has that; none where it has no caption."""
+    """What a sample may be trained on: its captions, or the empty one where it has that; none of none."""
     return sample.captions or (() if sample.caption is None else ("",))
 
 
@@ -278,8 +278,8 @@ def _join(parts: Sequence[_Part], path: Path, about: dict[str, Any]) -> None:
             writer.write_batch(rows)
     if lost := sum(part.captionless for part in parts):
         log.warning(
-            "%d samples have no caption that can be read, and are left out: missing_caption empty trains on them with the "
-            "empty one", lost,
+            "%d samples have no caption that can be read, and are left out: missing_caption empty trains on them with "
+            "the empty one", lost,
         )  # fmt: skip
     if empty:
         log.warning(
