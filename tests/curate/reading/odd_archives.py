@@ -134,16 +134,10 @@ ARCHIVES = {
     ),
     "a file without an extension": between(("README", b"?")),
     "one within a sample": between(JPG, ("README", b"?"), TXT, usable=("odd",)),
-    "made on a Mac": between(
-        ("._odd.jpg", b"?"), JPG, ("._odd.txt", b"?"), TXT, usable=("odd",)
-    ),
-    "zipped on a Mac before": between(
-        ("__MACOSX/odd.jpg", b"?"), JPG, (".DS_Store", b"?"), TXT, usable=("odd",)
-    ),
+    "made on a Mac": between(("._odd.jpg", b"?"), JPG, ("._odd.txt", b"?"), TXT, usable=("odd",)),
+    "zipped on a Mac before": between(("__MACOSX/odd.jpg", b"?"), JPG, (".DS_Store", b"?"), TXT, usable=("odd",)),
     "from Windows": between(JPG, ("Thumbs.db", b"?"), TXT, usable=("odd",)),
-    "a key twice": between(
-        JPG, TXT, JPG, TXT, usable=("odd",)
-    ),
+    "a key twice": between(JPG, TXT, JPG, TXT, usable=("odd",)),
     "members apart": between(
         JPG,
         TXT,
@@ -157,13 +151,17 @@ ARCHIVES = {
     "a key in a folder": between(("a/b/odd.jpg", JPEG), ("a/b/odd.txt", WORDS), usable=("a/b/odd",)),
     "a folder with a dot": between(("a.b/odd.jpg", JPEG), ("a.b/odd.txt", WORDS), usable=("a.b/odd",)),
     "a key with spaces": between((" odd one.jpg", JPEG), (" odd one.txt", WORDS), usable=(" odd one",)),
-    "a key that steers": between(
-        ("\x1b[2J\u202eodd.jpg", JPEG), ("\x1b[2J\u202eodd.txt", WORDS), usable=("\x1b[2J\u202eodd",)
-    ),
+    "a key that steers": between((f"{STEERING}.jpg", JPEG), (f"{STEERING}.txt", WORDS), usable=(STEERING,)),
     "a key with a line end": between(("o\ndd.jpg", JPEG), ("o\ndd.txt", WORDS), usable=("o\ndd",)),
+    "a zip": Odd(b"PK\3\4" + bytes(600), ()),
+    "a key that was cut at a dot": between(("22.5cm_a.jpg", JPEG), ("22.5cm_a.txt", WORDS)),
+    "an absolute name within a sample": between(JPG, ("/etc/x", b"?"), TXT, usable=("odd",)),
+    "a Mac's doubles alone": between(("._odd.jpg", JPEG), ("._odd.txt", WORDS)),
     "an extension with a dot": between(("odd.left.jpg", JPEG), TXT),
 }
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TEXT_OF_XMP = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP
 PROGRESSIVE = encode(PICTURE, "JPEG", progressive=True)
 DEEP = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40))
 WIDE = png(100_000, 100_000, 8, 0, b"")
@@ -187,12 +185,26 @@ PICTURES = {
     "png, a palette": pictured(True, "png", encode(PICTURE.convert("P"), "PNG", transparency=0)),
     "png, grey with alpha": pictured(True, "png", encode(PICTURE.convert("LA"), "PNG")),
     "png, alpha": pictured(True, "png", encode(PICTURE.convert("RGBA"), "PNG")),
-    "png, 16 bits": pictured(
-        True, "png", encode(DEEP, "PNG")
-    ),
+    "png, 16 bits": pictured(True, "png", encode(DEEP, "PNG")),
     "png, 16 bits and a clear one": pictured(
         True, "png", png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 30000), (b"tRNS", struct.pack(">H", 1000)))
     ),
+    "jpeg, progressive, without its end marker": pictured(True, "jpg", PROGRESSIVE[:-2]),
+    "jpeg, progressive, without its last scan": pictured(False, "jpg", PROGRESSIVE[: PROGRESSIVE.rindex(b"\xff\xda")]),
+    "jpeg, on its side by XMP": pictured(True, "jpg", encode(PICTURE, "JPEG", xmp=XMP)),
+    "webp, on its side by XMP": pictured(True, "webp", encode(PICTURE, "WEBP", xmp=XMP)),
+    "webp, on its side": pictured(True, "webp", turned("WEBP")),
+    "png, on its side": pictured(True, "png", turned("PNG")),
+    "png, on its side by XMP": pictured(True, "png", PNG[:33] + chunk(b"iTXt", TEXT_OF_XMP) + PNG[33:]),
+    "png, on its side, said behind": pictured(True, "png", PNG[:-12] + chunk(b"iTXt", TEXT_OF_XMP) + PNG[-12:]),
+    "png, a clear one of 16 greys": pictured(True, "png", png(2, 1, 4, 0, b"\0\x5a", (b"tRNS", b"\0\5"))),
+    "png, a long profile": pictured(
+        True, "png", PNG[:33] + chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(3_000_000))) + PNG[33:]
+    ),
+    "png, a broken text": pictured(True, "png", PNG[:33] + chunk(b"tEXt", b"a\0b")[:-1] + b"?" + PNG[33:]),
+    "png, without its end": pictured(True, "png", PNG[:-12]),
+    "jxl under jpg": pictured(False, "jpg", b"\xff\x0a" + bytes(600)),
+    "jxl": sample(False, jxl=b"\xff\x0a" + bytes(600), txt=WORDS),
     "png, long text": pictured(True, "png", PNG[:33] + chunk(b"tEXt", b"note\0" + b"x" * 2_000_000) + PNG[33:]),
     "png, text that grows": pictured(
         True, "png", PNG[:33] + chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(80_000_000))) + PNG[33:]
@@ -263,6 +275,8 @@ JSONS = {
     "a byte order mark": captioned(True, json="\ufeff".encode() + as_json(caption="words")),
     "half of a pair": captioned(True, json=b'{"caption": "\\ud800 words"}'),
     "a field twice": captioned(True, json=b'{"caption": 1, "caption": "words"}'),
+    "a list beside a txt": captioned(True, txt=b"one", json=as_json(text=["two", "one"])),
+    "cap beside a json": captioned(True, cap=b"one", json=as_json(caption="two")),
     "no number": captioned(True, json=b'{"caption": "words", "n": NaN}'),
     "a number beyond all": captioned(True, json=b'{"caption": "words", "n": ' + b"9" * 400 + b"}"),
     "too many digits": captioned(False, json=b'{"caption": "words", "n": ' + b"9" * 5000 + b"}"),

@@ -25,7 +25,7 @@ def file_of(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory) -> dict[str, Counter]:
-    """``(shard, key)`` of what each of them can use, and how often."""
+    """``(shard, key)`` of what each of them can use, and how often; the same sizes and captions for all."""
     folder = tmp_path_factory.mktemp("odd")
     for name, odd in ODD.items():
         (folder / "in" / file_of(name)).parent.mkdir(exist_ok=True)
@@ -41,8 +41,15 @@ def readers(tmp_path_factory) -> dict[str, Counter]:
     assert checked["readable"] == curated.total() and checked["samples"] == len(ledger)
 
     shard_set = scan([str(folder / "in")], folder / "samples.arrow")
+    ledger = [row for row in ledger if row["status"] != "unreadable"]
+    seen = {(row["shard"], row["key"]): (row["width"], row["height"], row["caption"]) for row in ledger}
     loader = ImageLoader(shard_set, [(16, 16)], "center", Augmentation(), seed=0)
-    return {"check": everything - lost, "dedup": curated, "finetune": Counter(trained_on(loader, Path(folder)))}
+    trained = Counter(trained_on(loader, Path(folder)))
+    for row, name in enumerate(shard_set.ids):
+        if name in trained and trained[name] == 1:
+            size = (shard_set.value(row, "width"), shard_set.value(row, "height"))
+            assert (*size, shard_set.captions(row)[0]) == (*seen[name][:2], seen[name][2] or ""), name
+    return {"check": everything - lost, "dedup": curated, "finetune": trained}
 
 
 def trained_on(loader: ImageLoader, folder: Path) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
 from train.denoising.families.registry import denoiser_of
+from train.denoising.opening.checkpoints import check_scheduler
 from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.thresholds import Thresholds, model_thresholds
 from train.prompts import Prompt
@@ -37,6 +38,7 @@ class Opened:
         """The guided pipeline; says which prompts are too long for it."""
         pipe = open_pipeline(self.config)
         guided = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(self.config, pipe))
+        check_scheduler(guided.scheduler, self.config.scheduler or self.config.model, self.config.steps)
         guided.set_progress_bar_config(disable=True)
         _say_what_is_cut(guided.tokenizer, self.prompts)
         return guided
