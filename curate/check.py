@@ -131,7 +131,7 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
     numbers: Counter[str] = Counter(samples=0, readable=0, captionless=0, captioned=0)
     kinds: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
-    items = Shard(task.url, task.name, task.caption_field)
+    items = Shard(task.url, task.name, task.caption_field).accounted()
     look = partial(_problems, max_pixels=task.max_pixels)
     for key, captionless, found in in_order(
         look, items, task.threads, at_most=1024, weigh=sample_bytes, weight=BYTES_AHEAD

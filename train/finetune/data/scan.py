@@ -356,7 +356,7 @@ def _scan_shard(task: _ScanTask) -> None:
     """Write the record batch of one shard."""
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     left_out, excluded, captioned = 0, [], False
-    for item in Shard(task.url, task.name, task.caption_field):
+    for item in Shard(task.url, task.name, task.caption_field).accounted():
         if item.key in task.excluded:
             excluded.append(item.key)
             continue
