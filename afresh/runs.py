@@ -39,7 +39,8 @@ def try_lock(path: str | os.PathLike[str]) -> AbstractContextManager[Any] | None
     from filelock import FileLock, Timeout
 
     # Without flock filelock takes the file's mere presence for a lock, which outlives a killed run.
-    strict = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+    known = signature(FileLock.__init__).parameters
+    strict: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
     try:
         try:
             return FileLock(path, timeout=0, **strict).acquire()
@@ -51,7 +52,7 @@ def try_lock(path: str | os.PathLike[str]) -> AbstractContextManager[Any] | None
 
 
 def _see_that_it_is_held(path: str | os.PathLike[str]) -> None:
-    """Raise what the system says of a lock, unless that somebody holds it: filelock before 4 takes any error for that."""
+    """Raise what the system says of a lock, unless that it is held: filelock before 4 takes any error for that."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -26,7 +26,8 @@ ROWS_HELD = 100_000  # of problems, of the shards that are checked together
 BYTES_AHEAD = 1 << 26  # of samples that are being decoded
 # The words of ``kinds`` and of ``kind`` in ``listed``: scripts rely on them, so they are added to and never changed.
 KINDS = {
-    "truncated": "the archive ends before its end, before its first sample, or in zeros beyond tar's padding; the key names the sample that was cut, if there is one",
+    "truncated": "the archive ends before its end, before its first sample, or in more zeros than tar pads with; the "
+    "key names the sample that was cut, if there is one",
     "corrupt_archive": "a header or the compressed stream is damaged; what follows is not read",
     "trailing_data": "something follows the end of the archive; it is not read",
     "refused_member": "a link, device, sparse or oversized file, or a name that leads outside",
@@ -51,7 +52,7 @@ class CheckSummary(dict[str, Any]):
     def view(self, *, colour: bool = False) -> str:
         """For a terminal: a few problems of each kind in each shard, and how many more there are."""
         alike: Counter[tuple[str, str]] = Counter()
-        shown = []
+        shown: list[dict[str, str]] = []
         for row in self["listed"]:
             alike[row["shard"], row["kind"]] += 1
             if alike[row["shard"], row["kind"]] <= SHOWN_ALIKE and len(shown) < SHOWN:
@@ -97,7 +98,8 @@ def run_check(config: CheckConfig) -> CheckSummary:
     at_a_time = len(urls) if config.list_at_most is None else max(64, ROWS_HELD // max(1, config.list_at_most))
     with LocalEngine(config.workers) as engine:
         for first in range(0, len(urls), at_a_time):  # so that memory holds the lists of some shards only
-            left = None if config.list_at_most is None else config.list_at_most - len(listed)
+            at_most = config.list_at_most
+            left = None if at_most is None else at_most - len(listed)
             tasks = [
                 _CheckTask(urls[n], names[n], config.caption_field, config.max_pixels, threads[n], left)
                 for n in range(first, min(first + at_a_time, len(urls)))
@@ -108,7 +110,7 @@ def run_check(config: CheckConfig) -> CheckSummary:
                 captionless += of_shard["captionless"]
                 captioned += of_shard["captioned"]
                 kinds.update(of_shard["kinds"])
-                listed += of_shard["listed"][: None if left is None else config.list_at_most - len(listed)]
+                listed += of_shard["listed"][: None if at_most is None else at_most - len(listed)]
     if not captioned and captionless:
         log.info("no sample has a caption: curate dedup takes such a set by its images alone")
         readable += captionless
@@ -129,7 +131,7 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
     numbers: Counter[str] = Counter(samples=0, readable=0, captionless=0, captioned=0)
     kinds: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
-    items = Shard(task.url, task.name, task.caption_field)
+    items = Shard(task.url, task.name, task.caption_field).accounted()
     look = partial(_problems, max_pixels=task.max_pixels)
     for key, captionless, found in in_order(
         look, items, task.threads, at_most=1024, weigh=sample_bytes, weight=BYTES_AHEAD
@@ -147,8 +149,8 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
 
 
 def _problems(item: Sample | BadSample, max_pixels: int) -> tuple[str, bool | None, list[tuple[str, str]]]:
-    """The key of a sample, whether nothing stands where its caption would (None of what is no whole sample), and what is
-    wrong with it: kinds and reasons.
+    """The key of a sample, whether nothing stands where its caption would (None of what is no whole sample), and what
+    is wrong with it: kinds and reasons.
     """
     from curate.reading.images import ImageError, decode_image
 

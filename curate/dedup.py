@@ -94,7 +94,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         _note_changes(out, config, dict(zip(names, keys, strict=True)), known)
 
         caches = read_stage(engine, work, urls, names, keys, config, fingerprints)
-        rows = Rows.load(caches, embedder.dim, config.missing_caption)
+        rows = Rows.load(caches, embedder.dim, config.missing_caption, names)
         clock.lap("read")
         if len(rows.readable) == 0:
             publish_ledger(out, rows, None, None)
@@ -133,14 +133,11 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
 def _nothing_to_read(out: Store, rows: Rows) -> UserError:
     """What to say of a set without a sample that can be curated."""
     table = rows.table
-    if table.num_rows == 0:
-        return UserError("the shards are empty: they hold no sample")
     first = table["reason"][0].as_py()
     captions = pc.sum(pc.equal(table["reason"], table["caption_problem"])).as_py() or 0
     instead = f"; {captions} lack nothing but a caption: --missing_caption empty takes them" if captions else ""
-    return UserError(
-        f"none of the {table.num_rows} samples can be read ({printable(first)}){instead}; see {out.at('ledger.parquet')}"
-    )
+    where = out.at("ledger.parquet")
+    return UserError(f"none of the {table.num_rows} samples can be read ({printable(first)}){instead}; see {where}")
 
 
 def check_settings(config: DedupConfig) -> None:

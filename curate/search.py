@@ -21,8 +21,8 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     """Search the index of a curation: kept samples and dropped ones, which are training images too.
 
     Returns:
-        ``nearest``: rows rank, similarity, shard, key, status, caption (null where there is none); nearest first; ``image`` or
-        ``caption``: what was searched for; ``samples``: how many were searched; ``seconds``.
+        ``nearest``: rows rank, similarity, shard, key, status, caption (null where there is none); nearest first;
+        ``image`` or ``caption``: what was searched for; ``samples``: how many the set has; ``seconds``.
 
     Raises:
         UsageError: not exactly one of image and caption is given, or k is not positive.

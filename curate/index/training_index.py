@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,20 @@ from curate.reading.captions import normalise_caption
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curate.embed.protocol import Embedder
-
 
 FORMAT = 1
 FILES = ("embeddings.npy", "samples.parquet", "index.json")  # in the order in which they are written
 _BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at a time: 64 MB
 _HELD_BYTES = 1 << 30  # what a sampler may keep in memory of an index: a million rows of 256
+
+
+class Known(Protocol):
+    """By what an index knows an embedder (:class:`curate.embed.protocol.Embedder`)."""
+
+    name: str
+
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class TrainingIndex:
             content.update(json.dumps(column).encode())
         return content.hexdigest()[:32]
 
-    def refuse_other(self, embedder: Embedder, where: str = "the index") -> None:
+    def refuse_other(self, embedder: Known, where: str = "the index") -> None:
         """See that an embedder is the one that the rows were made with: by its weights and how it prepares images, and
         not by its name, under which other weights may lie by now. An index that did not note them goes by the name of
         the embedder, or of its file.

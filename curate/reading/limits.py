@@ -24,7 +24,7 @@ _lifted = _Lifted()
 
 @contextmanager
 def pillows_limit_lifted() -> Iterator[None]:
-    """No limit but one's own: without this, Pillow refuses what has more than 179 million pixels, whatever was asked."""
+    """No limit but one's own: Pillow refuses what has more than 179 million pixels, whatever was asked."""
     with _lifted.lock:
         if not _lifted.by:
             _lifted.before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 1 << 24  # of a text that is searched for the orientation
@@ -52,14 +53,14 @@ def _clear_colour(samples: bytes, depth: int, colour: int) -> bytes:
     return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
 
-def orientation_data(data: bytes) -> dict[str, bytes | str]:
+def orientation_data(data: bytes) -> dict[str | tuple[int, int], Any]:
     """Where a PNG may say which way is up, before or behind its pixels, under the names that Pillow gives it.
 
     Returns:
         ``exif``, if there is an eXIf chunk or the hexadecimal text that stood for it before there were any; and
         ``XML:com.adobe.xmp``.
     """
-    found: dict[str, bytes | str] = {}
+    found: dict[str | tuple[int, int], Any] = {}
     seen: set[bytes] = set()  # of each kind of text the first counts: each costs time to unpack
     for kind, start, stop in _chunks(data):
         body = memoryview(data)[start + 8 : stop - 4]

@@ -22,6 +22,7 @@ from curate.reading.urls import open_shard, shard_names
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_SAMPLE_BYTES = 1 << 30  # all members of a sample together, which memory holds
+NO_SAMPLE = "archive holds no sample"
 MAX_BETWEEN = 1000  # stray members that memory holds while they stand between those of a sample
 
 
@@ -73,7 +74,7 @@ class Sample:
 
     @property
     def captionless(self) -> bool:
-        """Whether nothing stands where a caption would: not one that cannot be read, nor a lack of the field asked for."""
+        """Whether nothing stands where a caption would: no caption that cannot be read, and no other field."""
         if self.caption is not None or self.caption_field or self._extension(*TEXT_EXTENSIONS) is not None:
             return False
         return self._json[1] is None
@@ -214,22 +215,23 @@ def read_samples(url: str, *, name: str | None = None, caption_field: str = "") 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard, to be read as often as it is iterated: :func:`read_samples` of ``url`` under ``name``.
-
-    One without a sample is no part of a set: it comes as a ``BadSample`` that says so.
-    """
+    """A shard, to be read as often as it is iterated: :func:`read_samples` of ``url`` under ``name``."""
 
     url: str
     name: str
     caption_field: str = ""
 
     def __iter__(self) -> Iterator[Sample | BadSample]:
+        return read_samples(self.url, name=self.name, caption_field=self.caption_field)
+
+    def accounted(self) -> Iterator[Sample | BadSample]:
+        """The same, for an account of a set: an archive without a sample is a ``BadSample``, too."""
         empty = True
-        for item in read_samples(self.url, name=self.name, caption_field=self.caption_field):
+        for item in self:
             empty = False
             yield item
         if empty:
-            yield BadSample(self.name, "", "archive holds no sample", "truncated")
+            yield BadSample(self.name, "", NO_SAMPLE, "truncated")
 
 
 def _at_the_end(

@@ -203,7 +203,7 @@ class Archive:
         return None
 
     def _read_to_the_end(self) -> None:
-        """A compressed archive is known to be whole only where its stream ends; and zeros may stand for what was lost."""
+        """A compressed archive is known to be whole only where its stream ends; zeros may stand for what was lost."""
         ends = -(-(self._position + BLOCK) // RECORD) * RECORD  # with a second block of zeros, and padding
         while piece := self._piece(_PIECE):
             if piece.count(0) != len(piece):

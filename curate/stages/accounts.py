@@ -20,8 +20,8 @@ def duplicates_of(account: Mapping[str, Any]) -> int:
 
 
 def copies_dropped(verdicts: Verdicts, before: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 ``[n]``: how many copies of its image each row stands for, those among them that ``before`` ``[n]`` says the
-    dropped ones stood for themselves.
+    """int64 ``[n]``: how many copies of its image each row stands for, with those that the dropped ones stood for
+    themselves, ``before`` ``[n]``.
     """
     copies = np.isin(verdicts.reason, OF_ITS_IMAGE)
     total = np.zeros(len(copies), np.int64)

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afresh.files import digest
 from afresh.errors import printable
+from afresh.files import digest
 from afresh.progress import get_logger, progress
 from curate.config import RULES, DedupConfig
 from curate.results import ledger

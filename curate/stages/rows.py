@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.reading.samples import NO_SAMPLE
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -57,16 +59,21 @@ class Rows:
     captions: list[str]
 
     @classmethod
-    def load(cls, caches: Sequence[Path], dim: int, missing_caption: str) -> Rows:
+    def load(cls, caches: Sequence[Path], dim: int, missing_caption: str, shards: Sequence[str] = ()) -> Rows:
         """What the caches hold.
 
         Args:
             caches: of the read stage, in input order.
             dim: of the embeddings.
             missing_caption: as in the settings; ``auto`` is ``unreadable`` where some sample has a caption.
+            shards: names; with them a shard that holds nothing has a row that says so.
         """
         names = [name for name, _ in READ_COLUMNS]
         tables = [pq.read_table(cache, columns=names) for cache in caches]
+        for number, shard in enumerate(shards):
+            if tables[number].num_rows == 0:
+                nothing = {"shard": shard, "key": "", "reason": NO_SAMPLE}
+                tables[number] = pa.Table.from_pylist([nothing], schema=pa.schema(READ_COLUMNS))
         sizes = [table.num_rows for table in tables]
         table = pa.concat_tables(tables)
         reason = table["reason"]
@@ -78,10 +85,8 @@ class Rows:
         start = row = 0
         for cache, size in zip(caches, sizes, strict=True):
             stored = pq.read_table(cache, columns=["embedding"])["embedding"].combine_chunks()
-            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: size * dim].reshape(
-                size, dim
-            )
-            of_shard = data[usable[start : start + size]]
+            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: len(stored) * dim].reshape(-1, dim)
+            of_shard = data[usable[start : start + len(stored)]]
             embeddings[row : row + len(of_shard)] = of_shard
             start, row = start + size, row + len(of_shard)
         readable = np.flatnonzero(usable)

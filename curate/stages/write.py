@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from afresh.errors import UserError
 from afresh.files import digest
 from afresh.storage import Store
 from curate.engines.protocol import Engine

@@ -10,8 +10,8 @@ from afresh.errors import UserError
 from curate.check import run_check
 from curate.config import CheckConfig, ReportConfig, SearchConfig
 from curate.dedup import run_dedup
-from curate.report import run_report
 from curate.reading.writing import write_shard
+from curate.report import run_report
 from curate.results.ledger import read_ledger
 from curate.sample_set import load_part
 from curate.search import run_search
@@ -65,7 +65,11 @@ def test_where_some_have_captions_a_missing_one_is_a_loss(tmp_path, images):
 
 @pytest.mark.parametrize(
     ("members", "changes"),
-    [({"txt": "caption é".encode("cp1252")}, {}), ({"json": b"{"}, {}), ({"json": b'{"n": 1}'}, {"caption_field": "alt"})],
+    [
+        ({"txt": "caption é".encode("cp1252")}, {}),
+        ({"json": b"{"}, {}),
+        ({"json": b'{"n": 1}'}, {"caption_field": "alt"}),
+    ],
 )
 def test_captions_that_cannot_be_read_are_no_missing_ones_and_the_way_out_is_named(tmp_path, images, members, changes):
     write_shard(tmp_path / "s.tar", [("a", {"png": images[0], **members})])

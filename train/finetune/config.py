@@ -221,9 +221,9 @@ class FinetuneConfig:
         buckets: images of several shapes.
         caption_field: field of a sample's json that holds its caption; empty for the usual places, as in ``curate
             dedup``.
-        missing_caption: what becomes of samples without a caption that can be read, as in ``curate dedup``: they are left
-            out as ``unreadable``, or trained on with the ``empty`` one; ``auto`` leaves them out, unless no sample of the
-            set has a caption.
+        missing_caption: what becomes of samples without a caption that can be read, as in ``curate dedup``: they are
+            left out as ``unreadable``, or trained on with the ``empty`` one; ``auto`` leaves them out, unless no sample
+            of the set has a caption.
         max_pixels: images with more pixels are left out, as in ``curate dedup``.
         weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.

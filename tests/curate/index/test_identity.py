@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,11 +78,13 @@ def test_the_same_weights_under_another_name_are_the_same(curated, tmp_path, mon
     shutil.copy(tmp_path / "weights.pt", tmp_path / "renamed.pt")
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("weights.pt@16", "renamed.pt@16")):
-        batch = dataclasses.replace(curated, out=str(tmp_path / f"{number}"), against=[curated.out], image_embedder=name)
+        batch = dataclasses.replace(
+            curated, out=str(tmp_path / f"{number}"), against=[curated.out], image_embedder=name
+        )
         assert run_dedup(batch)["reasons"] == {"other_set": 12}
         assert open_index(curated.out, name)[1].name == name
     with pytest.raises(UsageError, match="other weights or settings|not 'weights.pt@17'"):
-        TrainingIndex.load(curated.out).refuse_other(dataclasses.make_dataclass("Other", ["name", "digest"])("weights.pt@17", "x"))
+        TrainingIndex.load(curated.out).refuse_other(SimpleNamespace(name="weights.pt@17", digest="x"))
 
 
 def test_an_index_that_did_not_note_its_embedders_digest_goes_by_the_name(curated, tmp_path):

@@ -25,6 +25,7 @@ from tests.curate.reading.made_shards import special, tar_bytes
 PICTURE = gradient()
 JPEG, PNG = encode(PICTURE, "JPEG"), encode(PICTURE, "PNG")
 WORDS = b"words that say something"
+JPG, TXT = ("odd.jpg", JPEG), ("odd.txt", WORDS)
 GOOD = (("good.jpg", JPEG), ("good.txt", WORDS))
 LAST = (("last.png", PNG), ("last.txt", b"other words than these"))
 
@@ -81,6 +82,8 @@ def sparse() -> tarfile.TarInfo:
     return special("odd.bin", tarfile.GNUTYPE_SPARSE)
 
 
+LONG = (("ö" * 120 + ".jpg", JPEG), ("ö" * 120 + ".txt", WORDS))
+STEERING = "\x1b[2J\u202eodd"
 FOLDER = special("folder", tarfile.DIRTYPE)
 ARCHIVES = {
     "empty file": Odd(b"", ()),
@@ -107,53 +110,64 @@ ARCHIVES = {
     "gzip, its end cut": Odd(gzip.compress(WHOLE)[:-4], ("good", "last")),
     "gzip, its checksum another": Odd(gzip.compress(WHOLE)[:-8] + bytes(8), ("good", "last")),
     "ustar": between(format=tarfile.USTAR_FORMAT),
-    "pax": between(("ö" * 120 + ".jpg", JPEG), ("ö" * 120 + ".txt", WORDS), usable=("ö" * 120,), format=tarfile.PAX_FORMAT),
-    "gnu long names": between(("n" * 150 + ".jpg", JPEG), ("n" * 150 + ".txt", WORDS), usable=("n" * 150,),
-                              format=tarfile.GNU_FORMAT),
-    "a global header": Odd(tar_bytes(*GOOD, *LAST, format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}), ("good", "last")),
+    "pax": between(
+        ("ö" * 120 + ".jpg", JPEG), ("ö" * 120 + ".txt", WORDS), usable=("ö" * 120,), format=tarfile.PAX_FORMAT
+    ),
+    "gnu long names": between(
+        ("n" * 150 + ".jpg", JPEG), ("n" * 150 + ".txt", WORDS), usable=("n" * 150,), format=tarfile.GNU_FORMAT
+    ),
+    "a global header": Odd(
+        tar_bytes(*GOOD, *LAST, format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}), ("good", "last")
+    ),
     "a name too long": between((f"{'n' * 5000}.jpg", JPEG)),
     "a name that is not UTF-8": between(("odd\udcff.jpg", JPEG), ("odd\udcff.txt", WORDS)),
     "an absolute name": between(("/etc/odd.jpg", JPEG)),
     "a name that leads outside": between(("../odd.jpg", JPEG)),
     "a drive": between(("C:\\odd.jpg", JPEG)),
-    "a symbolic link": between(("odd.jpg", JPEG), special("odd.txt", tarfile.SYMTYPE, "good.txt")),
-    "a hard link": between(special("odd.jpg", tarfile.LNKTYPE, "good.jpg"), ("odd.txt", WORDS)),
-    "a device": between(special("odd.jpg", tarfile.CHRTYPE), ("odd.txt", WORDS)),
-    "a pipe": between(special("odd.jpg", tarfile.FIFOTYPE), ("odd.txt", WORDS)),
-    "a sparse file": between(("odd.jpg", JPEG), ("odd.txt", WORDS), sparse()),
-    "folders between": between(FOLDER, ("folder/odd.jpg", JPEG), FOLDER, ("folder/odd.txt", WORDS), usable=("folder/odd",)),
+    "a symbolic link": between(JPG, special("odd.txt", tarfile.SYMTYPE, "good.txt")),
+    "a hard link": between(special("odd.jpg", tarfile.LNKTYPE, "good.jpg"), TXT),
+    "a device": between(special("odd.jpg", tarfile.CHRTYPE), TXT),
+    "a pipe": between(special("odd.jpg", tarfile.FIFOTYPE), TXT),
+    "a sparse file": between(JPG, TXT, sparse()),
+    "folders between": between(
+        FOLDER, ("folder/odd.jpg", JPEG), FOLDER, ("folder/odd.txt", WORDS), usable=("folder/odd",)
+    ),
     "a file without an extension": between(("README", b"?")),
-    "one within a sample": between(("odd.jpg", JPEG), ("README", b"?"), ("odd.txt", WORDS), usable=("odd",)),
-    "made on a Mac": between(("._odd.jpg", b"?"), ("odd.jpg", JPEG), ("._odd.txt", b"?"), ("odd.txt", WORDS), usable=("odd",)),
-    "zipped on a Mac before": between(("__MACOSX/odd.jpg", b"?"), ("odd.jpg", JPEG), (".DS_Store", b"?"), ("odd.txt", WORDS),
-                                      usable=("odd",)),
-    "from Windows": between(("odd.jpg", JPEG), ("Thumbs.db", b"?"), ("odd.txt", WORDS), usable=("odd",)),
-    "a key twice": between(("odd.jpg", JPEG), ("odd.txt", WORDS), ("odd.jpg", JPEG), ("odd.txt", WORDS), usable=("odd",)),
-    "members apart": between(("odd.jpg", JPEG), ("odd.txt", WORDS), ("x.jpg", JPEG), ("x.txt", WORDS), ("odd.json", b"{}"),
-                             usable=("odd", "x")),
-    "one extension in two cases": between(("odd.jpg", JPEG), ("odd.txt", WORDS), ("odd.JPG", JPEG), usable=("odd",)),
+    "one within a sample": between(JPG, ("README", b"?"), TXT, usable=("odd",)),
+    "made on a Mac": between(("._odd.jpg", b"?"), JPG, ("._odd.txt", b"?"), TXT, usable=("odd",)),
+    "zipped on a Mac before": between(("__MACOSX/odd.jpg", b"?"), JPG, (".DS_Store", b"?"), TXT, usable=("odd",)),
+    "from Windows": between(JPG, ("Thumbs.db", b"?"), TXT, usable=("odd",)),
+    "a key twice": between(JPG, TXT, JPG, TXT, usable=("odd",)),
+    "members apart": between(
+        JPG,
+        TXT,
+        ("x.jpg", JPEG),
+        ("x.txt", WORDS),
+        ("odd.json", b"{}"),
+        usable=("odd", "x"),
+    ),
+    "one extension in two cases": between(JPG, TXT, ("odd.JPG", JPEG), usable=("odd",)),
     "capital letters": between(("odd.JPG", JPEG), ("odd.TXT", WORDS), usable=("odd",)),
     "a key in a folder": between(("a/b/odd.jpg", JPEG), ("a/b/odd.txt", WORDS), usable=("a/b/odd",)),
     "a folder with a dot": between(("a.b/odd.jpg", JPEG), ("a.b/odd.txt", WORDS), usable=("a.b/odd",)),
     "a key with spaces": between((" odd one.jpg", JPEG), (" odd one.txt", WORDS), usable=(" odd one",)),
-    "a key that steers": between(("\x1b[2J\u202eodd.jpg", JPEG), ("\x1b[2J\u202eodd.txt", WORDS), usable=("\x1b[2J\u202eodd",)),
+    "a key that steers": between((f"{STEERING}.jpg", JPEG), (f"{STEERING}.txt", WORDS), usable=(STEERING,)),
     "a key with a line end": between(("o\ndd.jpg", JPEG), ("o\ndd.txt", WORDS), usable=("o\ndd",)),
     "a zip": Odd(b"PK\3\4" + bytes(600), ()),
     "a key that was cut at a dot": between(("22.5cm_a.jpg", JPEG), ("22.5cm_a.txt", WORDS)),
-    "an absolute name within a sample": between(
-        ("odd.jpg", JPEG), ("/etc/x", b"?"), ("odd.txt", WORDS), usable=("odd",)
-    ),
+    "an absolute name within a sample": between(JPG, ("/etc/x", b"?"), TXT, usable=("odd",)),
     "a Mac's doubles alone": between(("._odd.jpg", JPEG), ("._odd.txt", WORDS)),
-    "an extension with a dot": between(("odd.left.jpg", JPEG), ("odd.txt", WORDS)),
+    "an extension with a dot": between(("odd.left.jpg", JPEG), TXT),
 }
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 TEXT_OF_XMP = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP
 PROGRESSIVE = encode(PICTURE, "JPEG", progressive=True)
+DEEP = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40))
 WIDE = png(100_000, 100_000, 8, 0, b"")
 ANIMATED = [PICTURE, PICTURE.rotate(90)]
 PICTURES = {
-    "jpeg, progressive": pictured(True, "jpg", encode(PICTURE, "JPEG", progressive=True)),
+    "jpeg, progressive": pictured(True, "jpg", PROGRESSIVE),
     "jpeg, grey": pictured(True, "jpg", encode(PICTURE.convert("L"), "JPEG")),
     "jpeg, cmyk": pictured(True, "jpg", encode(PICTURE.convert("CMYK"), "JPEG")),
     "jpeg, on its side": pictured(True, "jpg", turned("JPEG")),
@@ -161,7 +175,9 @@ PICTURES = {
     "jpeg, its head alone": pictured(False, "jpg", JPEG[:20]),
     "jpeg, without its end marker": pictured(True, "jpg", JPEG[:-2]),
     "jpeg, bytes behind its end": pictured(True, "jpg", JPEG + b"behind"),
-    "jpeg, a thousand scans": pictured(False, "jpg", encode(PICTURE, "JPEG", progressive=True)[:-2] + b"\xff\xda" * 1000),
+    "jpeg, a thousand scans": pictured(
+        False, "jpg", encode(PICTURE, "JPEG", progressive=True)[:-2] + b"\xff\xda" * 1000
+    ),
     "jpeg, a broken profile": pictured(True, "jpg", encode(PICTURE, "JPEG", icc_profile=b"no profile")),
     "jpeg under png": pictured(True, "png", JPEG),
     "mpo": pictured(True, "jpg", encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE])),
@@ -169,11 +185,11 @@ PICTURES = {
     "png, a palette": pictured(True, "png", encode(PICTURE.convert("P"), "PNG", transparency=0)),
     "png, grey with alpha": pictured(True, "png", encode(PICTURE.convert("LA"), "PNG")),
     "png, alpha": pictured(True, "png", encode(PICTURE.convert("RGBA"), "PNG")),
-    "png, 16 bits": pictured(True, "png", encode(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), "PNG")),
+    "png, 16 bits": pictured(True, "png", encode(DEEP, "PNG")),
     "png, 16 bits and a clear one": pictured(
         True, "png", png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 30000), (b"tRNS", struct.pack(">H", 1000)))
     ),
-    "jpeg, progressive, without its end marker": pictured(True, "jpg", encode(PICTURE, "JPEG", progressive=True)[:-2]),
+    "jpeg, progressive, without its end marker": pictured(True, "jpg", PROGRESSIVE[:-2]),
     "jpeg, progressive, without its last scan": pictured(False, "jpg", PROGRESSIVE[: PROGRESSIVE.rindex(b"\xff\xda")]),
     "jpeg, on its side by XMP": pictured(True, "jpg", encode(PICTURE, "JPEG", xmp=XMP)),
     "webp, on its side by XMP": pictured(True, "webp", encode(PICTURE, "WEBP", xmp=XMP)),
@@ -211,7 +227,9 @@ PICTURES = {
     "tiff under jpg": pictured(False, "jpg", encode(PICTURE, "TIFF")),
     "a page under jpg": pictured(False, "jpg", b"<!doctype html><html>404</html>"),
     "a drawing under png": pictured(False, "png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    "a pointer of Git LFS": pictured(False, "jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    "a pointer of Git LFS": pictured(
+        False, "jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    ),
     "no bytes": pictured(False, "jpg", b""),
     "zeros": pictured(False, "jpg", bytes(5000)),
     "no picture": sample(False, txt=WORDS),

@@ -1,4 +1,4 @@
-"""``curate check``, ``curate dedup`` and the reader of ``train finetune`` agree on every sample of a table of odd ones."""
+"""``curate check``, ``curate dedup`` and ``train finetune`` agree on every sample of a table of odd ones."""
 
 from __future__ import annotations
 

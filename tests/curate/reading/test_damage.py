@@ -186,5 +186,5 @@ def test_a_shard_without_a_sample_says_so(tmp_path):
     folder.type = tarfile.DIRTYPE
     for data in (tar_bytes(), tar_bytes(folder), tar_bytes(("._a.jpg", IMAGE)), bytes(1024)):
         (tmp_path / "s.tar").write_bytes(data)
-        (item,) = Shard(str(tmp_path / "s.tar"), "s.tar")
+        (item,) = Shard(str(tmp_path / "s.tar"), "s.tar").accounted()
         assert (item.key, item.kind, item.reason) == ("", "truncated", "archive holds no sample")

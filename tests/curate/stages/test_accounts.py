@@ -44,7 +44,13 @@ def test_a_second_curation_keeps_the_first_ones_account_byte_for_byte(tmp_path, 
 
 
 def test_copies_in_turn_give_the_account_of_copies_at_once(tmp_path, image):
-    captions = ["the caption that is longest", "the first of others", "the first of others", "one more of them", "the last"]
+    captions = [
+        "the caption that is longest",
+        "the first of others",
+        "the first of others",
+        "one more of them",
+        "the last",
+    ]
     copies = {f"s{n}": {"png": image, "txt": text.encode()} for n, text in enumerate(captions)}
     at_once = curate(tmp_path, "once", copies)
     folder = curate(tmp_path, "turn0", {"s0": copies["s0"], "s1": copies["s1"]})
@@ -65,7 +71,11 @@ def test_a_dropped_copy_hands_on_what_it_stood_for(tmp_path, image):
 
 
 def test_a_copy_under_the_same_caption_hands_on_its_others_too(tmp_path, image):
-    with_others = {"png": image, "txt": b"one caption", "json": b'{"afresh": {"duplicates": 2, "captions": ["x", "y"]}}'}
+    with_others = {
+        "png": image,
+        "txt": b"one caption",
+        "json": b'{"afresh": {"duplicates": 2, "captions": ["x", "y"]}}',
+    }
     folder = curate(tmp_path, "set", {"a": {"png": image, "txt": b"one caption"}, "b": with_others})
     assert kept(folder)["a"].account == {"duplicates": 3, "captions": ["x", "y"]}
     assert read_ledger(folder.parent)["reason"].to_pylist() == [None, "exact_image"]

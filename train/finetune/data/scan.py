@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
 
 
 def sample_captions(sample: Sample) -> tuple[str, ...]:
-    """What a sample may be trained on: its captions, or the empty one where it has that; none where it has no caption."""
+    """What a sample may be trained on: its captions, or the empty one where it has that; none of none."""
     return sample.captions or (() if sample.caption is None else ("",))
 
 
@@ -278,8 +278,8 @@ def _join(parts: Sequence[_Part], path: Path, about: dict[str, Any]) -> None:
             writer.write_batch(rows)
     if lost := sum(part.captionless for part in parts):
         log.warning(
-            "%d samples have no caption that can be read, and are left out: missing_caption empty trains on them with the "
-            "empty one", lost,
+            "%d samples have no caption that can be read, and are left out: missing_caption empty trains on them with "
+            "the empty one", lost,
         )  # fmt: skip
     if empty:
         log.warning(
@@ -356,7 +356,7 @@ def _scan_shard(task: _ScanTask) -> None:
     """Write the record batch of one shard."""
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     left_out, excluded, captioned = 0, [], False
-    for item in Shard(task.url, task.name, task.caption_field):
+    for item in Shard(task.url, task.name, task.caption_field).accounted():
         if item.key in task.excluded:
             excluded.append(item.key)
             continue
