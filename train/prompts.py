@@ -126,7 +126,13 @@ def _prompt(path: Path, number: int, row: dict[str, Any]) -> Prompt:
     image = row.get("image")
     if image is not None and not isinstance(image, str):
         raise UserError(f"{path}: row {number}: image is {image!r}, expected a path")
-    return Prompt(caption.strip(), label, path.parent / image if image else None, seed)
+    return Prompt(caption.strip(), label, _image(path.parent, image) if image else None, seed)
+
+
+def _image(folder: Path, name: str) -> Path:
+    """The file that a table names, perhaps as Windows writes paths."""
+    named = folder / name
+    return named if "\\" not in name or named.exists() else folder / name.replace("\\", "/")
 
 
 def _integer(path: Path, number: int, column: str, value: Any) -> int | None:

@@ -376,6 +376,8 @@ def _read_below(root: str, path: str) -> bytes:
         raise RowError("path refused: it is a URL, and nothing is fetched because a table says so")
     scheme, slashes, base = root.rpartition("://")
     base = posixpath.normpath(base) if slashes else os.path.abspath(os.path.expanduser(base))
+    if "\\" in path and not os.path.exists(os.path.join(base, path)):  # as Windows writes paths
+        path = path.replace("\\", "/")
     full = posixpath.normpath(posixpath.join(base, path))
     if full != base and not full.startswith(base.rstrip("/") + "/"):
         raise RowError(f"path refused: {path!r} leads out of {root} (--image_root names the folder of the images)")

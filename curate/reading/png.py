@@ -15,6 +15,7 @@ from typing import Any
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 1 << 24  # of a text that is searched for the orientation
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_TELLING = _PROFILE, _XMP = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _GREY, _RGB = 0, 2  # colour types that have one clear colour
 
 
@@ -60,18 +61,22 @@ def orientation_data(data: bytes) -> dict[str | tuple[int, int], Any]:
         ``XML:com.adobe.xmp``.
     """
     found: dict[str | tuple[int, int], Any] = {}
+    seen: set[bytes] = set()  # of each kind of text the first counts: each costs time to unpack
     for kind, start, stop in _chunks(data):
         body = memoryview(data)[start + 8 : stop - 4]
         if kind == b"eXIf" and len(body) <= MAX_TEXT_BYTES:
             found["exif"] = bytes(body)
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
             name, nul, rest = bytes(body[:80]).partition(b"\0")
-            if name == b"Raw profile type exif" and nul and kind != b"iTXt":
+            if name not in _TELLING or name in seen:
+                continue
+            seen.add(name)
+            if name == _PROFILE and nul and kind != b"iTXt":
                 text = body[len(name) + 1 :] if kind == b"tEXt" else _unpacked(body[len(name) + 2 :])
                 digits = b"".join(bytes(text[:MAX_TEXT_BYTES]).split(b"\n")[3:])
                 if re.fullmatch(rb"(?:[0-9a-fA-F]{2})+", digits):
                     found.setdefault("exif", bytes.fromhex(digits.decode()))
-            elif name == b"XML:com.adobe.xmp" and kind == b"iTXt" and rest[:1]:
+            elif name == _XMP and kind == b"iTXt" and rest[:1]:
                 packed = rest[0] == 1
                 text = bytes(body[len(name) + 3 :][:MAX_TEXT_BYTES])
                 _, _, text = text.partition(b"\0")[2].partition(b"\0")  # behind language and translated keyword

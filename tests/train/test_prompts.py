@@ -68,6 +68,13 @@ def test_lines_end_where_their_format_says_so(kind, encoding, end, tmp_path):
     assert [prompt.caption for prompt in read_prompts(path)] == [ODD, "two"]
 
 
+def test_images_may_be_named_as_windows_writes_paths(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").touch()
+    (tmp_path / "p.csv").write_text("caption,image\na,sub\\a.png\nb,gone\\b.png\n")
+    assert [p.image for p in read_prompts(tmp_path / "p.csv")] == [tmp_path / "sub/a.png", tmp_path / "gone/b.png"]
+
+
 def test_trailing_commas_lose_nothing(tmp_path):
     (tmp_path / "p.csv").write_text('caption,label,,\n"a, b",1,,\nc,0,,,,\n\n')
     assert [(p.caption, p.label) for p in read_prompts(tmp_path / "p.csv")] == [("a, b", 1), ("c", 0)]

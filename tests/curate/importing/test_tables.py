@@ -120,11 +120,13 @@ def test_parquet_files_are_found_by_glob_brace_range_folder_and_url(tmp_path):
 def test_paths_in_a_table_lead_nowhere_else(tmp_path):
     src = lay_out(tmp_path / "src" / "tables", {"in.png": png(0)}).parent
     lay_out(src, {"above.png": png(1)})
+    lay_out(src / "tables", {"sub/in.png": png(0)})
     paths = ["in.png", "../above.png", str(src / "above.png"), "http://localhost/x.png", "gone.png", None]
-    pq.write_table(table_of(6, image_path=paths), src / "tables" / "t.parquet")
+    paths += ["sub\\in.png", "..\\above.png"]  # as Windows writes them
+    pq.write_table(table_of(8, image_path=paths), src / "tables" / "t.parquet")
     summary = ingest(src / "tables" / "t.parquet", tmp_path / "out")
-    assert summary["imported"] == 1
-    assert summary["reasons"] == {"cannot be read": 1, "no image": 1, "path refused": 3}
+    assert summary["imported"] == 2
+    assert summary["reasons"] == {"cannot be read": 1, "no image": 1, "path refused": 4}
     wide = ingest(src / "tables" / "t.parquet", tmp_path / "wide", image_root="/")
     assert wide["imported"] == 1 and samples_of(tmp_path / "wide")[0].image == png(1)
 
