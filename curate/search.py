@@ -63,6 +63,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
 
 def _by_image(index: TrainingIndex, file: str, k: int, max_pixels: int) -> tuple[Any, Any]:
     from curate.embed.registry import load_embedder
+    from curate.index.training_index import refuse_other
     from curate.reading.images import ImageError, decode_image
 
     try:
@@ -72,7 +73,7 @@ def _by_image(index: TrainingIndex, file: str, k: int, max_pixels: int) -> tuple
     except ImageError as error:
         raise UserError(f"image {file}: {error}") from error
     embedder = load_embedder(index.embedder)
-    index.refuse_other(embedder)
+    refuse_other(index, embedder)
     similarity, rows = index.search(embedder.embed([image]), min(k, len(index)))
     return similarity[0], rows[0]
 

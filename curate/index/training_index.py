@@ -124,31 +124,6 @@ class TrainingIndex:
             content.update(json.dumps(column).encode())
         return content.hexdigest()[:32]
 
-    def refuse_other(self, embedder: Known, where: str = "the index") -> None:
-        """See that an embedder is the one that the rows were made with: by its weights and how it prepares images, and
-        not by its name, under which other weights may lie by now. An index that did not note them goes by the name of
-        the embedder, or of its file.
-
-        Args:
-            embedder: that is to be compared with the rows.
-            where: what to call the index in the message.
-
-        Raises:
-            UsageError: it is another one; the message says what to do.
-        """
-        name, now = embedder.name, getattr(embedder, "digest", "")
-        if now == self.embedder_digest if now and self.embedder_digest else Path(name).name == Path(self.embedder).name:
-            return
-        if name != self.embedder:
-            raise UsageError(
-                f"{where} was made with the embedder {self.embedder!r}, not {name!r}; give it the same one, or curate "
-                "again with this one"
-            )
-        raise UsageError(
-            f"{where} was made with other weights or settings of {name!r} (digest {self.embedder_digest[:12]}, now "
-            f"{now[:12]}); give it the same ones, or curate again with these"
-        )
-
     @property
     def dim(self) -> int:
         """Length of the embeddings."""
@@ -346,6 +321,36 @@ class TrainingIndex:
             calibration,
             embedder_digest,
         )
+
+
+def refuse_other(
+    index: TrainingIndex, embedder: Known, where: str = "the index", option: str = "the embedder"
+) -> None:
+    """See that an embedder is the one that an index was built with: by its weights and how it prepares images, and not
+    by its name, under which other weights may lie by now. An index that did not note them goes by the name of the
+    embedder, or of its file.
+
+    Args:
+        index: of a training set.
+        embedder: that is to be compared with its rows.
+        where: what to call the index in the message.
+        option: what to call the embedder's setting there.
+
+    Raises:
+        UsageError: it is another one; the message says what to do.
+    """
+    name, now, then = embedder.name, getattr(embedder, "digest", ""), getattr(index, "embedder_digest", "")
+    if now == then if now and then else Path(name).name == Path(index.embedder).name:
+        return
+    if name != index.embedder:
+        raise UsageError(
+            f"{where} was built with the embedder {index.embedder!r}, not with {name!r}: give {option} "
+            f"{index.embedder!r}, not {name!r}, or curate again"
+        )
+    raise UsageError(
+        f"{where} was built with other weights or settings of {name!r} (digest {then[:12]}, now {now[:12]}): give "
+        f"{option} those, or curate again"
+    )
 
 
 def index_folder(where: str | Path) -> Path:

@@ -46,11 +46,11 @@ class Elsewhere:
 
 def open_others(config: DedupConfig, embedder: Embedder) -> dict[str, TrainingIndex]:
     """The indexes of the sets to keep apart from, by the folders that name them."""
-    from curate.index.training_index import TrainingIndex
+    from curate.index.training_index import TrainingIndex, refuse_other
 
     others = {folder: TrainingIndex.load(folder) for folder in config.against}
     for folder, index in others.items():
-        index.refuse_other(embedder, f"against: {folder}")
+        refuse_other(index, embedder, f"against: {folder}", "image_embedder")
     return others
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afresh.errors import UsageError, UserError
+from curate.index.training_index import refuse_other
 from curate.reading.captions import normalise_caption
 from train.memorization.config import MEMORIZED
 
@@ -77,7 +78,7 @@ class ObjectLevel:
     raw_name, memorized = "cosine", MEMORIZED
 
     def __init__(self, index: TrainingIndex, embedder: Embedder) -> None:
-        index.refuse_other(embedder)
+        refuse_other(index, embedder)
         check_not_empty(index)
         if not hasattr(embedder, "features"):
             raise UsageError(

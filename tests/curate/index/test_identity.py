@@ -15,7 +15,7 @@ from afresh.errors import UsageError, UserError
 from curate.config import DedupConfig, SearchConfig
 from curate.dedup import run_dedup
 from curate.embed.registry import load_embedder
-from curate.index.training_index import TrainingIndex
+from curate.index.training_index import TrainingIndex, refuse_other
 from curate.reading.writing import write_shard
 from curate.results.ledger import read_ledger
 from curate.sample_set import load_part
@@ -84,7 +84,7 @@ def test_the_same_weights_under_another_name_are_the_same(curated, tmp_path, mon
         assert run_dedup(batch)["reasons"] == {"other_set": 12}
         assert open_index(curated.out, name)[1].name == name
     with pytest.raises(UsageError, match="other weights or settings|not 'weights.pt@17'"):
-        TrainingIndex.load(curated.out).refuse_other(SimpleNamespace(name="weights.pt@17", digest="x"))
+        refuse_other(TrainingIndex.load(curated.out), SimpleNamespace(name="weights.pt@17", digest="x"))
 
 
 def test_an_index_that_did_not_note_its_embedders_digest_goes_by_the_name(curated, tmp_path):
@@ -92,9 +92,9 @@ def test_an_index_that_did_not_note_its_embedders_digest_goes_by_the_name(curate
     assert about.pop("embedder_digest") == load_embedder(curated.image_embedder).digest
     (tmp_path / "out" / "index" / "index.json").write_text(json.dumps(about))
     index = TrainingIndex.load(curated.out)
-    index.refuse_other(load_embedder(curated.image_embedder))
+    refuse_other(index, load_embedder(curated.image_embedder))
     with pytest.raises(UserError, match=r"'.*weights.pt@16', not 'layout'"):
-        index.refuse_other(load_embedder("layout"))
+        refuse_other(index, load_embedder("layout"))
 
 
 def test_a_summary_does_not_outlive_what_it_speaks_of(curated, tmp_path, monkeypatch):

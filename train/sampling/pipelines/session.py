@@ -84,12 +84,12 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
         UserError: no index there, an empty one, or it was built with another embedder.
     """
     from curate.embed.registry import load_embedder
-    from curate.index.training_index import TrainingIndex
+    from curate.index.training_index import TrainingIndex, refuse_other
 
     index = TrainingIndex.load(path)
     check_not_empty(index, path)
     loaded = load_embedder(embedder or index.embedder)
-    index.refuse_other(loaded, f"the index {path}")
+    refuse_other(index, loaded, f"the index {path}")
     return index, loaded
 
 
