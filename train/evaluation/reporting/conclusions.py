@@ -99,7 +99,7 @@ def number(value: float) -> str:
 MODELS = {"raw": "raw model", "curated": "curated and filtered model"}
 
 
-GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG"}
+GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG", "amg-early": "early AMG"}
 
 
 PROMPTS = {"repeated": "repeated captions", "held_out": "held-out captions"}
