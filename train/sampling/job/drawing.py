@@ -165,7 +165,7 @@ def _record(
         "guidance": config.guidance,
         "steps": config.steps,
         "scale": config.scale,
-        "steps_fired": sum(bool(row["fired"]) for row in trace),
+        "steps_fired": len({row["number"] for row in trace if row["fired"]}),
         "max_similarity": max(watched, default=None),
         "magnitude": trace[0]["magnitude"] if trace else None,
         "memorized": trace[0]["memorized"] if trace else None,

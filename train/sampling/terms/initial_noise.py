@@ -45,10 +45,11 @@ class NoiseAdjustment:
         delay = self.config.delay if self.config.method == "batch" else 0
 
         def step(state: State) -> Correction | None:
-            if state.step >= delay or state.eps_uncond is None:
+            if state.number >= delay or state.eps_uncond is None:
                 return None
             rows = torch.arange(run.batch_size, device=state.x_t.device)
-            return Correction({"delay": Part(rows, state.eps_uncond - state.eps_hat)})
+            delta = -state.scale.view(-1, 1, 1, 1) * (state.eps_cond - state.eps_uncond)
+            return Correction({"delay": Part(rows, delta, -state.scale)})
 
         return step
 

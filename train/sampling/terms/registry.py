@@ -58,6 +58,8 @@ class Own:
     code: str
 
 
+# Terms that change the prompt's words, and terms that change the embeddings of whatever words there are.
+WORDS, EMBEDDINGS = ("tokens", "numbers"), ("prompt",)
 INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
@@ -83,6 +85,13 @@ def names(guidance: str) -> list[str]:
             raise UsageError(f"--guidance {guidance}: {name!r} is not known; choose of {known}, or several joined by +")
     if len(set(found)) < len(found):
         raise UsageError(f"--guidance {guidance}: a name stands twice")
+    for later, name in enumerate(found):
+        changed = [before for before in found[:later] if before in EMBEDDINGS]
+        if name in WORDS and changed:
+            raise UsageError(
+                f"--guidance {guidance}: {name} would put other words in the place of the embeddings that {changed[0]} "
+                f"has changed: write {name}+{changed[0]}"
+            )
     return found
 
 
