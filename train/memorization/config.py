@@ -42,7 +42,8 @@ class DetectConfig:
             consistency (MS-SSIM of the first step among seeds), agreement (the same of the predicted images, at the
             last step), joint (magnitude times agreement), joint_on_noise (the same from pure noise taken for a latent
             of t = 0.8 T, without a step), anisotropy (magnitude, and an angle at low noise, both on pure noise),
-            attention_entropy (of the cross-attention, averaged over the steps). docs/detection.md compares them. One of
+            attention_entropy (of the cross-attention, averaged over the steps), masked_magnitude (the magnitude where
+            the last step scored attends to the end token: score all steps). docs/detection.md compares them. One of
             your own is module:Class (docs/library.md).
         form: of the magnitude: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         batch_size: prompt and seed pairs per UNet call, which then holds up to twice as many images.

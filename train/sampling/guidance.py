@@ -179,6 +179,10 @@ class Start:
     """Of each image, as the terms before this one left them; None where only embeddings were given."""
     denoise: Callable[[Tensor, Conditioning | None, Tensor], Tensor] = field(repr=False)
     """As in :class:`State`."""
+    denoise_at: Callable[[int], Callable[[Tensor, Conditioning | None, Tensor], Tensor]] | None = field(
+        default=None, repr=False
+    )
+    """A timestep of the model's schedule → the same there."""
 
     def generator(self, image: int, salt: str) -> torch.Generator:
         """Random numbers of one image's own, on the CPU: a function of its noise, as drawn, and of ``salt``.

@@ -14,7 +14,7 @@ from afresh.progress import get_logger
 from train.denoising.coefficients import Coefficients
 from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import output_per_eps, to_eps
-from train.denoising.schedules import coefficients_at, refines_a_step
+from train.denoising.schedules import NoiseSchedule, coefficients_at, refines_a_step
 from train.sampling.guidance import MIN_ALPHA_BAR, Guidance, Part, Run, Start, State, guide
 from train.sampling.trace import Trace
 
@@ -85,6 +85,7 @@ class GuidedLoop:
         at = coefficients_at(self.scheduler, t)
         assert at is not None  # the constructor saw to it
         noise = latents.float() * scale
+        schedule = NoiseSchedule(self.scheduler)
         start = Start(
             run=self.run,
             t=float(t),
@@ -95,6 +96,7 @@ class GuidedLoop:
             cond=cond,
             prompts=prompts,
             denoise=self._in_eps(t, latents.dtype, at, cond),
+            denoise_at=lambda s: self._in_eps(torch.tensor(s, device=t.device), latents.dtype, schedule.at(s), cond),
         )
         embedded = ""  # the term that changed embeddings last
         for term in terms:
@@ -113,8 +115,8 @@ class GuidedLoop:
                     embedded = term.name
                 elif embedded:
                     raise ValueError(
-                        f"{term.name} would encode other words in the place of the embeddings that {embedded} has "
-                        f"changed: let {term.name} act first"
+                        f"{term.name} would put other words in the place of those that {embedded} has worked on: "
+                        f"let {term.name} act first"
                     )
                 start = replace(start, cond=cond, prompts=change.prompts or start.prompts)
         return latents, cond

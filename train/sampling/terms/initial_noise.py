@@ -20,8 +20,8 @@ from torch import Tensor
 
 from train.memorization.signals.magnitude import magnitude
 from train.sampling.config import NoiseConfig, configured, number
+from train.sampling.descent import descend
 from train.sampling.guidance import Change, Correction, Part, Run, Start, State, StepFunction
-from train.sampling.terms.descent import descend
 
 
 class NoiseAdjustment:

@@ -17,6 +17,8 @@ from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.sampling.config import AMGConfig, SampleConfig, configured
 from train.sampling.guidance import Guidance
 from train.sampling.terms.amg import AMG
+from train.sampling.terms.anisotropy import AnisotropyMinimisation
+from train.sampling.terms.attention_masking import AttentionMasking
 from train.sampling.terms.basin import AttractionBasin
 from train.sampling.terms.initial_noise import NoiseAdjustment
 from train.sampling.terms.prompt_embedding import PromptMinimisation
@@ -34,6 +36,8 @@ SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
     "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
+    "anisotropy": lambda c: c.anisotropy,
+    "attention": lambda c: c.attention,
     "basin": lambda c: c.basin,
     "opposite": lambda c: replace(c.basin, before=-c.scale),
     "noise": lambda c: c.noise,
@@ -44,6 +48,8 @@ SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
 }
 TERMS: dict[str, Callable[[Any], Guidance]] = {
     "prompt": PromptMinimisation,
+    "anisotropy": AnisotropyMinimisation,
+    "attention": AttentionMasking,
     "basin": AttractionBasin,
     "opposite": AttractionBasin,
     "noise": NoiseAdjustment,
@@ -58,8 +64,8 @@ class Own:
     code: str
 
 
-# Terms that change the prompt's words, and terms that change the embeddings of whatever words there are.
-WORDS, EMBEDDINGS = ("tokens", "numbers"), ("prompt",)
+# Terms that change the prompt's words, and terms that work on whatever words there are.
+WORDS, EMBEDDINGS = ("tokens", "numbers"), ("prompt", "anisotropy", "attention")
 INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
@@ -89,8 +95,8 @@ def names(guidance: str) -> list[str]:
         changed = [before for before in found[:later] if before in EMBEDDINGS]
         if name in WORDS and changed:
             raise UsageError(
-                f"--guidance {guidance}: {name} would put other words in the place of the embeddings that {changed[0]} "
-                f"has changed: write {name}+{changed[0]}"
+                f"--guidance {guidance}: {name} would put other words in the place of those that {changed[0]} has "
+                f"worked on: write {name}+{changed[0]}"
             )
     return found
 
