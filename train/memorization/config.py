@@ -35,6 +35,7 @@ class DetectConfig:
         seeds: initial noises per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first noise.
         scale: classifier-free guidance scale of the trajectory.
+        negative_prompt: in the place of the empty prompt, as images are drawn with it; thresholds then hold against it.
         outcomes: what the model draws for these prompts: the folder that ``train sample --index`` wrote for them. A
             prompt is memorized in outcome when an image of its own lies above 0.5 (SSCD's scale) to a training image;
             the scores are then judged by that too.
@@ -70,6 +71,7 @@ class DetectConfig:
     seeds: int = 4
     first_seed: int = 0
     scale: float = 7.5
+    negative_prompt: str = ""
     outcomes: str = ""
     signals: list[str] = field(default_factory=lambda: ["magnitude"])
     form: Literal["l2", "rms"] = "l2"

@@ -110,6 +110,7 @@ def score(
     num_inference_steps: int = 50,
     seeds: int | Sequence[int] | NDArray[np.int64] = 4,
     guidance_scale: float = 7.5,
+    negative_prompt: str = "",
     signals: Sequence[str | Signal] = ("magnitude",),
     form: Form = "l2",
     batch_size: int = 32,
@@ -129,6 +130,7 @@ def score(
         num_inference_steps: steps of the whole trajectory.
         seeds: how many (0, 1, …), or which ones; ``[prompts, seeds]`` gives each prompt its own.
         guidance_scale: classifier-free guidance scale that the trajectory follows.
+        negative_prompt: what stands for ``e_∅``.
         signals: what is to be computed: names of ``train.memorization.signals.registry.SIGNALS``, or objects of one's
             own.
         form: of the magnitude.
@@ -146,6 +148,7 @@ def score(
         num_inference_steps=num_inference_steps,
         seeds=seeds,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
         signals=signals,
         form=form,
         batch_size=batch_size,
@@ -176,6 +179,7 @@ class Scoring:
         num_inference_steps: int,
         seeds: int | Sequence[int] | NDArray[np.int64],
         guidance_scale: float,
+        negative_prompt: str = "",
         signals: Sequence[str | Signal],
         form: Form,
         batch_size: int,
@@ -197,7 +201,7 @@ class Scoring:
         levels = {signal.noise_level for signal in self.signals if signal.noise_level is not None}
         last = schedule.timesteps - 1
         self.noise_levels = {level: min(round(level * (last + 1)), last) for level in sorted(levels, reverse=True)}
-        self.empty = self.denoiser.encode([""])
+        self.empty = self.denoiser.encode([negative_prompt])
         masked = any(getattr(signal, "end_attention", False) for signal in self.signals)
         self.ends = end_positions(pipe, prompts) if masked else None
 

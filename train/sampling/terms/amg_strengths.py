@@ -42,7 +42,7 @@ def schedule(config: AMGConfig) -> Callable[[float], float]:
 
 
 def despecification_strength(sigma: Tensor, scale: float | Tensor, c_1: float = 13.0, floor: float = 1.0) -> Tensor:
-    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13); ``floor`` stands for 1, and ``scale`` (or ``[k]``) for ``s_0``."""
+    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13); ``floor`` stands for 1, ``scale`` (or ``[k]``) for ``s_0``."""
     return (c_1 * sigma).clamp(max=scale - floor).clamp(min=0)
 
 

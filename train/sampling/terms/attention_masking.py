@@ -60,4 +60,5 @@ class AttentionMasking:
         gain = torch.ones_like(embeds[..., 0])
         gain[:, 0] = self.config.beginning
         rows = torch.arange(len(embeds), device=embeds.device)
-        return Change(rows, cond=Conditioning({**start.cond.parts, MASK: mask, GAIN: gain}), columns={"attended": lengths})
+        cond = Conditioning({**start.cond.parts, MASK: mask, GAIN: gain})
+        return Change(rows, cond=cond, columns={"attended": lengths})

@@ -74,7 +74,8 @@ def minimised(
         start: what the images start from.
         c: ``target``, ``steps``, ``lr`` and ``slice``.
         name: of the setting.
-        loss_of: some images ``[k]`` → their losses ``[k]`` as a function of their conditioning; called without gradients.
+        loss_of: some images ``[k]`` → their losses ``[k]`` as a function of their conditioning; it is called without
+            gradients, its result with them.
 
     Returns:
         Embeddings ``[n, tokens, width]``, the loss before and after, and the number of steps taken ``[n]``.

@@ -148,7 +148,7 @@ def automatic(config: SampleConfig) -> list[tuple[str, str]]:
     """``(term, setting)`` of each setting that is used and ``auto``, checked against the model's thresholds.
 
     Raises:
-        UsageError: the model has none, or none of the setting's form.
+        UsageError: the model has none, none of the setting's form, or none against this negative prompt.
     """
     found = [AUTO[name] for name in names(config.guidance) if name in AUTO]
     found = [(term, name) for term, name in dict.fromkeys(found) if getattr(getattr(config, term), name) == "auto"]
@@ -159,6 +159,8 @@ def automatic(config: SampleConfig) -> list[tuple[str, str]]:
                 f"--{term}.{name} auto: {config.model} has no {FILE}; `train detect --calibrate 0.01` writes it, "
                 "or give a number"
             )
+        if why := thresholds.unlike(config.negative_prompt):
+            raise UsageError(f"--{term}.{name} auto: {Path(config.model) / FILE}: {why}; give a number")
         form = getattr(config, term).form
         if form != thresholds.form:
             raise UsageError(
@@ -175,7 +177,9 @@ def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: floa
         UsageError: nothing was calibrated at ``t``.
     """
     for term, name in automatic(config):
-        value = None if thresholds is None else thresholds.at(t, timesteps)
+        if thresholds is None:
+            raise UsageError(f"--{term}.{name} auto: the thresholds of {config.model} do not hold here: give a number")
+        value = thresholds.at(t, timesteps)
         if value is None:
             raise UsageError(
                 f"--{term}.{name} auto: nothing in {Path(config.model) / FILE} is for timestep {t:g}, the first here: "
