@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UserError
+from afresh.errors import UserError, printable
 from afresh.files import write_atomic
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -110,6 +110,9 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 def _prompt(path: Path, number: int, row: dict[str, Any]) -> Prompt:
     caption = row.get("caption")
+    if "caption" not in row:
+        there = printable(", ".join(row)) or "nothing"
+        raise UserError(f"{path}: row {number} has no caption, only {there}: give what holds the prompts that name")
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(f"{path}: row {number} has no caption")
     label = _integer(path, number, "label", row.get("label"))

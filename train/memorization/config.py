@@ -105,7 +105,7 @@ class ExplainConfig:
         form: of the magnitude: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         words: how many of the most significant words are taken out and replaced, one at a time, to see what the
             magnitude becomes; 0 tries none.
-        replacements: entries of the tokenizer's vocabulary, drawn at random, that are put in the place of each.
+        replacements: common words, drawn at random, that are put in the place of each.
         batch_size: prompt and seed pairs per UNet call.
         gradient_checkpointing: keep no activations for the backward pass: less memory, about a third more time.
         dtype: of the model's weights.

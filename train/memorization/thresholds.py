@@ -99,6 +99,22 @@ class Thresholds:
             return f"they were found on latents of {self.elements} numbers, and here are {elements}: use the form rms"
         return ""
 
+    def reached(self, m: float, form: Form, t: float, elements: int, timesteps: int = 1000) -> bool | None:
+        """Whether a magnitude at timestep ``t`` counts as memorized; None where nothing is judged there.
+
+        Args:
+            m: of the magnitude.
+            form: its form.
+            t: in [0, ``timesteps``).
+            elements: numbers in the latents.
+            timesteps: of the model's schedule.
+        """
+        limit = self.at(t, timesteps)
+        if limit is None:
+            return None
+        rms = elements**0.5
+        return m * {"l2": 1.0, "rms": rms}[form] / {"l2": 1.0, "rms": rms}[self.form] >= limit
+
     def tensor(self) -> torch.Tensor:
         """``[BANDS]`` float32, infinite where nothing is judged."""
         return torch.tensor([math.inf if one is None else one for one in self.by_band], dtype=torch.float32)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from afresh.errors import UserError
-from afresh.progress import progress
+from afresh.progress import Progress, progress
 from train.memorization.neurons.blocking import blocked
 from train.memorization.neurons.files import read_neurons
 from train.sampling.config import SampleConfig
@@ -55,7 +55,7 @@ def draw_images(
             began = time.perf_counter()
             neurons = own[batch[0].prompt.caption] if config.neurons_of == "own" and own else together
             with blocked(pipe, neurons) if config.neurons else nullcontext():
-                drawn = _draw_batch(pipe, config, batch, guidance, rejection, never)
+                drawn = _draw_batch(pipe, config, batch, guidance, rejection, never, bar)
             seconds = (time.perf_counter() - began) / len(batch)
             images = [one.image for one in drawn if not one.withheld]
             nearest = iter(_nearest(index, embedder, images) if images else [])
@@ -75,12 +75,13 @@ def _draw_batch(
     guidance: Sequence[Guidance],
     rejection: Rejection | None,
     never: NeverAbove | None,
+    bar: Progress,
 ) -> list[Accepted]:
     """The images of a batch, each from its seed, and again as rejection and the guarantee ask for."""
 
     def draw(rows: list[int], seeds: list[int], guidance: Sequence[Guidance]) -> Any:
         def pipeline(some: list[int], seeds: list[int]) -> GuidedOutput:
-            return _pipe(pipe, config, [batch[rows[i]].prompt.caption for i in some], seeds, guidance)
+            return _pipe(pipe, config, [batch[rows[i]].prompt.caption for i in some], seeds, guidance, bar)
 
         return rejection(pipeline, seeds) if rejection else pipeline(list(range(len(rows))), seeds)
 
@@ -99,7 +100,12 @@ def _pipe(
     prompts: list[str],
     seeds: list[int],
     guidance: Sequence[Guidance],
+    bar: Progress,
 ) -> GuidedOutput:
+    def told(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.set_postfix_str(f"step {i + 1} of {len(pipe.scheduler.timesteps)} of {len(prompts)} images")
+        return {}
+
     output = pipe(
         prompts,
         negative_prompt=[config.negative_prompt] * len(prompts),
@@ -109,6 +115,7 @@ def _pipe(
         width=config.width or None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         guidance=guidance,
+        callback_on_step_end=told,
     )
     assert isinstance(output, GuidedOutput)
     return output
@@ -177,11 +184,8 @@ def _record(
 
 def _memorized(row: dict[str, Any], opened: Opened) -> bool | None:
     """Whether the magnitude of a step reaches the model's calibrated threshold; None where there is no such."""
-    pipe, thresholds, m = opened.pipe, opened.thresholds, row["magnitude"]
-    limit = None if thresholds is None else thresholds.at(row["t"], pipe.scheduler.config.num_train_timesteps)
-    if limit is None or m is None:
+    m = row["magnitude"]
+    if opened.thresholds is None or m is None:
         return None
-    if thresholds.form == "rms":  # type: ignore[union-attr]
-        m = m / opened.elements**0.5
-    return m >= limit
-
+    timesteps = opened.pipe.scheduler.config.num_train_timesteps
+    return opened.thresholds.reached(m, "l2", row["t"], opened.elements, timesteps)

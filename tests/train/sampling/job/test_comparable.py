@@ -67,7 +67,7 @@ def test_auto_is_refused_at_once_where_the_thresholds_are_of_another_prompt(job)
 
 def test_the_filter_takes_no_thresholds_that_were_found_against_a_negative_prompt(job):
     calibrated(job, against="blurry")
-    with pytest.raises(UsageError, match="against the negative prompt 'blurry', and magnitudes here .* the empty prompt"):
+    with pytest.raises(UsageError, match="against the negative prompt 'blurry', and magnitudes here .* empty prompt"):
         read_thresholds(Path(job.model) / FILE)
 
 
