@@ -37,6 +37,21 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class RandomWords:
+    """Words that a caption gets at random places, other ones at every visit (Somepalli et al., NeurIPS 2023).
+
+    Args:
+        kind: word of the tokenizer's vocabulary, number, or repeat, a word of the caption again.
+        number: how many; 0 leaves captions as they are. The paper adds 4.
+        share: probability that a visit gets them.
+    """
+
+    kind: Literal["word", "number", "repeat"] = "word"
+    number: int = 0
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -197,6 +212,7 @@ class FinetuneConfig:
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
+        random_words: words added to captions, so that none is a key to its image.
         lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
         mixed_precision: autocast type; auto is bf16 on hardware that is fast in it (GPUs since Ampere, CPUs with AMX),
@@ -257,6 +273,7 @@ class FinetuneConfig:
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
+    random_words: RandomWords = field(default_factory=RandomWords)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "no"

@@ -157,7 +157,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     shard_set = scan_once(config, accelerator)
     loader, order = lay_out(shard_set, sizes, config, planned)
     texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
-    captions = Captions(model, shard_set.captions, config.caption_dropout, texts)
+    captions = Captions(model, shard_set.captions, config.caption_dropout, texts, config.random_words, config.seed)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
@@ -225,7 +225,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
             x_t = schedule.noised(x_0, input_noise, t)
-            prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform)
+            prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
             readable = batch.weight > 0
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs

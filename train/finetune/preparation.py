@@ -58,6 +58,11 @@ def check_config(config: FinetuneConfig) -> None:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
     if config.cache_text and config.train_text_encoder:
         raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
+    words = config.random_words
+    if words.number < 0 or not 0 <= words.share <= 1:
+        raise UsageError(f"random_words: number must be 0 or more and share lie in [0, 1], not {words}")
+    if words.number and config.cache_text:
+        raise UsageError("random_words: a caption has other words at every visit; set cache_text to false")
     lora = config.lora
     for name in ("rank", "alpha"):
         if getattr(lora, name) < 0:

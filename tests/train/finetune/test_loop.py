@@ -10,7 +10,7 @@ import torch
 from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
-from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
+from train.finetune.config import FilterConfig, FinetuneConfig, RandomWords, ValidationConfig
 from train.finetune.data.order import SampleOrder
 from train.finetune.data.scan import ShardSet
 from train.finetune.loop import run_finetune
@@ -67,6 +67,8 @@ def test_a_model_with_a_part_missing_is_named(model, shards, tmp_path):
     [
         ({"steps": 0}, "steps"),
         ({"caption_dropout": 1.0}, "caption_dropout"),
+        ({"random_words": RandomWords(number=-1)}, "random_words"),
+        ({"random_words": RandomWords(number=4), "cache_text": True}, "cache_text"),
         ({"learning_rate": -1.0}, "learning_"),
         ({"max_bad_steps": 0}, "max_bad_steps"),
         ({"noise_offset": -0.1}, "noise_offset"),

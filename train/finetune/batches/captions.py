@@ -1,8 +1,8 @@
-"""Which caption a sample is trained on at a visit, and its token ids or embedding."""
+"""Which caption a sample is trained on at a visit, its random words, and its token ids or embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -10,7 +10,11 @@ from torch import Tensor
 
 from train.denoising.conditioning import Conditioning
 from train.finetune.caches.texts import CachedTexts
+from train.finetune.config import RandomWords
+from train.finetune.data.order import generator
 from train.finetune.model.trained import Model
+from train.sampling.config import TokensConfig
+from train.sampling.terms.random_tokens import with_random_words
 
 REMEMBERED = 1 << 16  # captions whose token ids are kept
 
@@ -37,6 +41,8 @@ class Captions:
         captions: those of a row, at least one.
         dropout: probability of training on the empty caption.
         cached: embeddings of all captions; without them token ids are given.
+        words: random words that captions get at each visit, drawn by ``seed`` and the visit's position.
+        seed: of the run.
     """
 
     def __init__(
@@ -45,21 +51,25 @@ class Captions:
         captions: Callable[[int], tuple[str, ...]],
         dropout: float,
         cached: CachedTexts | None = None,
+        words: RandomWords | None = None,
+        seed: int = 0,
     ) -> None:
         self.captions, self.dropout, self.cached = captions, dropout, cached
-        self._device = model.device
+        self.words, self.seed = words or RandomWords(), seed
+        self._device, self._tokenizer = model.device, model.pipe.tokenizer
         self._tokens = lru_cache(REMEMBERED)(lambda text: model.denoiser.tokens([text]))
 
-    def choose(self, rows: Tensor, uniform: Tensor) -> tuple[Conditioning, list[str], Tensor]:
+    def choose(self, rows: Tensor, uniform: Tensor, positions: Sequence[int]) -> tuple[Conditioning, list[str], Tensor]:
         """Each row's chosen caption.
 
         Args:
             rows: ``[n]`` int64, on the CPU.
             uniform: ``[n, 2]``, see :func:`choose_caption`.
+            positions: of the visits.
 
         Returns:
-            The captions' tokens, or their embeddings in float32; the ``n`` texts; and whether they are conditional,
-            ``[n]`` bool on the CPU.
+            The captions' tokens, or their embeddings in float32; the ``n`` texts as they stand in the set; and whether
+            they are conditional, ``[n]`` bool on the CPU.
         """
         chosen = [
             choose_caption(self.captions(row), numbers, self.dropout)
@@ -69,5 +79,15 @@ class Captions:
         conditional = torch.tensor([is_conditional for _, is_conditional in chosen])
         if self.cached is not None:
             return Conditioning({"embeds": self.cached.embed(texts)}), texts, conditional
-        return Conditioning.join([self._tokens(text) for text in texts]).to(self._device), texts, conditional
+        seen = texts
+        if self.words.number:
+            seen = [self._with_words(text, position) for text, position in zip(texts, positions, strict=True)]
+        return Conditioning.join([self._tokens(text) for text in seen]).to(self._device), texts, conditional
+
+    def _with_words(self, text: str, position: int) -> str:
+        """``text`` with random words, in ``words.share`` of the visits; the empty caption stays empty."""
+        g = generator(self.seed, "words", position)
+        if not text or torch.rand((), generator=g) >= self.words.share:
+            return text
+        return with_random_words(text, TokensConfig(self.words.kind, self.words.number), self._tokenizer, g)
 
