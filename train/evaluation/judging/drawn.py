@@ -27,7 +27,8 @@ class Drawn:
     images: Sequence[Image]
     captions: Sequence[str]
     """What each image was drawn for; images of one caption are its seeds."""
-    seconds_per_image: float = float("nan")
+    seconds_per_image: float | NDArray[np.float64] = float("nan")
+    """Of all images, or of each."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,8 @@ class Measured:
     """A table row, and what it rests on, image by image."""
 
     row: dict[str, Any]
-    similarity: NDArray[np.float32]
-    """``[n]`` to the nearest training image by the own embedder, on SSCD's scale."""
-    judged: NDArray[np.float32]
-    """``[n]`` to the nearest training image by the independent judge (cosine)."""
-    copied: NDArray[np.bool_]
-    """``[n]`` whether the independent judge counts the image as a copy."""
-    pixel: NDArray[np.float32]
-    """``[n]`` highest pixel correlation with a training image."""
+    images: dict[str, NDArray[Any]]
+    """``[n]`` by column, for the numbers that are made of single images; shares as booleans."""
 
 
 def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> Drawn:
@@ -64,6 +59,6 @@ def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> D
         images = [decode_image((folder / row["file"]).read_bytes()) for row in rows]
     except OSError as error:
         raise UserError(f"{folder}: an image of samples.parquet is missing ({error})") from None
-    seconds = float(np.mean([row["seconds"] for row in rows])) if rows else float("nan")
+    seconds = np.array([row["seconds"] for row in rows], np.float64)
     return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds)
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,14 +34,22 @@ def read_images(shards: Sequence[str]) -> tuple[list[Image], list[str]]:
 
 def read_originals(prompts: Sequence[Any]) -> dict[str, Image]:
     """The original image of every caption whose prompt names one."""
-    from curate.reading.images import ImageError, decode_image
-
     originals: dict[str, Image] = {}
     for prompt in prompts:
         if prompt.image is not None and prompt.caption not in originals:
-            try:
-                originals[prompt.caption] = decode_image(Path(prompt.image).read_bytes())
-            except (OSError, ImageError) as error:
-                raise UserError(f"{prompt.image}: the original of {prompt.caption!r}: {error}") from None
+            originals[prompt.caption] = read_image(prompt.image, prompt.caption)
     return originals
 
+
+def read_image(path: str | Path, caption: str) -> Image:
+    """One original.
+
+    Raises:
+        UserError: it is missing or no image; names the file and the caption.
+    """
+    from curate.reading.images import ImageError, decode_image
+
+    try:
+        return decode_image(Path(path).read_bytes())
+    except (OSError, ImageError) as error:
+        raise UserError(f"{path}: the original of {caption!r}: {reason(error)}") from None
