@@ -284,10 +284,11 @@ class Scoring:
             maps = any(signal.attention for signal in watching)
             double = unconditional and shared is None
             both = Conditioning.join([self.empty.expand(len(x_t)), cond]) if double else cond
-            last = ends is not None and not on_noise and t == self.timesteps[-1]
+            end = ends if not on_noise and t == self.timesteps[-1] else None
+            network, n = denoiser.network, len(x_t)
             with (
-                recorded_attention(denoiser.network, len(x_t), mean_attention) if maps else nullcontext() as recorded,
-                recorded_attention(denoiser.network, len(x_t), end_share(ends)) if last else nullcontext() as at_end,
+                recorded_attention(network, n, mean_attention) if maps else nullcontext() as recorded,
+                recorded_attention(network, n, end_share(end)) if end is not None else nullcontext() as at_end,
             ):
                 seen_both = denoiser.predict(torch.cat([x_t, x_t]) if double else x_t, t, both)
             evaluations += len(seen_both.output)

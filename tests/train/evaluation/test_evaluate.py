@@ -174,4 +174,4 @@ def test_of_a_kind_only_the_prompts_of_its_label_are_drawn(folder, training, tmp
 def test_held_out_images_that_are_training_images_are_refused(folder, tmp_path):
     (folder / "known.yaml").write_text(PROTOCOL.replace("held_out.tar", "training.tar"))
     with pytest.raises(UserError, match="held_out: 12 of 12 images are training images"):
-        run_evaluate(EvaluateConfig(str(folder / "known.yaml"), str(tmp_path / "out"), device="cpu"))
+        run_evaluate(EvaluateConfig(protocol=str(folder / "known.yaml"), out=str(tmp_path / "out"), device="cpu"))

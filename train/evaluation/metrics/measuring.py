@@ -67,8 +67,9 @@ def _measured(one: Drawn, metrics: Sequence[Metric], resamples: int) -> Measured
     choices = resampled(one.captions, resamples)
     row: dict[str, Any] = {"model": one.model, "guidance": one.guidance, "prompts": one.prompts}
     row["images"] = len(one.images)
-    if (detector := next((metric for metric in metrics if isinstance(metric, Detector)), None)) is not None:
-        row["embedder"] = Path(detector.index.embedder).name
+    for metric in metrics:
+        if isinstance(metric, Detector):
+            row["embedder"] = Path(metric.index.embedder).name
     if one.fired is not None:
         row[FIRED.key] = one.fired
     keys = [column.key for column in columns_of(metrics) if column.key in found]

@@ -196,7 +196,7 @@ def write_thresholds(
 ) -> dict[str, Any]:
     """Find the thresholds of ``config.calibrate``, write them with the model, and return them and their file."""
     clean = clean_prompts(prompts)
-    found = {"form": config.form, "false_positive_rate": config.calibrate, "prompts": len(clean)}
+    found: dict[str, Any] = {"form": config.form, "false_positive_rate": config.calibrate, "prompts": len(clean)}
     found |= calibrate(scores.magnitudes[clean], scores.timesteps, config.calibrate, train_timesteps)
     found |= {name: getattr(config, name) for name in ("steps", "num_inference_steps", "seeds", "scale")}
     found |= {"against": config.negative_prompt, "elements": elements}
