@@ -151,6 +151,7 @@ def _search(
             else:
                 began = time.perf_counter()
                 found.prompts.append(localizer.find(prompt.caption, seeds, threshold, bar))
+                bar.set_postfix_str("")
                 spent += time.perf_counter() - began
                 content = found.to_json() | {"settings": settings, "seconds": spent, "layers": localizer.sizes}
                 write_json(out, content | {"unfinished": number < len(prompts)})

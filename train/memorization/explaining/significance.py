@@ -140,6 +140,7 @@ def explain(
                     magnitudes[(*pair, step)] = m[i].item()
                     significance[(*pair, step)] = found[i].cpu().numpy()
             if bar is not None:
+                bar.set_postfix_str("")
                 bar.update(len(batch))
 
     explanations = []

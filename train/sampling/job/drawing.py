@@ -65,6 +65,7 @@ def draw_images(
                     found["similarity"] = one.similarities[0]
                     found["judge_similarity"] = one.similarities[1] if len(one.similarities) > 1 else None
                 yield task, one.image, _record(config, opened, task, one, seconds, found)
+            bar.set_postfix_str("")
             bar.update(len(batch))
 
 
@@ -103,7 +104,7 @@ def _pipe(
     bar: Progress,
 ) -> GuidedOutput:
     def told(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        bar.set_postfix_str(f"step {i + 1} of {len(pipe.scheduler.timesteps)} of {len(prompts)} images")
+        bar.set_postfix_str(f"{len(prompts)} more at step {i + 1} of {len(pipe.scheduler.timesteps)}")
         return {}
 
     output = pipe(
