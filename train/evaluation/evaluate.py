@@ -43,7 +43,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     from train.evaluation.metrics.measuring import evaluate_images
     from train.evaluation.metrics.registry import chosen, columns_of, make, named
-    from train.evaluation.reporting.tables import write_images, write_tables
+    from train.evaluation.reporting.tables import Compared, write_images, write_tables
     from train.evaluation.verify import verify
     from train.sampling.job.job import run_sample
 
@@ -76,7 +76,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     report = _report(config, protocol, inputs, metrics, drawn, results, real_rows, reference, lacking)
     threshold = next((m.copies.threshold for m in metrics if m.name == "dual-encoder"), None)  # type: ignore[attr-defined]
     summary = {"rows": rows, "real": real_rows, "copy_threshold": threshold, "not_measured": lacking}
-    return {**summary, **verified, "report": str(report)}
+    return Compared({**summary, **verified, "report": str(report)}, columns)
 
 
 def sampling_jobs(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afresh.errors import UserError, one_line
 from afresh.progress import get_logger
@@ -44,27 +44,27 @@ def refuse_missing(protocol: Protocol) -> None:
 
     missing: list[str] = []
 
-    def look(what: str, there: Callable[[], object]) -> None:
+    def look(what: str, look_for: Callable[..., object], *where: Any, **how: Any) -> None:
         try:
-            there()
+            look_for(*where, **how)
         except (UserError, OSError) as error:
             missing.append(f"{what}: {one_line(error)}")
 
     for name, model in protocol.models.items():
-        look(f"model {name}", lambda model=model: _look_for_model(model))
+        look(f"model {name}", _look_for_model, model)
     for name, lora in protocol.loras.items():
-        look(f"adapters of {name}", lambda lora=lora: _look_for(lora, hub=True))
+        look(f"adapters of {name}", _look_for, lora, hub=True)
     for kind, file in protocol.prompts.items():
-        look(f"prompts {kind}", lambda file=file: _look_for(file))
+        look(f"prompts {kind}", _look_for, file)
     if protocol.originals:
-        look("originals", lambda: _look_for(protocol.originals))
+        look("originals", _look_for, protocol.originals)
     if protocol.index:
-        look("index", lambda: index_folder(protocol.index))
+        look("index", index_folder, protocol.index)
     for what, shards in (("training", protocol.training), ("held_out", protocol.held_out)):
         if shards:
-            look(what, lambda shards=shards: expand_shards(shards))
+            look(what, expand_shards, shards)
     for name, at in protocol.weights.items():
-        look(f"weights of {name}", lambda name=name, at=at: _look_for(_file(at), hub=name not in FILES))
+        look(f"weights of {name}", _look_for, _file(at), hub=name not in FILES)
     if missing:
         raise UserError(f"not everything is there, and nothing was drawn: {'; '.join(missing)}")
 

@@ -19,11 +19,12 @@ def frechet(features: ArrayLike, reference: ArrayLike) -> Values:
 
     Args:
         features: ``[n, d]`` of the images.
-        reference: ``[m, d]``, m ≥ 2.
+        reference: ``[m, d]``; with m < 2 the distance is NaN.
     """
-    b = np.asarray(reference, np.float64)
-    centre = b.mean(axis=0)
-    x, y = np.asarray(features, np.float64) - centre, b - centre
+    if len(reference := np.asarray(reference, np.float64)) < 2:
+        return Values(lambda rows: float("nan"))
+    centre = reference.mean(axis=0)
+    x, y = np.asarray(features, np.float64) - centre, reference - centre
     m, d = y.shape
     if m > d:
         eigenvalues, vectors = np.linalg.eigh(y.T @ y)
@@ -58,9 +59,11 @@ def kernel_distance(features: ArrayLike, reference: ArrayLike) -> Values:
 
     Args:
         features: ``[n, d]`` of the images.
-        reference: ``[m, d]``, m ≥ 2.
+        reference: ``[m, d]``; with m < 2 the distance is NaN.
     """
-    x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
+    if len(reference := np.asarray(reference, np.float64)) < 2:
+        return Values(lambda rows: float("nan"))
+    x, y = np.asarray(features, np.float64), reference
     m, d = y.shape
     own, across, other = (((a @ b.T) / d + 1) ** 3 for a, b in ((x, x), (x, y), (y, y)))
     among_other = (other.sum() - np.trace(other)) / (m * (m - 1))

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Rows = NDArray[np.int64]
 LEVEL = 0.95
+FEW = 5
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def resampled(prompts: Sequence[Any], samples: int, seed: int = 0) -> list[Rows]
 def interval(values: Values, prompts: Sequence[Any], choices: Sequence[Rows]) -> tuple[float, float]:
     """The 95 % interval of a number: percentiles over the choices.
 
-    Where every image says the same, no choice differs from another. That says nothing about prompts that were not
-    drawn, and the exact binomial bound over prompts stands there: 0 of 24 prompts leave up to 14 %.
+    Of a share that rests on fewer than :data:`FEW` prompts, choices say little, and of none nothing at all: the exact
+    binomial interval over prompts stands there (Clopper and Pearson, 1934). 0 of 24 prompts leave up to 14 %.
 
     Args:
         values: the number.
@@ -104,9 +105,12 @@ def interval(values: Values, prompts: Sequence[Any], choices: Sequence[Rows]) ->
     if not choices:
         return float("nan"), float("nan")
     outside = (1 - LEVEL) / 2
-    if values.share and values.images is not None and values.images.all() | ~values.images.any():
-        bound = outside ** (1 / len(set(prompts)))
-        return (bound, 1.0) if values.images.all() else (0.0, 1 - bound)
+    if values.share and values.images is not None:
+        _, number = np.unique(np.asarray(prompts), return_inverse=True)
+        shares = np.bincount(number, values.images) / np.bincount(number)
+        yes, no = float(shares.sum()), float((1 - shares).sum())
+        if min(yes, no) < FEW:
+            return _binomial(yes, no, outside)
     found = np.array([values.statistic(rows) for rows in choices])
     found = found[np.isfinite(found)]
     if not len(found):
@@ -115,6 +119,15 @@ def interval(values: Values, prompts: Sequence[Any], choices: Sequence[Rows]) ->
         found = found - found.mean() + values.statistic(np.arange(len(prompts)))
     low, high = np.quantile(found, [outside, 1 - outside])
     return float(low), float(high)
+
+
+def _binomial(yes: float, no: float, outside: float) -> tuple[float, float]:
+    """Of so many prompts each; they need not be whole, since a prompt's images may differ."""
+    from scipy.stats import beta
+
+    low = float(beta.ppf(outside, yes, no + 1)) if yes > 1e-9 else 0.0
+    high = float(beta.ppf(1 - outside, yes + 1, no)) if no > 1e-9 else 1.0
+    return low, high
 
 
 def _mean(values: NDArray[np.float64]) -> float:

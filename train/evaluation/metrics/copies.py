@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from curate.neighbors.brute_force import nearest
 from train.evaluation.config import Protocol
 from train.evaluation.judging.metrics import copy_threshold
+from train.prompts import read_prompts
 
 Floats = NDArray[np.float32]
 QUANTILE = 0.99
@@ -34,7 +35,11 @@ class Copies:
 
 
 def lacks_images(protocol: Protocol, *, held_out: bool) -> str:
-    """What a judge of copies misses in a protocol."""
-    if not (protocol.training or protocol.originals or protocol.prompts):
-        return "training: shards"
+    """What a judge of copies misses in a protocol whose files are there; originals stand for training images."""
+    if not (protocol.training or protocol.originals or _any_original(protocol)):
+        return "training: shards, or prompts that name originals"
     return "held_out: shards of images that are no copies" if held_out and not protocol.held_out else ""
+
+
+def _any_original(protocol: Protocol) -> bool:
+    return any(prompt.image is not None for file in protocol.prompts.values() for prompt in read_prompts(file))

@@ -97,7 +97,7 @@ def _compared(first: Row, row: Row, columns: Mapping[str, tuple[str, int]]) -> l
         return [f"the same {name} ({number(after)})"]
     verdict = "better" if change * better > 0 else "worse"
     said = f"{100 * abs(change):.0f} % {verdict} {name} ({number(after)} against {number(before)})"
-    ends = [row.get(f"{key}{end}") for row in (first, row) for end in ("_low", "_high")]
+    ends: list[Any] = [row.get(f"{key}{end}") for row in (first, row) for end in ("_low", "_high")]
     if all(end is not None and math.isfinite(end) for end in ends) and ends[0] <= ends[3] and ends[2] <= ends[1]:
         said += ", within the intervals"
     return [said]
@@ -113,7 +113,7 @@ def number(value: float) -> str:
 MODELS = {"raw": "raw model", "curated": "curated and filtered model"}
 
 
-GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG"}
+GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG", "amg-early": "early AMG"}
 
 
 PROMPTS = {"repeated": "repeated captions", "held_out": "held-out captions"}

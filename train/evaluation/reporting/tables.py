@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from afresh.errors import printable
 from afresh.files import write_atomic, write_json
+from afresh.summaries import format_summary
 from train.evaluation.judging.drawn import Drawn, Measured
 from train.evaluation.metrics.protocol import Column
 from train.evaluation.reporting.conclusions import PROMPTS, name_of, number
@@ -17,13 +19,49 @@ from train.evaluation.reporting.figure import percent
 
 Row = Mapping[str, Any]
 NOTE = (
-    "In brackets 95 % intervals over prompts (bootstrap; the exact binomial bound where all images say the same). "
+    "In brackets 95 % intervals over prompts (bootstrap; of shares that rest on fewer than 5 prompts exact binomial). "
     "Bold: better than every other row of the part, and no interval touches. Real images: the originals of the prompts."
 )
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "’": "'",
 }  # fmt: skip
+
+
+class Compared(dict[str, Any]):
+    """The job's summary, which a terminal shows with a column a setting.
+
+    Args:
+        summary: with ``rows`` and ``real``, and whatever else.
+        columns: of the table.
+    """
+
+    def __init__(self, summary: Mapping[str, Any], columns: Sequence[Column]):
+        super().__init__(summary)
+        self._columns = columns
+
+    def view(self, colour: bool = False) -> str:
+        """The tables and, below, what else there is; ``colour`` marks the best that are beyond the intervals."""
+        columns = shown(self._columns, self["rows"])
+        blocks = []
+        for kind, settings, originals in parts(self["rows"], self["real"]):
+            group = [*settings, *originals]
+            lines = [["", *(printable(name_of(row["model"], row["guidance"])) for row in group)]]
+            marked = [[False] * len(lines[0])]
+            for column in columns:
+                lines.append([printable(column.title), *(" ".join(cell(row, column)).strip() for row in group)])
+                marked.append([False, *clear_best(settings, column), *(False for _ in originals)])
+            widths = [max(len(line[i]) for line in lines) for i in range(len(group) + 1)]
+            blocks.append(printable(PROMPTS.get(kind, kind) + _counted(settings)))
+            for line, marks in zip(lines, marked, strict=True):
+                cells = []
+                for words, width, mark in zip(line, widths, marks, strict=True):
+                    gap = " " * (width - len(words))
+                    cells.append((f"\033[1m{words}\033[0m" if mark and colour else words) + gap)
+                blocks.append("  ".join(cells).rstrip())
+            blocks.append("")
+        rest = {key: value for key, value in self.items() if key not in ("rows", "real") and value not in (None, {})}
+        return "\n".join([*blocks, format_summary(rest)])
 
 
 def write_tables(out: str | Path, rows: Sequence[Row], real: Sequence[Row], columns: Sequence[Column]) -> None:
@@ -99,13 +137,11 @@ def clear_best(group: Sequence[Row], column: Column) -> list[bool]:
 
 def cell(row: Row, column: Column) -> tuple[str, str]:
     """A number and its interval in brackets, as words; the second is empty where there is none."""
-    value, low, high = (row.get(f"{column.key}{end}") for end in ("", "_low", "_high"))
+    value: Any = row.get(column.key)
     if not _known(value):
         return "–", ""
-    if column.form == "share":
-        ends = [f"{100 * end:.0f}" for end in (low, high) if _known(end)]
-    else:
-        ends = [number(end) for end in (low, high) if _known(end)]
+    limits: list[Any] = [end for end in (row.get(f"{column.key}_low"), row.get(f"{column.key}_high")) if _known(end)]
+    ends = [f"{100 * end:.0f}" if column.form == "share" else number(end) for end in limits]
     words = {"share": percent, "rank": lambda rank: f"{rank:.0f}"}.get(column.form, number)(value)
     return words, f"[{', '.join(ends)}]" if len(ends) == 2 else ""
 

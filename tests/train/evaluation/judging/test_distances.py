@@ -43,6 +43,13 @@ def test_kernel_distance_is_the_unbiased_estimate_over_pairs_of_different_images
         assert values.statistic(rows) == pytest.approx(np.mean(own) + np.mean(other) - 2 * np.mean(across))
 
 
+@pytest.mark.parametrize("distance", [frechet, kernel_distance])
+def test_one_image_has_no_distance_and_is_none_to_measure_from(distance):
+    rng = np.random.default_rng(0)
+    assert np.isnan(distance(rng.normal(size=(5, 3)), rng.normal(size=(1, 3))).statistic(np.arange(5)))
+    assert np.isnan(distance(rng.normal(size=(5, 3)), rng.normal(size=(9, 3))).statistic(np.arange(1)))
+
+
 def test_kernel_distance_is_about_nothing_between_sets_of_one_kind():
     rng = np.random.default_rng(0)
     distances = [kernel_distance(*rng.normal(size=(2, 40, 8))).statistic(np.arange(40)) for _ in range(50)]

@@ -29,7 +29,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_where_all_images_say_the_same_the_binomial_bound_over_prompts_stands():
+def test_a_share_that_rests_on_few_prompts_has_the_exact_binomial_interval_over_prompts():
     prompts = np.repeat(np.arange(24), 2)
     choices = resampled(prompts, 50)
     low, high = interval(share(np.zeros(48)), prompts, choices)
@@ -38,7 +38,14 @@ def test_where_all_images_say_the_same_the_binomial_bound_over_prompts_stands():
     assert interval(share(np.ones(48)), prompts, choices) == (pytest.approx(1 - high), 1.0)
     some = np.zeros(48)
     some[:2] = 1
-    assert 0 < interval(share(some), prompts, choices)[1] < 0.2
+    one = interval(share(some), prompts, choices)
+    assert one == pytest.approx((0.00105, 0.2112), abs=1e-3)  # of 1 in 24, by the tables of Clopper and Pearson
+    some[1] = 0
+    half = interval(share(some), prompts, choices)
+    assert high < half[1] < one[1]  # more copies, no narrower a bound
+    some[:24] = 1
+    many = interval(share(some), prompts, resampled(prompts, 500))
+    assert many[0] < 0.5 < many[1] and many[1] - many[0] < 0.5
 
 
 def test_one_prompt_has_no_interval():

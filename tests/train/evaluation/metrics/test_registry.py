@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,16 @@ def test_a_metric_lacks_the_images_that_it_compares_with(keys, lost, what):
     _, lacking = chosen(protocol(**keys))
     assert {name for name in lacking if "weights" not in lacking[name]} == lost
     assert all(what in lacking[name] for name in lost)
+
+
+def test_originals_stand_for_training_images_and_without_either_no_copy_is_looked_for(tmp_path):
+    (tmp_path / "bare.txt").write_text("grinning face\n")
+    (tmp_path / "named.jsonl").write_text('{"caption": "grinning face", "image": "a.png"}\n')
+    bare = replace(protocol(training=[]), prompts={"x": str(tmp_path / "bare.txt")})
+    kinds, lacking = chosen(bare)
+    assert list(kinds) == ["detector"] and "training" in lacking["pixels"]
+    kinds, _ = chosen(replace(bare, prompts={**bare.prompts, "y": str(tmp_path / "named.jsonl")}))
+    assert list(kinds) == ["detector", "dual-encoder", "imagenet", "pixels"]
 
 
 def test_the_imagenet_judge_names_its_extra_where_the_wheels_are_missing(monkeypatch):

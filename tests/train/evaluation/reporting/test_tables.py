@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
+from afresh.summaries import as_json, as_text
 from train.evaluation.metrics.protocol import Column
 from train.evaluation.metrics.registry import METRICS, columns_of
-from train.evaluation.reporting.tables import clear_best, latex, markdown, write_images, write_tables
+from train.evaluation.reporting.tables import Compared, clear_best, latex, markdown, write_images, write_tables
 
 LESS = Column("loss", "loss", "Less is better.", better=-1)
 COLUMNS = columns_of(list(METRICS.values()))
@@ -85,6 +86,24 @@ def test_latex_is_balanced_and_escapes_what_latex_takes_for_commands():
     assert re.findall(r"\\begin\{(.+?)\}", text) == ["table*", "tabular"]
     widths = {line.count(" & ") for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line}
     assert widths == {1}  # the setting, and the one column that there is
+
+
+def test_a_terminal_shows_a_column_a_setting_and_then_the_rest(results):
+    rows = [measured.row for measured in results[1]]
+    summary = Compared({"rows": rows, "real": [], "copy_threshold": None, "report": "out/report.html"}, COLUMNS)
+    assert json.loads(as_json(summary))["rows"][0]["model"] == "raw"
+    text = as_text(summary)
+    first, heads, *lines = text.splitlines()
+    assert first == "repeated captions, 48 images a row"
+    assert heads.split("  ", 1)[1].split("   ")[-1].strip() == "curated and filtered model"
+    (copied,) = [line for line in lines[: lines.index("")] if line.startswith("copied (pixels)")]
+    ends = [100 * rows[1][f"pixel_copied_share{end}"] for end in ("", "_low", "_high")]
+    assert copied.endswith("{:.0f} % [{:.0f}, {:.0f}]".format(*ends))
+    assert text.endswith("report  out/report.html") and "copy_threshold" not in text
+    marked = summary.view(colour=True)
+    assert "\033[1m" in marked and marked.replace("\033[1m", "").replace("\033[0m", "") == text
+    hostile = Compared({"rows": [row(1, 0, 2, model="a\x1b[31m")], "real": []}, [LESS])
+    assert "\x1b[31m" not in hostile.view()
 
 
 def test_markdown_names_hold_no_cell_ends():
