@@ -115,6 +115,9 @@ def _text(path: Path) -> str:
 
 def _prompt(path: Path, number: int, row: dict[str, Any]) -> Prompt:
     caption = row.get("caption")
+    if "caption" not in row:
+        there = printable(", ".join(row)) or "nothing"
+        raise UserError(f"{path}: row {number} has no caption, only {there}: give what holds the prompts that name")
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(f"{path}: row {number} has no caption")
     label = _integer(path, number, "label", row.get("label"))

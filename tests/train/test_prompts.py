@@ -108,6 +108,7 @@ def test_what_is_written_is_read_back(tmp_path):
         ("p.jsonl", '{"caption": "a"}\n{"caption": }\n', "line 2 is not JSON"),
         ("p.jsonl", '["a"]\n', "line 1 is not a JSON object"),
         ("p.jsonl", '{"caption": " "}\n', "row 1 has no caption"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1}\n', "row 1 has no caption, only prompt, seed: give .* that name"),
         ("p.jsonl", '{"caption": "a", "label": 2}\n', "expected 1 .memorized. or 0"),
         ("p.jsonl", '{"caption": "a", "seed": -1}\n', "seed is -1"),
         ("p.jsonl", '{"caption": "a", "image": 5}\n', "image is 5"),

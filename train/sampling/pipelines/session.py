@@ -13,7 +13,7 @@ from afresh.progress import get_logger, is_main_process
 from train.denoising.families.registry import denoiser_of
 from train.denoising.opening.checkpoints import check_scheduler
 from train.denoising.opening.loading import chosen_device, open_pipeline
-from train.memorization.thresholds import Thresholds, model_thresholds
+from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
@@ -55,8 +55,13 @@ class Opened:
 
     @cached_property
     def thresholds(self) -> Thresholds | None:
-        """The model's calibrated ones."""
-        return model_thresholds(self.config.model)
+        """The model's calibrated ones; None, and a warning, where magnitudes here are not to be compared with them."""
+        found = model_thresholds(self.config.model)
+        if found is None or not (why := found.unlike(self.config.negative_prompt, self.elements)):
+            return found
+        if is_main_process():
+            log.warning(f"{Path(self.config.model) / FILE}: {why}; no image is called memorized by its magnitude")
+        return None
 
     @cached_property
     def elements(self) -> int:
