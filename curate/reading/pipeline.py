@@ -104,23 +104,25 @@ class ReadShards:
     Args:
         handler: is given a :class:`BadSampleError` for each thing in a shard that is no whole sample, and the
             ``UserError`` of a shard that cannot be opened or read.
+        caption_field: field of the samples' ``json`` that holds the caption; empty for ``txt``, or the usual fields.
     """
 
     handler: Handler = reraise_exception
+    caption_field: str = ""
 
     def __call__(self, urls: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
         """The samples of all shards, in order."""
         for source in urls:
-            for item in _samples_and_errors(source["url"]):
+            for item in _samples_and_errors(source["url"], self.caption_field):
                 if isinstance(item, Sample):
                     yield item
                 elif not self.handler(item):
                     return
 
 
-def _samples_and_errors(url: str) -> Iterator[Sample | UserError]:
+def _samples_and_errors(url: str, caption_field: str) -> Iterator[Sample | UserError]:
     try:
-        for item in read_samples(url, name=url):
+        for item in read_samples(url, name=url, caption_field=caption_field):
             yield item if isinstance(item, Sample) else BadSampleError.of(item)
     except UserError as error:
         yield error

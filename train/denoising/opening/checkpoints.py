@@ -75,8 +75,8 @@ def check_scheduler(scheduler: Any, name: str, steps: int | None = None) -> None
     try:
         scheduler.set_timesteps(steps)
     except Exception as error:  # whatever their arithmetic leads them to
-        more = "take more --steps, or another --scheduler, as DDIMScheduler"
-        raise UserError(f"{name}: {kind} cannot take {steps} steps ({reason(error)}): {more}") from error
+        other = "take another number, or another scheduler, as DDIMScheduler"
+        raise UserError(f"{name}: {kind} cannot take {steps} steps ({reason(error)}): {other}") from error
 
 
 def check_kind(name: str, index: Mapping[str, Any]) -> None:
