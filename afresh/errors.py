@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
+
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of files or memory: the next file would fare no better
 
 
 class UserError(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from afresh.errors import UsageError, reason
+from afresh.errors import UsageError, of_the_machine, reason
 from curate.config import ImportConfig
 from curate.importing.folders import Folder
 from curate.importing.layouts import IMAGE_SUFFIXES
@@ -126,6 +126,8 @@ class Given:
         try:
             return Sample("", str(number), {"png": _png(number, image), **text})
         except (OSError, ValueError) as error:  # of an image that was opened and not yet read
+            if of_the_machine(error) and not isinstance(error, FileNotFoundError):
+                raise
             return BadSample("", str(number), f"image cannot be decoded: {reason(error)}", UNREADABLE)
 
 

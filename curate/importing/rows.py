@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
-from afresh.errors import UsageError, UserError, reason
+from afresh.errors import NOTHING_LEFT, UsageError, UserError, reason
 from curate.reading.images import image_format
 from curate.reading.tar import MAX_MEMBER_BYTES
 
@@ -95,10 +95,6 @@ def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
         raise UsageError(f"src {url!r}: {reason(error)}") from error
 
 
-# What the next file would meet as well: no files or memory left, a disk that fails.
-_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
-
-
 @contextlib.contextmanager
 def opened(filesystem: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
     """A file of a source, open for reading.
@@ -115,7 +111,8 @@ def opened(filesystem: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
         raise RowError(f"cannot be read: {reason(error)}") from error
     except OSError as error:
         # Arrow says OSError, without a number, of damaged data; file systems have kinds or numbers of their own.
-        if (local and error.errno not in _OF_THE_MACHINE) or (type(error) is OSError and error.errno is None):
+        of_the_file = error.errno not in (*NOTHING_LEFT, errno.EIO)
+        if (local and of_the_file) or (type(error) is OSError and error.errno is None):
             raise RowError(f"cannot be read: {reason(error)}") from error
         raise _outage(path, error) from error
     except Exception as error:

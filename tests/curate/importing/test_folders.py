@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -58,6 +59,20 @@ def test_the_account_has_the_shard_and_key_of_every_sample(photos, tmp_path):
     samples = samples_of(tmp_path / "out")
     assert rows == {(sample.shard, sample.key): fields(sample)["source"] for sample in samples}
     assert {shard for shard, _ in rows} == {"000000.tar", "000001.tar", "000002.tar"}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO])
+def test_what_the_machine_lacks_ends_the_import_and_costs_no_row(photos, tmp_path, monkeypatch, number):
+    def fail(path, mode):
+        if path.endswith("003.jpg"):
+            raise OSError(number, os.strerror(number))
+        return open(path, mode)
+
+    said = f"003.jpg cannot be reached.*{os.strerror(number)}"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+        patch.setattr("curate.importing.rows.open", fail, raising=False)
+        ingest(photos, tmp_path / "out")
+    assert ingest(photos, tmp_path / "out")["imported"] == 12
 
 
 def test_webdataset_reads_what_is_imported(photos, tmp_path):
