@@ -94,7 +94,7 @@ def run_check(config: CheckConfig) -> CheckSummary:
     names = shard_names(urls)
     samples = readable = captionless = captioned = 0
     kinds: Counter[str] = Counter()
-    listed: list[dict[str, str]] = []
+    listed: list[dict[str, Any]] = []
     at_a_time = len(urls) if config.list_at_most is None else max(64, ROWS_HELD // max(1, config.list_at_most))
     with LocalEngine(config.workers) as engine:
         for first in range(0, len(urls), at_a_time):  # so that memory holds the lists of some shards only
@@ -111,9 +111,13 @@ def run_check(config: CheckConfig) -> CheckSummary:
                 captioned += of_shard["captioned"]
                 kinds.update(of_shard["kinds"])
                 listed += of_shard["listed"][: None if at_most is None else at_most - len(listed)]
-    if not captioned and captionless:
+    if not captioned and captionless:  # nothing is missing: a set of images is what it is meant to be
         log.info("no sample has a caption: curate dedup takes such a set by its images alone")
         readable += captionless
+        kinds = Counter(kinds) - Counter(no_caption=captionless)
+        listed = [row for row in listed if not row["absent"]]
+    for row in listed:
+        del row["absent"]
     return CheckSummary(
         samples=samples,
         readable=readable,
@@ -130,7 +134,7 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
     """
     numbers: Counter[str] = Counter(samples=0, readable=0, captionless=0, captioned=0)
     kinds: Counter[str] = Counter()
-    listed: list[dict[str, str]] = []
+    listed: list[dict[str, Any]] = []
     items = Shard(task.url, task.name, task.caption_field).accounted()
     look = partial(_problems, max_pixels=task.max_pixels)
     for key, captionless, found in in_order(
@@ -140,11 +144,13 @@ def _check_shard(task: _CheckTask) -> dict[str, Any]:
         numbers["samples"] += 1
         numbers["readable"] += not lacks
         numbers["captioned"] += captionless is False
-        numbers["captionless"] += bool(captionless) and lacks == ["no_caption"]
+        absent = bool(captionless) and lacks == ["no_caption"]
+        numbers["captionless"] += absent
         for kind, reason in found:
             kinds[kind] += 1
             if task.list_at_most is None or len(listed) < task.list_at_most:
-                listed.append({"shard": task.name, "key": key, "kind": kind, "reason": reason})
+                row = {"shard": task.name, "key": key, "kind": kind, "reason": reason}
+                listed.append(row | {"absent": absent and kind == "no_caption"})
     return {**numbers, "kinds": kinds, "listed": listed}
 
 

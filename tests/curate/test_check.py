@@ -41,7 +41,7 @@ def shards(tmp_path):
 
 
 def test_a_name_does_not_steer_the_terminal(tmp_path, run_cli):
-    write_shard(tmp_path / "s.tar", [("\x1b[2Ja\nb", {"png": png()})])
+    write_shard(tmp_path / "s.tar", [("\x1b[2Ja\nb", {"txt": b"words, and no image"})])
     as_text = run_cli("curate", "check", tmp_path / "s.tar")
     assert "\x1b" not in as_text.stdout and r"\x1b[2Ja\nb" in as_text.stdout
     as_json = run_cli("curate", "check", tmp_path / "s.tar", "--json")

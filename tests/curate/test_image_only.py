@@ -36,6 +36,7 @@ def test_a_set_without_captions_simply_works_and_says_so_in_a_line(tmp_path, ima
     assert (row["reason"], row["caption"], row["caption_similarity"]) == ("exact_image", None, None)
     checked = run_check(CheckConfig(shards=[str(tmp_path / "s.tar")], workers=1))
     assert checked["readable"] == summary["samples"] == 3
+    assert (checked["problems"], checked["listed"], checked.exit_code) == (0, [], 0)
     assert "(empty)" not in (tmp_path / "out" / "report.html").read_text()
     run_report(ReportConfig(out=str(tmp_path / "out")))
 
