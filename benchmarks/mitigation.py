@@ -98,6 +98,8 @@ METHODS: dict[str, Method] = {
     "AMG, strong": amg("AMG, strong", "floor 1", preset="strong"),
     "AMG, early": amg("AMG, early", "floor 0", preset="early"),
     "prompt, target 1": term("prompt", "prompt", "1", prompt={"target": 1.0}),
+    "anisotropy": term("anisotropy", "anisotropy", "1.5"),
+    "attention": term("attention", "attention", "1.25"),
     "basin": term("basin", "basin"),
     "opposite": term("opposite", "opposite"),
     "noise": term("noise", "noise"),

@@ -136,6 +136,44 @@ def test_all_are_counted_when_few_are_listed(shards):
     assert (len(summary["listed"]), summary["problems"]) == (2, 6)
 
 
+@pytest.fixture
+def repeated(tmp_path) -> Path:
+    """Two shards, each of one sample and 300 more under its key."""
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for ext in ["png", *["png", "txt"] * 300]:
+                info = tarfile.TarInfo(f"k.{ext}")
+                tar.addfile(info)
+    return tmp_path
+
+
+def test_a_terminal_sees_a_few_of_each_kind_and_how_many_more_there_are(repeated, run_cli):
+    done = run_cli("curate", "check", repeated)
+    problems = run_check(CheckConfig(shards=[str(repeated)], workers=1))["problems"]
+    rows = [line for line in done.stdout.splitlines() if ".tar" in line]
+    assert problems > 600 and 6 <= len(rows) <= 12
+    assert f"{problems - len(rows):,} more problems are counted, and not shown here" in done.stdout
+    assert len(json.loads(run_cli("curate", "check", repeated, "--json").stdout)["listed"]) == problems
+
+
+@pytest.mark.parametrize(("at_most", "listed"), [(2, 2), (0, 0), (None, 602)])
+def test_no_shard_holds_more_than_is_to_be_listed(repeated, monkeypatch, at_most, listed):
+    from curate import check
+
+    before, most = check._check_shard, []
+
+    def watched(task):
+        found = before(task)
+        most.append(len(found["listed"]))
+        return found
+
+    monkeypatch.setattr(check, "_check_shard", watched)
+    monkeypatch.setattr(check, "ROWS_HELD", 0)
+    summary = run_check(CheckConfig(shards=[str(repeated)], workers=1, list_at_most=at_most))
+    assert len(summary["listed"]) == (summary["problems"] if at_most is None else listed)
+    assert at_most is None or max(most) <= at_most
+
+
 def test_bad_settings_are_bad_usage(shards):
     for changes in ({"shards": [str(shards / "nowhere")]}, {"max_pixels": 0}, {"workers": -1}):
         with pytest.raises(UsageError):

@@ -13,7 +13,7 @@ from afresh.progress import get_logger
 from train.evaluation.config import EvaluateConfig, Protocol
 from train.evaluation.inputs import Inputs, ready_inputs, refuse_missing
 from train.evaluation.judging.drawn import Drawn, read_drawn
-from train.evaluation.judging.originals import read_images
+from train.evaluation.judging.originals import never_trained_on, read_images
 from train.evaluation.protocol import protocol_of
 
 if TYPE_CHECKING:
@@ -125,9 +125,10 @@ def read_reference(protocol: Protocol, inputs: Inputs) -> Reference:
     index, embedder = open_index(protocol.index) if protocol.index else (None, None)
     training, captions = read_images(protocol.training) if protocol.training else ([], [])
     held_out, more = read_images(protocol.held_out) if protocol.held_out else ([], [])
+    training = training or [image for images in inputs.originals.values() for image in images]
     return Reference(
-        training=training or [image for images in inputs.originals.values() for image in images],
-        held_out=held_out,
+        training=training,
+        held_out=never_trained_on(held_out, training),
         captions=captions + more + [prompt.caption for some in inputs.prompts.values() for prompt in some],
         originals=inputs.originals,
         index=index,

@@ -169,3 +169,9 @@ def test_of_a_kind_only_the_prompts_of_its_label_are_drawn(folder, training, tmp
     assert summary["copy_threshold"] is None and set(summary["rows"][0]) == {
         "model", "guidance", "prompts", "images", "pixel_copied_share", "seconds_per_image",
     }  # fmt: skip
+
+
+def test_held_out_images_that_are_training_images_are_refused(folder, tmp_path):
+    (folder / "known.yaml").write_text(PROTOCOL.replace("held_out.tar", "training.tar"))
+    with pytest.raises(UserError, match="held_out: 12 of 12 images are training images"):
+        run_evaluate(EvaluateConfig(protocol=str(folder / "known.yaml"), out=str(tmp_path / "out"), device="cpu"))

@@ -29,6 +29,15 @@ class Drawn:
     """What each image was drawn for; images of one caption are its seeds."""
     seconds_per_image: float | NDArray[np.float64] = float("nan")
     """Of all images, or of each."""
+    fired: int | None = None
+    """How many of the images guidance corrected at some step; None without guidance, or where nobody counted."""
+
+    def same_images(self, other: Drawn) -> bool:
+        """Whether both hold the same pixels for the same captions of the same model, image by image."""
+        if (self.model, self.prompts, list(self.captions)) != (other.model, other.prompts, list(other.captions)):
+            return False
+        pairs = zip(self.images, other.images, strict=True)
+        return all(one.size == two.size and one.tobytes() == two.tobytes() for one, two in pairs)
 
 
 @dataclass(frozen=True)
@@ -60,5 +69,6 @@ def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> D
     except OSError as error:
         raise UserError(f"{folder}: an image of samples.parquet is missing ({error})") from None
     seconds = np.array([row["seconds"] for row in rows], np.float64)
-    return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds)
+    fired = None if guidance == "none" else sum(row["steps_fired"] > 0 for row in rows)
+    return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds, fired)
 

@@ -11,6 +11,7 @@ Every number has its interval beside it, ``KEY_low`` and ``KEY_high``: see :mod:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import numpy as np
 from afresh.errors import UserError
 from train.evaluation.judging.drawn import Drawn, Measured
 from train.evaluation.judging.intervals import Values, interval, mean, resampled, share
+from train.evaluation.metrics.detector import Detector
 from train.evaluation.metrics.protocol import Metric
-from train.evaluation.metrics.registry import JUDGES, SECONDS, TOLD_APART, columns_of
+from train.evaluation.metrics.registry import FIRED, JUDGES, SECONDS, TOLD_APART, columns_of
 
 RESAMPLES = 500
 
@@ -36,13 +38,18 @@ def evaluate_images(
 
     Returns:
         One :class:`~train.evaluation.judging.drawn.Measured` a setting, whose ``row`` holds ``model, guidance, prompts,
-        images``, the metrics' columns, ``verbatim_share`` and ``template_share`` where both a judge of copies and
-        pixels are among them, ``seconds_per_image``, and last the intervals.
+        images``, the index's ``embedder``, the metrics' columns, ``verbatim_share`` and ``template_share`` where both a
+        judge of copies and pixels are among them, how many were ``fired`` at, ``seconds_per_image``, the intervals, and
+        in ``same_as`` the first guidance that drew the very same images, if one did.
 
     Raises:
         UserError: a setting holds no image.
     """
-    return [_measured(one, metrics, resamples) for one in drawn]
+    results = [_measured(one, metrics, resamples) for one in drawn]
+    for i, (one, result) in enumerate(zip(drawn, results, strict=True)):
+        if (twin := next((other for other in drawn[:i] if one.same_images(other)), None)) is not None:
+            result.row["same_as"] = twin.guidance
+    return results
 
 
 def _measured(one: Drawn, metrics: Sequence[Metric], resamples: int) -> Measured:
@@ -60,6 +67,11 @@ def _measured(one: Drawn, metrics: Sequence[Metric], resamples: int) -> Measured
     choices = resampled(one.captions, resamples)
     row: dict[str, Any] = {"model": one.model, "guidance": one.guidance, "prompts": one.prompts}
     row["images"] = len(one.images)
+    for metric in metrics:
+        if isinstance(metric, Detector):
+            row["embedder"] = Path(metric.index.embedder).name
+    if one.fired is not None:
+        row[FIRED.key] = one.fired
     keys = [column.key for column in columns_of(metrics) if column.key in found]
     row |= {key: found[key].statistic(everything) for key in keys}
     if resamples:

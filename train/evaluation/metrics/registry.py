@@ -38,6 +38,12 @@ TOLD_APART = (
         -1,
     ),
 )
+FIRED = Column(
+    "fired",
+    "guided",
+    "Images that guidance corrected at some step. What acts before the first step alone, on prompt or noise, is not "
+    "counted.",
+)
 SECONDS = Column("seconds_per_image", "s / image", "Seconds per image on the machine that drew them.", "seconds", -1)
 JUDGES = ("copied_share", "sscd_share", "imagenet_copied_share", "memorized_share")
 """Columns by which an image may be a copy; of those at hand the first is that of figures and sentences."""
@@ -81,8 +87,8 @@ def make(kinds: dict[str, Any], reference: Reference) -> list[Metric]:
 
 
 def columns_of(kinds: Sequence[Any]) -> list[Column]:
-    """Columns in the order of the table: copies, then the rest, and the time."""
+    """Columns in the order of the table: copies, then the rest, how many were guided, and the time."""
     of_metrics = [column for kind in kinds for column in kind.columns]
     copies = [column for column in of_metrics if column.form == "share" and column.better < 0]
     rest = [column for column in of_metrics if column not in copies]
-    return [*copies, *TOLD_APART, *rest, SECONDS]
+    return [*copies, *TOLD_APART, *rest, FIRED, SECONDS]

@@ -21,6 +21,13 @@ ALIGNMENT = {"alignment": ("alignment", 1), "clip_score": ("CLIP score", 1)}
 QUALITY = {"quality": ("Fréchet distance", -1), "fid": ("FID", -1), "imagenet_distance": ("Fréchet distance", -1)}
 
 
+def judges_of(rows: Sequence[Row]) -> dict[str, str]:
+    """:data:`JUDGES`, where the index is not the carried copy detector's with its embedder's name."""
+    embedder = rows[0].get("embedder", "copy-detector")
+    own = {} if embedder == "copy-detector" else {"memorized_share": f"{embedder}, the index’s embedder"}
+    return JUDGES | own
+
+
 def name_of(model: str, guidance: str) -> str:
     """How a setting is called in the report: ``raw model with AMG``."""
     model = MODELS.get(model, f"model {model}" if len(model) < 3 else model)
@@ -31,7 +38,7 @@ def name_of(model: str, guidance: str) -> str:
 def headline(rows: Sequence[Row]) -> str:
     """The shares of copies of the first kind of prompts, in one sentence; empty where no judge looked for any."""
     group = [row for row in rows if row["prompts"] == rows[0]["prompts"]]
-    judges = [(key, words) for key, words in JUDGES.items() if key in rows[0]]
+    judges = [(key, words) for key, words in judges_of(rows).items() if key in rows[0]]
     if not judges:
         return ""
     (key, words), *_ = judges
@@ -42,10 +49,17 @@ def headline(rows: Sequence[Row]) -> str:
 
 def conclude(rows: Sequence[Row]) -> list[str]:
     """What the numbers say, in sentences; the first setting is what the others are compared with."""
-    sentences = []
+    sentences, judges = [], judges_of(rows) if rows else {}
     for kind in dict.fromkeys(row["prompts"] for row in rows):
         first, *others = [row for row in rows if row["prompts"] == kind]
         words, base = PROMPTS.get(kind, kind), name_of(first["model"], first["guidance"])
+        for row in others:
+            if (twin := row.get("same_as")) is not None:
+                sentences.append(
+                    f"For {words}, the {name_of(row['model'], row['guidance'])} draws the very images of the "
+                    f"{name_of(row['model'], twin)}: guidance changed none of {row['images']}."
+                )
+        others = [row for row in others if row.get("same_as") is None]
         if kind == "held_out":
             for row in others:
                 if compared := _compared(first, row, ALIGNMENT) + _compared(first, row, QUALITY):
@@ -54,7 +68,7 @@ def conclude(rows: Sequence[Row]) -> list[str]:
                         f"{' and '.join(compared)}, compared with the {base}."
                     )
             continue
-        shares = [f"{percent(first[key])}|{judge}" for key, judge in JUDGES.items() if key in first]
+        shares = [f"{percent(first[key])}|{judge}" for key, judge in judges.items() if key in first]
         if not shares:
             continue
         (share, judge), *more = [one.split("|") for one in shares]
@@ -64,7 +78,7 @@ def conclude(rows: Sequence[Row]) -> list[str]:
             + "."
         )
         for row in others:
-            copies = [f"{percent(row[key])} by {judge}" for key, judge in JUDGES.items() if key in row]
+            copies = [f"{percent(row[key])} by {judge}" for key, judge in judges.items() if key in row]
             said = f"The {name_of(row['model'], row['guidance'])} copies {' and '.join(copies)}"
             sentences.append("; ".join([said, *_compared(first, row, ALIGNMENT)]) + ".")
     return sentences

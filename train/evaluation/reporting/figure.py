@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from afresh.errors import printable
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -45,7 +47,7 @@ def percent(share: float) -> str:
 
 def escaped(value: str) -> str:
     """Text for a page."""
-    return html.escape(str(value), quote=True)
+    return html.escape(printable(str(value)), quote=True)
 
 
 def figure_html(figure: Figure) -> str:

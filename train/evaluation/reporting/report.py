@@ -64,6 +64,8 @@ def story(
                 copied = judge is not None and bool(result.images[judge][i])
                 cells.append(Cell(one.images[i], copied, ", ".join(said)))
         remark = f"{percent(result.row[judge])} copied" if judge else ""
+        if (twin := result.row.get("same_as")) is not None:
+            remark += f"{', ' * bool(remark)}the images of {name_of(one.model, twin)}"
         rows.append((name_of(one.model, one.guidance), remark, cells))
     return Figure(PROMPTS.get(prompts, prompts), captions, rows)
 
