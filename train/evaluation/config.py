@@ -17,7 +17,7 @@ class EvaluateConfig:
         preset: a protocol by name, in the place of the file: quickstart, sample-full, sd14-500 or membench.
         data: folder that holds what the preset names (docs/evaluation.md).
         model: in the place of the preset's model, where it has one.
-        verify: when all is drawn, draw a random tenth again and compare bit for bit.
+        verify: at the end, draw a random tenth again and compare bit for bit.
         dual_encoder: folder of the judge's weights; empty takes the carried one.
         batch_size: images drawn together.
         dtype: of the models' weights.

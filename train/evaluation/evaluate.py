@@ -63,8 +63,6 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if run_sample(job).get("stopped"):
             return {"stopped": True}
         drawn.append(read_drawn(job.out, model, guidance, kind))
-    verified = {"verified": verify(list(jobs.values()), out / "verify")} if config.verify else {}
-
     results = evaluate_images(drawn, metrics, resamples=protocol.resamples)
     real = evaluate_images(real_images(inputs), metrics, resamples=protocol.resamples)
     rows = [one.row for one in results]
@@ -74,6 +72,8 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     write_tables(out, rows, real_rows, columns)
     write_images(out, drawn, results)
     report = _report(config, protocol, inputs, metrics, drawn, results, real_rows, reference, lacking)
+    # Last, so that what was measured stands even if something came out differently.
+    verified = {"verified": verify(list(jobs.values()), out / "verify")} if config.verify else {}
     threshold = next((m.copies.threshold for m in metrics if m.name == "dual-encoder"), None)  # type: ignore[attr-defined]
     summary = {"rows": rows, "real": real_rows, "copy_threshold": threshold, "not_measured": lacking}
     return Compared({**summary, **verified, "report": str(report)}, columns)
