@@ -6,10 +6,10 @@ from pathlib import Path
 
 from afresh.errors import UsageError, UserError
 from curate.index.training_index import check_index
-from curate.reading.urls import expand_shards
 from train.denoising.opening.files import check_device, check_model, check_openable
 from train.evaluation.config import AuditConfig, EvaluateConfig, LocalizeConfig
-from train.evaluation.protocol import read_protocol
+from train.evaluation.inputs import refuse_missing
+from train.evaluation.protocol import protocol_of
 from train.memorization.neurons.files import read_neurons
 from train.prompts import Prompt, read_prompts
 
@@ -133,12 +133,11 @@ def check_evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: one is missing or malformed.
     """
-    protocol = read_protocol(config.protocol)
-    for file in protocol.prompts.values():
-        read_prompts(file)
-    expand_shards(protocol.training)
-    expand_shards(protocol.held_out)
-    check_index(protocol.index)
+    protocol = protocol_of(config)
+    refuse_missing(protocol)
+    if not protocol.originals:  # lists in a published form are read by the job
+        for file in protocol.prompts.values():
+            read_prompts(file)
     for model in protocol.models.values():
         check_model(model)
     if config.device not in ("auto", "cpu"):

@@ -225,6 +225,12 @@ class FinetuneConfig:
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
         buckets: images of several shapes.
+        caption_field: field of a sample's json that holds its caption; empty for the usual places, as in ``curate
+            dedup``.
+        missing_caption: what becomes of samples without a caption that can be read, as in ``curate dedup``: they are
+            left out as ``unreadable``, or trained on with the ``empty`` one; ``auto`` leaves them out, unless no sample
+            of the set has a caption.
+        max_pixels: images with more pixels are left out, as in ``curate dedup``.
         weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
         cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
@@ -287,6 +293,9 @@ class FinetuneConfig:
     resolution: int = 0
     crop: Literal["none", "center", "random"] = "none"
     buckets: Buckets = field(default_factory=Buckets)
+    caption_field: str = ""
+    missing_caption: Literal["auto", "unreadable", "empty"] = "auto"
+    max_pixels: int = 64_000_000
     weight_field: str | None = None
     cache_latents: bool | Literal["memory", "disk"] = False
     cache_text: bool | Literal["memory", "disk"] = False

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from train.denoising.opening.files import SUPPORTED, check_header
 
 ORIGINAL_PARTS = {
@@ -17,6 +17,29 @@ ORIGINAL_PARTS = {
     "text encoder": "cond_stage_model.",
 }
 """Prefixes of a single-file checkpoint in the layout of CompVis and Stability AI."""
+
+
+def check_scheduler(scheduler: Any, name: str, steps: int | None = None) -> None:
+    """Refuse a scheduler that no Stable Diffusion is drawn with, and one that cannot take so many steps.
+
+    Args:
+        scheduler: of diffusers; its timesteps are set where ``steps`` are given.
+        name: of the model or option that it comes from, for messages.
+        steps: denoising steps.
+
+    Raises:
+        UserError: it is for flow matching, or cannot take the steps.
+    """
+    kind = type(scheduler).__name__
+    if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "init_noise_sigma"):
+        raise UserError(f"{name}: {kind} has no noise schedule of betas (is it for flow matching?); {SUPPORTED}")
+    if steps is None:
+        return
+    try:
+        scheduler.set_timesteps(steps)
+    except Exception as error:  # whatever their arithmetic leads them to
+        other = "take another number, or another scheduler, as DDIMScheduler"
+        raise UserError(f"{name}: {kind} cannot take {steps} steps ({reason(error)}): {other}") from error
 
 
 def check_file(path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from afresh.errors import UserError, reason
 from train.denoising.opening.attention import Attention, set_attention
-from train.denoising.opening.checkpoints import check_file, unsupported
+from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
 from train.denoising.opening.files import SUPPORTED, check_kind, check_model, is_single_file
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def load_pipeline(
 
     Raises:
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
-            kind than Stable Diffusion.
+            kind than Stable Diffusion, or its scheduler for flow matching.
     """
     check_model(name_or_path, variant)  # before anything else is imported
 
@@ -92,6 +92,7 @@ def load_pipeline(
         raise UserError(f"{name_or_path}: cannot load the model: {why}") from error
     if (problem := unsupported(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config.hidden_size)) is not None:
         raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
+    check_scheduler(pipe.scheduler, name_or_path)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         from train.denoising.opening.adapters import fuse_lora
