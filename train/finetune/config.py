@@ -244,6 +244,9 @@ class FinetuneConfig:
         keep_checkpoints: how many are kept; of a finished run the last one, from which more ``steps`` go on. 0 keeps
             one while it trains, and none afterwards.
         log_every: steps between lines of the log.
+        save_dtype: of the weights in ``out/model``; float16 ones have half the size and are loaded with ``variant:
+            fp16``.
+        save_single_file: write ``out/model.safetensors`` too, one file in the original layout, which WebUIs load.
         license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
         validation: images drawn at intervals.
@@ -306,6 +309,8 @@ class FinetuneConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 20
+    save_dtype: Literal["float32", "float16"] = "float32"
+    save_single_file: bool = False
     license: str = "unknown"
     trackers: list[str] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from train.finetune.caches.texts import cache_texts
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
+from train.finetune.data.together import decided, on_first
 from train.finetune.filter.settings import make_filter
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.model.loss import counted, min_snr_weights, squared_errors, weighted_loss
@@ -65,7 +67,6 @@ from train.finetune.state.memory import (
     BATCH_FILE,
     is_out_of_memory,
     memory_advice,
-    read_batch,
     smaller_batch,
     write_batch,
 )
@@ -97,9 +98,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     out = Path(config.out)
     while True:
         accelerator = make_accelerator(config)
-        with accelerator.main_process_first():
-            summary = begin(out, config, accelerator)
-        attempt = read_batch(out, config)
+        summary, attempt = decided(accelerator, partial(begin, out, config, accelerator))
         try:
             if summary is None:
                 with StopOnSignal() as stop:
@@ -187,22 +186,22 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     start = 0
-    if (found := load_latest(checkpoints)) is not None:
-        start, state = found
-        restore_state(state, parts)
+    if (found := load_latest(checkpoints, accelerator)) is not None:
+        start = found[0]
+        restore_state(found[1], parts)
         log.info("resuming %s after step %d", config.out, start)
 
     upcoming = upcoming_positions(start, rank, world, config)
     batches = make_batches(loader, order, upcoming, config, vae, accelerator)
-    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start)
+    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start, world)
     if config.trackers:
         accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
-    writer = validation = None
+    writer = draw = None
     if accelerator.is_main_process:
         remove_partial(checkpoints)
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
-            validation = Validation(config.validation, device, accelerator.autocast)
+            draw = Validation(config.validation, device, accelerator.autocast).draw
     began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
@@ -295,17 +294,14 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         if config.validation.every and step % config.validation.every == 0:
             with average.in_place():
                 pipe = whole_model(config, accelerator, model, device).pipe
-                if validation is not None:
-                    images = validation.draw(out / "validation" / f"step-{step:06d}", pipe)
+                if (images := on_first(accelerator, draw, out / "validation" / f"step-{step:06d}", pipe)) is not None:
                     send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         last = step == config.steps and keeps_final_state(config)
         if totals.asked or due or last:
             state = collect_state(parts)  # by every process: the weights may be spread over them
-            if accelerator.is_main_process:
-                save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
-                write_report(config, shard_set, memorization.table, step, None)
-            accelerator.wait_for_everyone()
+            on_first(accelerator, save_checkpoint, checkpoints, step, state, config.keep_checkpoints)
+            on_first(accelerator, write_report, config, shard_set, memorization.table, step, None)
         if totals.asked:
             bar.close()
             log.info("stopped after step %d of %d; the same command goes on from there", step, config.steps)
@@ -319,9 +315,10 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     average.copy_to_parameters()
     model = whole_model(config, accelerator, model, torch.device("cpu"))
     summary: dict[str, Any] = {}
+    save = partial(model.save, half=config.save_dtype == "float16", single_file=config.save_single_file)
+    on_first(accelerator, save, out / "model")
     if accelerator.is_main_process:
         judged = memorization.finish(out, shard_set.ids)
-        model.save(out / "model")
         summary = {
             "steps": step,
             **judged,

@@ -171,8 +171,10 @@ def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
         ]
         model = f"{shlex.quote(training.base)} --lora FOLDER"
     else:
-        lines += ['pipe = StableDiffusionPipeline.from_pretrained("FOLDER", dtype=torch.float16)']
-        model = "FOLDER"
+        half = config.save_dtype == "float16"
+        variant = ', variant="fp16"' if half else ""
+        lines += [f'pipe = StableDiffusionPipeline.from_pretrained("FOLDER", dtype=torch.float16{variant})']
+        model = "FOLDER --variant fp16" if half else "FOLDER"
     size = training.size
     lines += [f'image = pipe.to("cuda")("a caption", height={size}, width={size}).images[0]']
     code = "\n".join(lines)

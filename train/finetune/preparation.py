@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from train.finetune.config import FinetuneConfig
 from train.finetune.hub import check_hub, push_model
 from train.finetune.state.checkpoint import list_checkpoints
 from train.finetune.state.log import check_trackers
+from train.finetune.state.memory import read_batch
 from train.finetune.state.optimizer import find_optimizer, learning_rate
 from train.finetune.state.sharding import check_parallel, shard_on_cpu
 
@@ -40,7 +42,7 @@ FREE = (
 def publish(out: Path, config: FinetuneConfig, summary: dict[str, Any]) -> dict[str, Any]:
     """Upload a finished run's model where that is asked for and not done yet, and say so in the summary."""
     if config.push_to_hub and summary["model"] and "hub" not in summary:
-        summary = summary | {"hub": push_model(out / "model", config.push_to_hub)}
+        summary = summary | {"hub": push_model(out, config.push_to_hub)}
         write_json(out / "summary.json", summary)
     return summary
 
@@ -108,13 +110,17 @@ def resolve_precision(name: str) -> Any:
     return "bf16" if capabilities.get("amx_bf16") else "no"
 
 
-def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Claim the folder for this configuration; the summary of the run if it is finished already.
+def begin(
+    out: Path, config: FinetuneConfig, accelerator: Accelerator
+) -> tuple[dict[str, Any] | None, FinetuneConfig]:
+    """Claim the folder for this configuration: the summary of the run if it is finished already, and its settings with
+    the batch size that an earlier attempt found to fit.
 
-    A run may be given other ``steps`` than before, where those that were made do not depend on them.
+    A run may be given other ``steps`` than before, where those that were made do not depend on them, and another number
+    of processes, where a step keeps its samples.
 
     Raises:
-        UsageError: the folder was begun with other settings, or cannot have other steps.
+        UsageError: the folder was begun with other settings, or cannot have other steps or processes.
     """
     run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     for free in FREE:
@@ -122,20 +128,45 @@ def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[s
     if config.exclude:
         run["exclude"] = ids_digest(config.exclude)
     begun = out / "run.json"
-    steps = json.loads(begun.read_text())["steps"] if begun.is_file() else config.steps
-    claim(out, run | {"steps": steps})
-    if steps != config.steps:
-        check_other_steps(out, config, steps)
-        log.info("%s goes on to step %d, after the %d that it was begun with", out, config.steps, steps)
+    before = json.loads(begun.read_text()) if begun.is_file() else run
+    check_other_processes(out, before, run)
+    kept = {name: before[name] for name in ("steps", "processes", "gradient_accumulation")}
+    claim(out, run | kept)
+    if before["steps"] != config.steps:
+        check_other_steps(out, config, before["steps"])
+        log.info("%s goes on to step %d, after the %d that it was begun with", out, config.steps, before["steps"])
+    if kept != {name: run[name] for name in kept}:
         write_json(begun, run)
+    attempt = read_batch(out, config)
     summary = out / "summary.json"
     if summary.is_file() and (out / "model" / "model_index.json").is_file():
         found = json.loads(summary.read_text())
         if found["steps"] == config.steps:
             log.info("%s is finished already", out)
-            return found
+            return found, attempt
         summary.unlink()
-    return None
+    return None, attempt
+
+
+def check_other_processes(out: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """See that a step of a run that goes on has the samples that it had.
+
+    A step takes the positions of ``processes`` times ``gradient_accumulation`` batches, whoever computes them; all that
+    is drawn follows from the positions. Sums come together in another order, so weights are equal but for rounding.
+
+    Raises:
+        UsageError: it has others; says which settings would keep them.
+    """
+    passes, processes = before["processes"] * before["gradient_accumulation"], run["processes"]
+    if passes == processes * run["gradient_accumulation"]:
+        return
+    way = f"gradient_accumulation {passes // processes}"
+    if passes % processes:
+        way = f"another number of processes, of which {passes} is a multiple"
+    raise UsageError(
+        f"{out}: was begun with processes {before['processes']} and gradient_accumulation "
+        f"{before['gradient_accumulation']}, {passes} batches a step: with processes {processes} it goes on under {way}"
+    )
 
 
 def keeps_final_state(config: FinetuneConfig) -> bool:

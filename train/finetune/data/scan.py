@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,7 @@ from curate.reading.images import MAX_PIXELS, ImageError, image_size
 from curate.reading.samples import BadSample, Sample, Shard
 from curate.reading.urls import expand_shards, fingerprint, shard_bytes, shard_names
 from train.finetune.config import FinetuneConfig, ShardGroup
-from train.finetune.data.together import together
+from train.finetune.data.together import on_first
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -291,21 +291,16 @@ def _join(parts: Sequence[_Part], path: Path, about: dict[str, Any]) -> None:
 def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
     """:func:`scan` for a run of several processes: the first one reads, the others wait."""
     path = Path(config.out) / "samples.arrow"
-
-    def work() -> None:
-        if accelerator.is_main_process:
-            scan(
-                config.shards,
-                path,
-                workers=config.workers,
-                caption_field=config.caption_field,
-                weight_field=config.weight_field,
-                exclude=config.exclude,
-                missing_caption=config.missing_caption,
-                max_pixels=config.max_pixels,
-            )
-
-    together(accelerator, work)
+    reading = partial(
+        scan,
+        workers=config.workers,
+        caption_field=config.caption_field,
+        weight_field=config.weight_field,
+        exclude=config.exclude,
+        missing_caption=config.missing_caption,
+        max_pixels=config.max_pixels,
+    )
+    on_first(accelerator, reading, config.shards, path)
     return ShardSet(path)
 
 

@@ -16,6 +16,8 @@ from train.denoising.conditioning import Conditioning
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
 from train.denoising.opening.adapters import add_lora, save_lora
 from train.denoising.opening.loading import check_trainable, load_pipeline
+from train.denoising.opening.original import save_single_file
+from train.denoising.opening.saving import save_pipeline
 from train.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -74,19 +76,24 @@ class Model:
         """Take over what :meth:`state_dict` gave."""
         self.denoiser.load_state_dict(state, strict=False)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, half: bool = False, single_file: bool = False) -> None:
         """Write the pipeline aside and rename it, so that a model folder is never half a model.
 
         Adapters go to the folder ``lora`` beside it first; the pipeline is the base as it was, in full precision, with
         them added. The denoiser cannot be used any more after that.
 
+        Args:
+            folder: of the pipeline.
+            half: save float16 weights, as the variant ``fp16``.
+            single_file: write ``folder.safetensors`` too, in the layout that WebUIs load.
+
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the layout has no place for a layer.
         """
         with full_disk_named(folder):
-            self._save(folder)
+            self._save(folder, half, single_file)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, half: bool, single_file: bool) -> None:
         pipe = self.pipe
         pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
         if self._fused is not None:
@@ -97,7 +104,9 @@ class Model:
             pipe.scheduler = self.pipe.scheduler  # which training may have changed
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        pipe.save_pretrained(aside)
+        if single_file:
+            save_single_file(pipe, folder.with_name(folder.name + ".safetensors"), half=half)
+        save_pipeline(pipe, aside, half=half)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
 

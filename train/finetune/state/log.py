@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +185,7 @@ class Meter:
     def _restart(self) -> None:
         self._began, self._waited, self._samples = time.monotonic(), 0.0, 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around the call that gets the next batch."""
         began = time.monotonic()
@@ -220,24 +220,28 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def kept_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """The lines of a log of JSON whose rows are ``wanted``; one that a crash cut short or damaged is dropped."""
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith("\n") and wanted(json.loads(line)):
+                kept.append(line)
+    return kept
+
+
 class RunLog:
     """``log.jsonl``, a line per logged step; lines of steps that a resumed run repeats are cut off first."""
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start]
+        kept = kept_lines(path, lambda line: line["step"] <= start)
         with write_atomic(path) as temporary:
-            temporary.write_text("".join(kept))
-
-    def _lines(self) -> Iterator[str]:
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield line
+            temporary.write_text("".join(kept), "utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one line. Raises ``UserError`` where the disk is full."""
-        with full_disk_named(self.path), self.path.open("a") as file:
+        with full_disk_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(line)) + "\n")
 
 

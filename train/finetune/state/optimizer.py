@@ -71,9 +71,19 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig
         arguments["fused"] = fused
     arguments |= {name: tuple(v) if isinstance(v, list) else v for name, v in config.optimizer_args.items()}
     try:
-        return kind(trained, **arguments)
+        optimizer = kind(trained, **arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {config.optimizer}: {error} (optimizer_args)") from error
+    optimizer.register_load_state_dict_post_hook(own_state)
+    return optimizer
+
+
+def own_state(optimizer: torch.optim.Optimizer) -> None:
+    """Copy what a loaded state still lends: torch takes tensors as they are where they fit, here a mapped file's."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 def peak_learning_rate(config: FinetuneConfig) -> float:
