@@ -26,7 +26,7 @@ def check_hub(repo_id: str) -> None:
 
 
 def push_model(out: Path, repo_id: str) -> str:
-    """Upload a run's ``model``, its ``lora`` and its ``model.safetensors``, where there are some, and return the address.
+    """Upload a run's ``model``, and its ``lora`` and ``model.safetensors`` where there are some; returns the address.
 
     A repository that does not exist is made, private. The pipeline lies at its top, the adapters in ``lora``.
 

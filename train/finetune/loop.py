@@ -32,12 +32,14 @@ from train.finetune.batches.faults import FaultLog
 from train.finetune.batches.layout import cache_folder, image_sizes, lay_out
 from train.finetune.caches.texts import cache_texts
 from train.finetune.config import FinetuneConfig
+from train.finetune.data.folders import with_folders_imported
 from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
 from train.finetune.data.together import decided, on_first
+from train.finetune.data.transfer import to_device
 from train.finetune.filter.settings import make_filter
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.model.loss import counted, min_snr_weights, squared_errors, weighted_loss
+from train.finetune.model.loss import counted, min_snr_weights, sample_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
 from train.finetune.preparation import (
@@ -48,6 +50,7 @@ from train.finetune.preparation import (
     publish,
     resolve_precision,
     say_what_has_no_effect,
+    with_numbers,
 )
 from train.finetune.report import write_report
 from train.finetune.state.average import Average
@@ -94,7 +97,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     check_config(config)
     say_what_has_no_effect(config)
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
+    precision = resolve_precision(config.mixed_precision)
+    config = dataclasses.replace(config, mixed_precision=precision, filter=config.filter.settled())
     out = Path(config.out)
     while True:
         accelerator = make_accelerator(config)
@@ -162,10 +166,14 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
     # What it is trained on.
     sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
+    on_first(accelerator, partial(with_folders_imported, config.shards, out, read=True))
+    config = dataclasses.replace(config, shards=with_folders_imported(config.shards, out, read=False))
     shard_set = scan_once(config, accelerator)
+    config = with_numbers(config, shard_set, world)
     loader, order = lay_out(shard_set, sizes, config, planned)
     texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
-    captions = Captions(model, shard_set.captions, config.caption_dropout, texts, config.random_words, config.seed)
+    dropout, words, tags = config.caption_dropout, config.random_words, config.tags
+    captions = Captions(model, shard_set.captions, dropout, texts, words, config.seed, tags)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
@@ -220,10 +228,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 config.seed,
                 noise_offset=config.noise_offset,
                 input_perturbation=config.input_perturbation,
+                how=config.timesteps,
             )
-            noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
+            noise, input_noise, t = (to_device(x, device) for x in (draws.noise, draws.input_noise, draws.t))
             readable = batch.weight > 0
-            x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
+            x_0 = sample_posterior(batch.moments, to_device(draws.posterior, device), vae.config.scaling_factor)
             x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
@@ -237,7 +246,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                     output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
                 )
                 weights = batch.weight * kept
-                errors = squared_errors(counted(output, weights), schedule.target(x_0, noise, t))
+                errors = sample_errors(counted(output, weights), schedule.target(x_0, noise, t), config.huber_c)
                 losses = errors * min_snr_weights(schedule.snr(t), schedule.space, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)

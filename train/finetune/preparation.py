@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from afresh.errors import UsageError
 from afresh.files import write_json
 from afresh.progress import get_logger, is_main_process
-from afresh.runs import claim
+from afresh.runs import claim, refuse_other_settings
 from curate.decisions.sample_lists import ids_digest
 from train.finetune.checks import check_finetune
 from train.finetune.config import FinetuneConfig
@@ -27,6 +28,8 @@ from train.finetune.state.sharding import check_parallel, shard_on_cpu
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from train.finetune.data.scan import ShardSet
 
 
 log = get_logger(__name__)
@@ -58,7 +61,7 @@ def check_config(config: FinetuneConfig) -> None:
 
 def say_what_has_no_effect(config: FinetuneConfig) -> None:
     """Warn of settings that the run is too short for."""
-    if not is_main_process():
+    if config.epochs or not is_main_process():  # the steps are not known yet
         return
     if config.warmup_steps > config.steps:
         log.warning(
@@ -73,19 +76,44 @@ def say_what_has_no_effect(config: FinetuneConfig) -> None:
         )
 
 
+def with_numbers(config: FinetuneConfig, shard_set: ShardSet, world: int) -> FinetuneConfig:
+    """The settings with ``steps`` for the ``epochs``, and the learning rate for the samples of a step, where asked for.
+
+    Args:
+        config: of the run.
+        shard_set: its samples; those of shards with repeats stand in an epoch so often.
+        world: processes.
+    """
+    samples = config.batch_size * config.gradient_accumulation * world
+    if config.epochs:
+        epoch = sum(int(n) * r for n, r in zip(shard_set.counts, shard_set.repeats, strict=True))
+        config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * epoch / samples)))
+        say_what_has_no_effect(dataclasses.replace(config, epochs=0.0))
+    if config.scale_lr:
+        config = dataclasses.replace(config, learning_rate=config.learning_rate * samples)
+    return config
+
+
 def make_accelerator(config: FinetuneConfig) -> Accelerator:
     """Accelerate's view of this process and its precision."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
 
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(config.deterministic)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     several = int(os.environ.get("WORLD_SIZE") or 1)
     accelerator = Accelerator(
         # Accelerate takes several processes without accelerators for single ones, unless it is told.
         cpu=several > 1 and not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
+        mixed_precision=resolve_precision(config.mixed_precision),
         log_with=config.trackers or None,
         project_dir=config.out if config.trackers else None,
+        # Gradients lie in the buffers that are exchanged: the memory of one copy, and no copying.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != several:
         raise UsageError(
@@ -122,16 +150,17 @@ def begin(
     Raises:
         UsageError: the folder was begun with other settings, or cannot have other steps or processes.
     """
-    run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
-    for free in FREE:
-        run.pop(free)
+    run = settings_of(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     if config.exclude:
         run["exclude"] = ids_digest(config.exclude)
     begun = out / "run.json"
-    before = json.loads(begun.read_text()) if begun.is_file() else run
+    if not begun.is_file():
+        claim(out, run)
+    # An option that came after the run was begun has its default, which changes nothing.
+    before = settings_of(FinetuneConfig(model="", out="", shards=[])) | json.loads(begun.read_text())
     check_other_processes(out, before, run)
     kept = {name: before[name] for name in ("steps", "processes", "gradient_accumulation")}
-    claim(out, run | kept)
+    refuse_other_settings(out, before, run | kept)
     if before["steps"] != config.steps:
         check_other_steps(out, config, before["steps"])
         log.info("%s goes on to step %d, after the %d that it was begun with", out, config.steps, before["steps"])
@@ -141,11 +170,20 @@ def begin(
     summary = out / "summary.json"
     if summary.is_file() and (out / "model" / "model_index.json").is_file():
         found = json.loads(summary.read_text())
-        if found["steps"] == config.steps:
+        if config.epochs or found["steps"] == config.steps:
             log.info("%s is finished already", out)
             return found, attempt
         summary.unlink()
     return None, attempt
+
+
+def settings_of(config: FinetuneConfig) -> dict[str, Any]:
+    """What a run's result depends on, of its settings."""
+    settings = dataclasses.asdict(dataclasses.replace(config, filter=config.filter.settled()))
+    for free in FREE:
+        settings.pop(free)
+    settings["filter"].pop("preset")  # no more than a name for the others
+    return settings
 
 
 def check_other_processes(out: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:

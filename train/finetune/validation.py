@@ -80,6 +80,9 @@ class Validation:
                         prompts,
                         num_inference_steps=config.steps,
                         guidance_scale=config.scale,
+                        negative_prompt=[config.negative_prompt] * len(prompts) if config.negative_prompt else None,
+                        width=config.width or None,
+                        height=config.height or None,
                         generator=[torch.Generator("cpu").manual_seed(config.seed) for _ in prompts],
                         guidance=self.guidance,
                     ).images

@@ -236,7 +236,7 @@ def test_a_model_that_predicts_v_is_trained_on_v_and_stays_one(tmp_path):
     write_shard(str(tmp_path / "shards" / "000000.tar"), [(sample.key, dict(sample.members))])
     config = FinetuneConfig(
         model=model, out=str(tmp_path / "run"), shards=[str(tmp_path / "shards")], steps=1, batch_size=1, workers=0,
-        caption_dropout=0.0, log_every=1,
+        caption_dropout=0.0, log_every=1, mixed_precision="no",
     )  # fmt: skip
     run_finetune(config)
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text())["loss"]

@@ -70,6 +70,8 @@ def test_saved_adapters_give_the_trained_output_in_a_fresh_pipeline_by_diffusers
     torch.testing.assert_close(predict(fresh), expected, atol=1e-5, rtol=0)
     fused = load_pipeline(model, lora=str(tmp_path / "lora"))
     torch.testing.assert_close(predict(fused), expected, atol=1e-5, rtol=0)
+    others = load_pipeline(model, lora=str(tmp_path / "lora" / "kohya.safetensors"))
+    torch.testing.assert_close(predict(others), expected, atol=1e-5, rtol=0)
     assert weights(fused).keys() == weights(base).keys()
     assert (predict(base) - expected).abs().max() > 1e-2
 
@@ -99,7 +101,7 @@ def test_the_file_says_its_scale_and_no_path(model, tmp_path):
     save_lora(pipe, tmp_path / "lora")
     with safe_open(tmp_path / "lora" / WEIGHTS, framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 8)
+    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 4)  # the scale of 2 is in the weights
     assert model not in json.dumps(metadata)
 
 

@@ -74,9 +74,21 @@ def test_images_are_guided_away_from_what_the_index_holds(tiny_pipe, tmp_path):
     assert (guided != drawn).any(axis=(1, 2, 3)).all()
 
 
+def test_images_have_the_size_and_the_negative_prompt_that_are_asked_for(tiny_pipe, tmp_path):
+    def draw(**changes) -> list[Image.Image]:
+        config = ValidationConfig(1, ["a red apple"], steps=2, **changes)
+        return Validation(config, torch.device("cpu"), contextlib.nullcontext).draw(tmp_path, tiny_pipe)
+
+    (plain,), (wide,) = draw(), draw(width=96)
+    assert plain.size == (64, 64) and wide.size == (96, 64)
+    (against,) = draw(negative_prompt="grinning face")
+    assert (np.asarray(against) != np.asarray(plain)).any()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (ValidationConfig(every=5, prompts=["a"], width=100), "validation.width"),
         (ValidationConfig(every=-1), "validation.every"),
         (ValidationConfig(every=5), "validation.prompts"),
         (ValidationConfig(every=5, prompts=["a"], steps=0), "validation.steps"),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ADAPTERS
 """The name of a saved file of adapters."""
+UP = (".up.weight", ".lora_B.weight")
+"""How the names of adapters' second matrices end, by diffusers' names."""
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
 """How the names of a part's layers begin in kohya's files."""
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -87,8 +89,9 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``, as diffusers has them, and to
     ``folder/kohya.safetensors``, as ComfyUI and other interfaces do.
 
-    The first file's metadata holds rank, alpha and targets, and the second one an alpha for each layer, so that they
-    are loaded at the scale they were trained at. The folder is written aside and renamed.
+    Both are loaded at the scale they were trained at. Older releases of diffusers do not read an alpha of the first
+    form, so it has the scale in its weights, under an alpha that equals the rank; the second has an alpha a layer. The
+    folder is written aside and renamed.
     """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -101,9 +104,13 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
         if getattr(part, "peft_config", None):
             state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
             state = {key: value.float().contiguous().cpu() for key, value in state.items()}
-            layers[f"{name}_lora_layers"] = state = prefixed(state) if name == "text_encoder" else state
-            kohya |= kohya_weights(state, KOHYA[name], part.peft_config["default"].lora_alpha)
+            state = prefixed(state) if name == "text_encoder" else state
             settings = part.peft_config["default"].to_dict()
+            alpha, rank = settings["lora_alpha"], settings["r"]
+            kohya |= kohya_weights(state, KOHYA[name], alpha)
+            scaled = {key: x * (alpha / rank) if key.endswith(UP) else x for key, x in state.items()}
+            layers[f"{name}_lora_layers"] = scaled
+            settings["lora_alpha"] = rank
             settings["base_model_name_or_path"] = None  # a path of this machine is nothing to publish
             layers[f"{name}_lora_adapter_metadata"] = settings
     aside = folder.with_name(folder.name + ".partial")

@@ -139,7 +139,7 @@ def original_vae(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 def open_clip_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The text encoder of Stable Diffusion 2.x by OpenCLIP's names, query, key and value as one matrix.
 
-    The last of OpenCLIP's layers, which the model does not use, is in none of diffusers' folders, and so not in the file.
+    The last of OpenCLIP's layers, which the model does not use, is in none of diffusers' folders, and not in the file.
     """
     changes = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",

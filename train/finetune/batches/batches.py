@@ -25,6 +25,7 @@ from train.finetune.config import FinetuneConfig
 from train.finetune.data.images import Fault, Found, ImageLoader, SampleError, find_batch
 from train.finetune.data.order import SampleOrder
 from train.finetune.data.scan import ShardSet
+from train.finetune.data.transfer import to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -182,8 +183,8 @@ class StreamedBatches:
         return Batch(
             positions=decoded["positions"],
             rows=decoded["rows"],
-            moments=encode_moments(self.vae, decoded["pixels"].to(self.device)),
-            weight=decoded["weight"].to(self.device),
+            moments=encode_moments(self.vae, to_device(decoded["pixels"], self.device)),
+            weight=to_device(decoded["weight"], self.device),
             faults=decoded["faults"],
         )
 
@@ -209,8 +210,8 @@ class CachedBatches:
         began = time.monotonic()
         gathered = next(self._batches)
         self.waited += time.monotonic() - began
-        gathered["moments"] = gathered["moments"].to(self.device).float()
-        gathered["weight"] = gathered["weight"].to(self.device)
+        gathered["moments"] = to_device(gathered["moments"], self.device).float()
+        gathered["weight"] = to_device(gathered["weight"], self.device)
         return Batch(**gathered)
 
     def _gather(self, positions: Sequence[int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from afresh.files import digest
 from train.finetune.caches.parts import Part, Write, in_memory, on_disk, weights_digest
 from train.finetune.data.scan import ShardSet, captions_by_shard
 from train.finetune.data.together import together
+from train.finetune.data.transfer import to_device
 from train.finetune.model.trained import Model
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class CachedTexts:
             if text:
                 part, row = self._numbers[text]
                 rows[at] = torch.from_numpy(self.stored[part].row(row)).view(self._shape)
-        rows = rows.to(self.empty.device)
-        without = torch.tensor([not text for text in captions], device=rows.device)
+        without = torch.tensor([not text for text in captions])
+        rows, without = (to_device(x, self.empty.device) for x in (rows, without))
         return torch.where(without[:, None, None], self.empty, rows)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What processes do together: work for unequally long, without a time limit of their exchanges, and what they agree on."""
+"""What processes do together: work of unequal length, without the time limit of an exchange; what they agree on."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def make_filter(
     """
     reference = reference_samples(config.filter, shard_set)
     unique = 1.0 if reference is None else float(reference.float().mean())
-    policy = with_lengths(config.filter, samples * (1 - config.caption_dropout) * unique)
+    policy = with_lengths(config.filter.settled(), samples * (1 - config.caption_dropout) * unique)
     thresholds = chosen_thresholds(policy, config.model)
     before = policy.warmup_steps + (policy.calibrate.steps if thresholds is None else 0)
     if policy.policy != "off" and before >= config.steps and is_main_process():

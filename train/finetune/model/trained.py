@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from afresh.errors import UsageError
 from afresh.files import full_disk_named
 from train.denoising.conditioning import Conditioning
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
@@ -111,6 +112,23 @@ class Model:
         aside.rename(folder)
 
 
+def without_layers(pipe: StableDiffusionPipeline, n: int) -> StableDiffusionPipeline:
+    """The pipeline, whose text encoder lacks its last ``n`` layers: what others do by ``clip_skip`` at each use.
+
+    Raises:
+        UsageError: it has no more layers than that.
+    """
+    if not n:
+        return pipe
+    # Some releases of transformers have the layers a level deeper.
+    encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder
+    if n >= len(encoder.layers):
+        raise UsageError(f"clip_skip {n}: the text encoder has {len(encoder.layers)} layers")
+    encoder.layers = encoder.layers[:-n]
+    pipe.text_encoder.config.num_hidden_layers -= n
+    return pipe
+
+
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     """Load the pipeline, set free the weights that are to be trained, and freeze the others.
 
@@ -119,7 +137,7 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     Raises:
         UserError: the model cannot be read, is of another kind, or predicts something else than ε or v.
     """
-    load: Any = functools.partial(
+    opened: Any = functools.partial(
         load_pipeline,
         config.model,
         attention=config.attention,
@@ -127,6 +145,10 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
         variant=config.variant,
         model_config=config.model_config,
     )
+
+    def load(**options: Any) -> StableDiffusionPipeline:
+        return without_layers(opened(**options), config.clip_skip)
+
     pipe = load()
     check_trainable(pipe, config.model)
     pipe.vae.to(device).requires_grad_(False)

@@ -119,7 +119,7 @@ def load_latest(folder: Path, accelerator: Accelerator | None = None) -> tuple[i
         UserError: there are checkpoints, and none that every process can read: to begin anew would be to overwrite
             what the run has left.
     """
-    known = {step: path for step, path in everyones(accelerator, list_checkpoints(folder))}
+    known = dict(everyones(accelerator, list_checkpoints(folder)))
     for step, path in sorted(known.items(), reverse=True):
         state, problem = together(accelerator, lambda path=path: _read(path))
         problems = [one for one in everyones(accelerator, [problem]) if one]

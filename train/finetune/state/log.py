@@ -110,7 +110,8 @@ class Tally:
         Returns:
             The sums; and all records ``[micro-steps · processes · n, columns]`` on the CPU, in the order of positions.
         """
-        mine = torch.cat([self._scalars, self._scalars.new_tensor([asked]), self._bands.flatten()])
+        wish = torch.full_like(self._scalars[:1], float(asked))  # made where it is needed
+        mine = torch.cat([self._scalars, wish, self._bands.flatten()])
         everyone = accelerator.gather(torch.cat([mine.view(torch.int32), records.flatten()])[None]).cpu()
         sums = everyone[:, : len(mine)].contiguous().view(torch.float32).sum(dim=0).tolist()
         of_all = everyone[:, len(mine) :].view(len(everyone), *records.shape)

@@ -48,8 +48,8 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
 def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for.
 
-    ``learning_rate`` and ``weight_decay`` reach every optimizer that takes ``lr`` and ``weight_decay``, ``adam_beta2``
-    where it is set one that takes ``betas``; ``optimizer_args`` come last and win.
+    ``learning_rate`` reaches every optimizer; ``weight_decay`` and ``adam_beta2``, where they are set, one that takes
+    ``weight_decay`` and ``betas``. All else is the optimizer's own; ``optimizer_args`` come last and win.
 
     Args:
         trained: parameters.
@@ -62,11 +62,19 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig
     """
     kind = find_optimizer(config.optimizer)
     takes = inspect.signature(kind).parameters
-    arguments: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if "betas" in takes and config.adam_beta2 is not None:
-        default = takes["betas"].default
-        arguments["betas"] = (default[0] if isinstance(default, tuple) else 0.9, config.adam_beta2)
-    arguments = {name: value for name, value in arguments.items() if name in takes}
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
+    arguments: dict[str, Any] = {"lr": config.learning_rate} if "lr" in takes or anything else {}
+    for name, argument in (("weight_decay", "weight_decay"), ("adam_beta2", "betas")):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if argument not in takes and not anything:
+            raise UsageError(f"{name}: {config.optimizer} takes no {argument}; leave {name} out")
+        if argument == "betas":  # of two or, as Adan has them, three
+            own = takes[argument].default if argument in takes else None
+            first, *others = own if isinstance(own, tuple) else (0.9, value)
+            value = (first, value, *others[1:])
+        arguments[argument] = value
     if kind is torch.optim.AdamW:
         arguments["fused"] = fused
     arguments |= {name: tuple(v) if isinstance(v, list) else v for name, v in config.optimizer_args.items()}

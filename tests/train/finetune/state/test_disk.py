@@ -61,6 +61,21 @@ def test_a_damaged_line_of_the_log_does_not_keep_a_run_from_going_on(model, shar
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
 
 
+def test_a_run_that_was_begun_before_an_option_came_goes_on(model, shards, tmp_path, monkeypatch):
+    config = settings(model, shards, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        run_finetune(config)
+    path = tmp_path / "run" / "run.json"
+    before = json.loads(path.read_text())
+    for name in ("huber_c", "tags", "timesteps", "clip_skip"):
+        before.pop(name)
+    path.write_text(json.dumps(before))
+    with pytest.raises(UsageError, match="other settings .huber_c.:"):
+        run_finetune(settings(model, shards, tmp_path / "run", huber_c=0.1))
+    assert run_finetune(config)["steps"] == 4
+
+
 ONE_CANNOT_READ = """
 import os, sys
 import torch
@@ -144,7 +159,7 @@ def test_nothing_of_a_checkpoint_stays_once_the_parts_have_it(tmp_path):
     again = make_optimizer([weight], config, fused=False)
     restore_state(state, {"optimizer": again})
     assert not state
-    held = {name: t for name, t in again.state[weight].items()}
+    held = dict(again.state[weight])
     assert same(held, optimizer.state[weight])
     assert not mapped & {t.untyped_storage().data_ptr() for t in held.values()}
 
@@ -161,7 +176,7 @@ def test_a_run_goes_on_with_another_number_of_processes_at_the_same_positions(mo
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         run_finetune(settings(model, shards, tmp_path / "moved", steps=6, **one))
-    with pytest.raises(UsageError, match="processes 1 and gradient_accumulation 2, 2 batches a step.*under gradient_acc"):
+    with pytest.raises(UsageError, match="processes 1 and gradient_accumulation 2, 2 batches a step.*gradient_acc"):
         run_finetune(settings(model, shards, tmp_path / "moved", steps=6, **one | {"gradient_accumulation": 1}))
     two = settings(model, shards, tmp_path / "moved", steps=6, **one | {"gradient_accumulation": 1})
     finish(launch(two, processes=2))
