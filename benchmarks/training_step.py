@@ -220,6 +220,9 @@ class Turns:
             self._began = now
         return False
 
+    def check(self) -> None:
+        """Never gives up what comes before the first step."""
+
 
 def compare(name: str, setting: str, model: str, shards: Path, samples: list[Sample], rounds: int) -> None:
     """Print both sides' step time with one setting, and the ratio."""

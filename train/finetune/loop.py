@@ -76,7 +76,7 @@ from train.finetune.state.memory import (
 from train.finetune.state.optimizer import learning_rate, make_optimizer, set_learning_rate
 from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
 from train.finetune.validation import Validation, send_images
-from train.stopping import StopOnSignal
+from train.stopping import StopOnSignal, Stopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,6 +108,11 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
                 with StopOnSignal() as stop:
                     summary = train(attempt, config.batch_size, accelerator, stop)
             return publish(out, config, summary) if accelerator.is_main_process else summary
+        except Stopped:
+            log.info("stopped before the first step; the same command goes on from there")
+            accelerator.end_training()
+            done = list_checkpoints(out / "checkpoints")
+            return {"steps": done[-1][0] if done else 0, "stopped": True, "model": None}
         except UsageError:  # found once the model or the shards were read
             if not (out / "log.jsonl").exists():  # nothing was trained: the folder is free for other settings
                 (out / "run.json").unlink(missing_ok=True)
@@ -171,7 +176,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     shard_set = scan_once(config, accelerator)
     config = with_numbers(config, shard_set, world)
     loader, order = lay_out(shard_set, sizes, config, planned)
-    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
+    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator, stop)
     dropout, words, tags = config.caption_dropout, config.random_words, config.tags
     captions = Captions(model, shard_set.captions, dropout, texts, words, config.seed, tags)
 
@@ -200,7 +205,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         log.info("resuming %s after step %d", config.out, start)
 
     upcoming = upcoming_positions(start, rank, world, config)
-    batches = make_batches(loader, order, upcoming, config, vae, accelerator)
+    batches = make_batches(loader, order, upcoming, config, vae, accelerator, stop)
     faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start, world)
     if config.trackers:
         accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))

@@ -26,6 +26,7 @@ from train.finetune.data.images import Fault, Found, ImageLoader, SampleError, f
 from train.finetune.data.order import SampleOrder
 from train.finetune.data.scan import ShardSet
 from train.finetune.data.transfer import to_device
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,11 +96,12 @@ def make_batches(
     config: FinetuneConfig,
     vae: AutoencoderKL,
     accelerator: Accelerator,
+    stop: StopOnSignal | None = None,
 ) -> Batches:
     """Batches at some positions, from cached latents or from the shards, as the settings ask for."""
     if config.cache_latents:
         where: Literal["memory", "disk"] = "disk" if config.cache_latents == "disk" else "memory"
-        latents = CachedLatents(loader, vae, where, cache_folder(config), accelerator, threads=config.workers)
+        latents = CachedLatents(loader, vae, where, cache_folder(config), accelerator, config.workers, stop)
         return CachedBatches(latents, order, positions, accelerator.device)
     return StreamedBatches(DecodedBatches(order, loader), positions, config.workers, vae, accelerator.device)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from afresh.errors import UserError
+from train.stopping import StopOnSignal, Stopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,13 +21,19 @@ T = TypeVar("T")
 BEAT = 0.2  # seconds
 
 
-def together(accelerator: Accelerator | None, work: Callable[[], T]) -> T:
+def together(accelerator: Accelerator | None, work: Callable[[], T], stop: StopOnSignal | None = None) -> T:
     """``work()`` on every process; returns when all are done, however long the slowest takes.
 
     A barrier would give up after ten minutes on GPUs. Here the work runs in a thread while the processes tell each
     other that they live. The work must not exchange anything itself.
 
+    Args:
+        accelerator: the processes; None for this one alone.
+        work: what each does.
+        stop: what the work gives up by (:meth:`StopOnSignal.check`): when one process is asked to stop, all are.
+
     Raises:
+        Stopped: some process gave up its work.
         UserError: the work of another process failed; what failed here is raised as it is.
     """
     if accelerator is None or accelerator.num_processes == 1:
@@ -38,14 +45,21 @@ def together(accelerator: Accelerator | None, work: Callable[[], T]) -> T:
         future = pool.submit(work)
         while True:
             done = future.done()
-            failed = done and future.exception() is not None
-            state = torch.tensor([float(done), float(failed)], device=device)
-            finished, failures = accelerator.reduce(state, reduction="sum").tolist()
+            error = future.exception() if done else None
+            given_up = isinstance(error, Stopped)
+            failed = error is not None and not given_up
+            asked = given_up or (stop is not None and stop.asked)
+            state = torch.tensor([float(done), float(failed), float(asked), float(given_up)], device=device)
+            finished, failures, wishes, stopped = accelerator.reduce(state, reduction="sum").tolist()
             if failures:
                 if failed:
                     future.result()
                 raise UserError("another process of the run failed: its message says why")
+            if wishes and stop is not None:
+                stop.ask()
             if finished == accelerator.num_processes:
+                if stopped:
+                    raise Stopped
                 return future.result()
             time.sleep(BEAT)
 
