@@ -71,6 +71,11 @@ def check_ranges(config: FinetuneConfig) -> None:
             raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
     if not 0 <= lora.dropout < 1:
         raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
+    if lora.dora and config.train_text_encoder:
+        raise UsageError(
+            "lora.dora: diffusers does not load those of a text encoder as they were trained: set train_text_encoder "
+            "to false"
+        )
     if lora.rank and not lora.targets:
         raise UsageError("lora.targets is empty: name the layers that get adapters")
     if lora.rank and lora.dropout and config.filter.settled().policy != "off":

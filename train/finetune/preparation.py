@@ -157,7 +157,10 @@ def begin(
     if not begun.is_file():
         claim(out, run)
     # An option that came after the run was begun has its default, which changes nothing.
-    before = settings_of(FinetuneConfig(model="", out="", shards=[])) | json.loads(begun.read_text())
+    before = settings_of(FinetuneConfig(model="", out="", shards=[]))
+    for name, value in json.loads(begun.read_text()).items():
+        known = before.get(name)
+        before[name] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
     check_other_processes(out, before, run)
     kept = {name: before[name] for name in ("steps", "processes", "gradient_accumulation")}
     refuse_other_settings(out, before, run | kept)

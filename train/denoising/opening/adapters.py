@@ -70,6 +70,7 @@ def add_lora(
             lora_alpha=lora.alpha or lora.rank,
             lora_dropout=lora.dropout,
             target_modules=targets,
+            use_dora=lora.dora,
             init_lora_weights=True,
         )
 
@@ -107,7 +108,8 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
             state = prefixed(state) if name == "text_encoder" else state
             settings = part.peft_config["default"].to_dict()
             alpha, rank = settings["lora_alpha"], settings["r"]
-            kohya |= kohya_weights(state, KOHYA[name], alpha)
+            if not settings["use_dora"]:
+                kohya |= kohya_weights(state, KOHYA[name], alpha)
             scaled = {key: x * (alpha / rank) if key.endswith(UP) else x for key, x in state.items()}
             layers[f"{name}_lora_layers"] = scaled
             settings["lora_alpha"] = rank
@@ -116,7 +118,8 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     StableDiffusionPipeline.save_lora_weights(aside, weight_name=WEIGHTS, **layers)
-    save_file(kohya, aside / "kohya.safetensors", metadata={"format": "pt"})
+    if kohya:
+        save_file(kohya, aside / "kohya.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

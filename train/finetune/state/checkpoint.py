@@ -10,6 +10,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,7 +122,7 @@ def load_latest(folder: Path, accelerator: Accelerator | None = None) -> tuple[i
     """
     known = dict(everyones(accelerator, list_checkpoints(folder)))
     for step, path in sorted(known.items(), reverse=True):
-        state, problem = together(accelerator, lambda path=path: _read(path))
+        state, problem = together(accelerator, partial(_read, path))
         problems = [one for one in everyones(accelerator, [problem]) if one]
         if not problems:
             return step, state
