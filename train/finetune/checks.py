@@ -89,8 +89,12 @@ def check_validation(config: ValidationConfig) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     if config.every < 0:
         raise UsageError(f"validation.every must be 0 or more, not {config.every}")
-    if config.every and not config.prompts:
-        raise UsageError("validation.every needs validation.prompts: texts to draw")
+    if config.every and not config.prompts and not config.shards:
+        raise UsageError("validation.every needs validation.prompts, texts to draw, or validation.shards")
+    if config.every and config.shards:
+        expand_shards(config.shards)
+        if config.samples <= 0:
+            raise UsageError(f"validation.samples must be positive, not {config.samples}")
     if config.every and config.steps <= 0:
         raise UsageError(f"validation.steps must be positive, not {config.steps}")
     for name, value in (("width", config.width), ("height", config.height)):

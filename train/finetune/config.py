@@ -217,11 +217,14 @@ class FilterConfig:
 
 @dataclass
 class ValidationConfig:
-    """Images of fixed prompts, drawn at intervals from the weights that the run would save at that moment.
+    """Images of fixed prompts and the loss on held-out samples, at intervals, from the weights that would be saved then.
 
     Args:
-        every: optimizer steps between them; 0 draws none.
+        every: optimizer steps between them; 0 for neither.
         prompts: texts to draw, one image each, into ``out/validation/step-000500/``.
+        shards: of samples that are not trained on; their loss, with the same noise each time, goes to
+            ``out/validation/loss.jsonl``.
+        samples: how many of them are measured on.
         guidance: none, amg, or amg-strong, as in ``train sample``.
         index: training-set index for the guidance: the output folder of curate dedup, or its index folder.
         steps: denoising steps.
@@ -234,6 +237,8 @@ class ValidationConfig:
 
     every: int = 0
     prompts: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    samples: int = 64
     guidance: Literal["none", "amg", "amg-strong"] = "none"
     index: str = ""
     steps: int = 25

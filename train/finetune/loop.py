@@ -38,6 +38,7 @@ from train.finetune.data.scan import scan_once
 from train.finetune.data.together import decided, on_first
 from train.finetune.data.transfer import to_device
 from train.finetune.filter.settings import make_filter
+from train.finetune.held_out import HeldOutLoss
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
 from train.finetune.model.loss import counted, min_snr_weights, sample_errors, weighted_loss
 from train.finetune.model.trained import load_model
@@ -209,12 +210,15 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start, world)
     if config.trackers:
         accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
-    writer = draw = None
+    writer = draw = held_out = None
     if accelerator.is_main_process:
         remove_partial(checkpoints)
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
-            draw = Validation(config.validation, device, accelerator.autocast).draw
+            if config.validation.prompts:
+                draw = Validation(config.validation, device, accelerator.autocast).draw
+            if config.validation.shards:
+                held_out = HeldOutLoss(config, model, start, accelerator.autocast).measure
     began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
@@ -307,9 +311,12 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
         if config.validation.every and step % config.validation.every == 0:
             with average.in_place():
-                pipe = whole_model(config, accelerator, model, device).pipe
-                if (images := on_first(accelerator, draw, out / "validation" / f"step-{step:06d}", pipe)) is not None:
+                whole = whole_model(config, accelerator, model, device)
+                folder = out / "validation" / f"step-{step:06d}"
+                if (images := on_first(accelerator, draw, folder, whole.pipe)) is not None:
                     send_images(accelerator.trackers, images, step)
+                if (loss_there := on_first(accelerator, held_out, whole, schedule, step)) is not None:
+                    accelerator.log({"validation_loss": loss_there}, step=step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         last = step == config.steps and keeps_final_state(config)
         if totals.asked or due or last:
