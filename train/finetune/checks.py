@@ -58,6 +58,11 @@ def check_ranges(config: FinetuneConfig) -> None:
         raise UsageError(f"random_words: number must be 0 or more and share lie in [0, 1], not {words}")
     if words.number and config.cache_text:
         raise UsageError("random_words: a caption has other words at every visit; set cache_text to false")
+    if config.text_encoder_learning_rate is not None:
+        if not config.train_text_encoder:
+            raise UsageError("text_encoder_learning_rate needs train_text_encoder: true")
+        if config.text_encoder_learning_rate < 0:
+            raise UsageError("text_encoder_learning_rate must be 0 or more")
     tags, t = config.tags, config.timesteps
     if tags.keep < 0 or not 0 <= tags.dropout < 1 or not tags.separator:
         raise UsageError(f"tags: keep must be 0 or more, dropout lie in [0, 1) and separator not be empty, not {tags}")

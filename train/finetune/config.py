@@ -10,15 +10,17 @@ from train.denoising.opening.config import LoRAConfig
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Shards whose samples stand in an epoch several times.
+    """Shards whose samples stand in an epoch several times, or count more or less than others.
 
     Args:
         path: a path, glob, brace range, folder or fsspec URL.
         repeats: how often each of their samples is seen in an epoch.
+        weight: what their losses are multiplied by, beside ``weight_field``.
     """
 
     path: str
     repeats: int = 1
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class FilterConfig:
 
 @dataclass
 class ValidationConfig:
-    """Images of fixed prompts and the loss on held-out samples, at intervals, from the weights that would be saved then.
+    """Images of fixed prompts and the loss on held-out samples, at intervals, of the weights that would be saved then.
 
     Args:
         every: optimizer steps between them; 0 for neither.
@@ -262,8 +264,8 @@ class FinetuneConfig:
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
             ``report.html`` (the run on a page, at each checkpoint), ``verdicts.parquet``, ``filter.json`` (the
             thresholds), ``summary.json``.
-        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``. A folder
-            of images is imported into ``out/imported`` first, as by ``curate import``.
+        shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n,
+            weight: w}``. A folder of images is imported into ``out/imported`` first, as by ``curate import``.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps. A run, finished or not, goes on to more of them under ``lr_schedule: constant``.
         epochs: passes over the data in place of ``steps``; 0 goes by ``steps``.
@@ -277,6 +279,8 @@ class FinetuneConfig:
             1), or a class by its dotted name, as in ``torch.optim.SGD``.
         optimizer_args: further arguments of the optimizer; they win over what stands here, ``lr`` over learning_rate.
         learning_rate: peak.
+        text_encoder_learning_rate: of the text encoder where it is trained, on the same schedule; null for that of the
+            UNet.
         scale_lr: multiply it by the samples of a step, over all processes and their accumulation.
         lr_schedule: shape after the warm-up.
         lr_cycles: of cosine_restarts.
@@ -362,6 +366,7 @@ class FinetuneConfig:
     optimizer: str = "adamw"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-5
+    text_encoder_learning_rate: float | None = None
     scale_lr: bool = False
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "constant"
     lr_cycles: int = 1

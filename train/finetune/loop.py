@@ -74,7 +74,7 @@ from train.finetune.state.memory import (
     smaller_batch,
     write_batch,
 )
-from train.finetune.state.optimizer import learning_rate, make_optimizer, set_learning_rate
+from train.finetune.state.optimizer import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
 from train.finetune.validation import Validation, send_images
 from train.stopping import StopOnSignal, Stopped
@@ -161,7 +161,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     schedule = NoiseSchedule(model.pipe.scheduler, device)
-    optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
+    optimizer = make_optimizer(parameter_groups(model, config), config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
     trained = model.trained  # only now: where weights are spread, they are others than before
     # Again: what is fastest depends on the device and the precision.

@@ -14,7 +14,7 @@ from curate.sample_set import load_part
 from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.batches.captions import with_tags
-from train.finetune.config import Tags, Timesteps
+from train.finetune.config import ShardGroup, Tags, Timesteps
 from train.finetune.data.scan import ShardSet
 from train.finetune.loop import run_finetune
 from train.finetune.model.diffusion import draw_randomness
@@ -134,3 +134,38 @@ def test_timesteps_are_drawn_as_asked_and_nothing_else_changes():
     for other in (noisy, middle):
         for name in ("posterior", "noise", "uniform"):
             assert torch.equal(getattr(other, name), getattr(plain, name))
+
+
+# ------------------------------------------------------------------------------------------- rates and weights
+
+
+def test_the_text_encoder_learns_at_a_rate_of_its_own_and_the_unet_as_before(model, shards, tmp_path):
+    sgd = {"optimizer": "torch.optim.SGD", "learning_rate": 0.1, "train_text_encoder": True, "steps": 1}
+    for name, rate in (("plain", None), ("same", 0.1), ("half", 0.05), ("none", 0.0)):
+        run_finetune(settings(model, shards, tmp_path / name, text_encoder_learning_rate=rate, **sgd))
+    before = load_pipeline(model).text_encoder.state_dict()
+    after = {name: load_pipeline(str(tmp_path / name / "model")) for name in ("plain", "same", "half", "none")}
+    texts = {name: pipe.text_encoder.state_dict() for name, pipe in after.items()}
+    assert same(texts["plain"], texts["same"]) and same(texts["none"], before) and not same(texts["plain"], before)
+    for name, value in before.items():
+        moved, half = (texts[run][name] - value for run in ("plain", "half"))
+        torch.testing.assert_close(2 * half, moved, atol=1e-6, rtol=1e-3)
+    for name in ("same", "half", "none"):
+        assert same(after[name].unet.state_dict(), after["plain"].unet.state_dict())
+    with pytest.raises(UsageError, match="text_encoder_learning_rate needs train_text_encoder"):
+        run_finetune(settings(model, shards, tmp_path / "no", text_encoder_learning_rate=0.1))
+
+
+def test_shards_with_a_weight_count_by_it(model, shards, tmp_path):
+    first, second, third = (str(path) for path in sorted(Path(shards).glob("*.tar")))
+    config = settings(model, shards, tmp_path / "run", steps=5)
+    config.shards = [first, ShardGroup(second, weight=0.5), ShardGroup(third, weight=0.0)]
+    summary = run_finetune(config)
+    shard_set = ShardSet(tmp_path / "run" / "samples.arrow")
+    assert [shard_set.weight(row) for row in (0, 3, 15)] == [1.0, 0.5, 0.0]
+    kept = sum(line["kept"] for line in log_lines(tmp_path / "run"))
+    assert summary["samples_seen"] == 20 and kept == 15  # five samples of the third count nothing
+    config.shards = [ShardGroup(first, weight=-1.0)]
+    config.out = str(tmp_path / "no")
+    with pytest.raises(UsageError, match="weight must be 0 or more"):
+        run_finetune(config)

@@ -225,7 +225,7 @@ class CachedBatches:
 
 def about(found: Sequence[Found[Any]], positions: Sequence[int], shard_set: ShardSet) -> dict[str, Any]:
     """What a batch says of its samples, see :class:`Batch`."""
-    weight = [0.0 if one.value is None else shard_set.value(one.row, "weight") for one in found]
+    weight = [0.0 if one.value is None else shard_set.weight(one.row) for one in found]
     return {
         "positions": positions,
         "rows": torch.tensor([one.row for one in found]),

@@ -12,6 +12,7 @@ import torch
 
 from afresh.errors import UsageError
 from train.finetune.config import FinetuneConfig
+from train.finetune.model.trained import Model
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
@@ -45,14 +46,24 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
+def parameter_groups(model: Model, config: FinetuneConfig) -> list[Any]:
+    """What is trained, for :func:`make_optimizer`: one list, or groups where the text encoder has a rate of its own."""
+    if config.text_encoder_learning_rate is None:
+        return list(model.trained)
+    text = {id(parameter) for parameter in model.denoiser.text_encoder.parameters()}
+    parts = [[p for p in model.trained if (id(p) in text) == inside] for inside in (False, True)]
+    relative = config.text_encoder_learning_rate / peak_learning_rate(config)
+    return [{"params": parts[0]}, {"params": parts[1], "relative": relative}]
+
+
+def make_optimizer(trained: Sequence[Any], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for.
 
     ``learning_rate`` reaches every optimizer; ``weight_decay`` and ``adam_beta2``, where they are set, one that takes
     ``weight_decay`` and ``betas``. All else is the optimizer's own; ``optimizer_args`` come last and win.
 
     Args:
-        trained: parameters.
+        trained: parameters, or groups of them.
         config: the run's settings.
         fused: take one pass over the weights, for ``adamw``. With fp16's loss scaling a fused step hides whether an
             overflow skipped it, which the count of updates and the average must know.
@@ -124,7 +135,7 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Put a learning rate into every group of an optimizer."""
+    """Put a learning rate into every group of an optimizer, times what the group has as ``relative``."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("relative", 1.0)
 
