@@ -121,6 +121,7 @@ def model_card(
         form: whether the card stands beside a whole pipeline or beside adapters alone.
     """
     import yaml
+    from huggingface_hub import ModelCardData
 
     tags = ["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "afresh"]
     if config.lora.rank:
@@ -139,7 +140,7 @@ def model_card(
         what += f", with low-rank adapters (rank {config.lora.rank}) added to its weights"
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"---\n{ModelCardData(**head).to_yaml()}\n---",
         f"# {PurePosixPath(config.out).name or 'model'}",
         f"{what}. Afresh trained {_trained(config)} on {_count(training.samples, 'captioned image')}.",
         "## Use",

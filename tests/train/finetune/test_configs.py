@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from curate.cli import main as curate
 from tests.train.finetune.runs import REPOSITORY, log_lines, make_environment
+from tests.train.finetune.test_options import photographs
 from tests.train.finetune.test_processes import finish
+from train.denoising.opening.adapters import WEIGHTS
 from train.cli import main
 from train.finetune.config import FilterConfig, FinetuneConfig
 
@@ -32,6 +35,26 @@ def test_shipped_configs_run_on_a_machine_without_a_gpu(model, shards, tmp_path,
     assert run["mixed_precision"] in ("no", "bf16") and run["crop"] == "center" and run["buckets"]["step"] == 32
     chosen = [run["filter"][name] for name in ("policy", "verdict_of", "evidence", "threshold")]
     assert chosen == ["noisy_steps", "caption", "window", None] and run["filter"]["calibrate"]["quantile"] == 0.8
+
+
+def test_a_folder_of_photographs_becomes_adapters_that_diffusers_loads_by_one_command(model, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "run"
+    options = words(model, photographs(tmp_path / "photos", 6), out, epochs=1)
+    command = ["finetune", "--config", str(CONFIGS / "finetune_lora.yaml"), *options, "--tags.trigger=sks"]
+    assert main(command) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 3
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.load_lora_weights(str(out / "lora"), weight_name=WEIGHTS)
+    assert pipe.get_active_adapters()
+
+
+def test_the_curation_config_runs(shards, tmp_path):
+    out = tmp_path / "curated"
+    command = ["dedup", "--config", str(CONFIGS / "dedup.yaml"), f"--shards=[{shards}]", f"--out={out}"]
+    assert curate([*command, "--workers=1"]) == 0
+    assert json.loads((out / "summary.json").read_text())["samples"] == 20
 
 
 @pytest.mark.slow
