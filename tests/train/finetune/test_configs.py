@@ -13,8 +13,8 @@ from curate.cli import main as curate
 from tests.train.finetune.runs import REPOSITORY, log_lines, make_environment
 from tests.train.finetune.test_options import photographs
 from tests.train.finetune.test_processes import finish
-from train.denoising.opening.adapters import WEIGHTS
 from train.cli import main
+from train.denoising.opening.adapters import WEIGHTS
 from train.finetune.config import FilterConfig, FinetuneConfig
 
 CONFIGS = REPOSITORY / "configs"
