@@ -16,12 +16,14 @@ from torch import Tensor
 
 from afresh.errors import UsageError
 from afresh.files import full_disk_named, to_json, write_atomic
+from afresh.progress import get_logger
 from train.memorization.thresholds import BANDS, timestep_band
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+log = get_logger(__name__)
 MEASURED = ("samples_per_second", "data_wait", "peak_memory_gib")
 """Keys of a line that depend on the machine; all others are the same in a run that was resumed."""
 
@@ -237,6 +239,8 @@ class RunLog:
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
         kept = kept_lines(path, lambda line: line["step"] <= start)
+        if not start and path.is_file() and path.stat().st_size:
+            log.warning("%s: there is no checkpoint to go on from: the run begins anew, and so does its log", path)
         with write_atomic(path) as temporary:
             temporary.write_text("".join(kept), "utf-8")
 

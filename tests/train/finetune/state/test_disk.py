@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,18 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_stops_and_leaves_its_log(mo
     with pytest.raises(UserError, match="step-000003.pt: neither this checkpoint nor an older one can be read.*remove"):
         run_finetune(config)
     assert log_lines(tmp_path / "run") == before and len(before) == 3
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_anew(model, shards, tmp_path, monkeypatch, capsys):
+    config = settings(model, shards, tmp_path / "run", steps=3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        run_finetune(config)
+    assert "begins anew" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run_finetune(config)
+    assert "log.jsonl: there is no checkpoint to go on from: the run begins anew" in capsys.readouterr().err
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_a_damaged_byte_is_noticed_and_the_older_checkpoint_taken(tmp_path):
