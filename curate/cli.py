@@ -41,7 +41,7 @@ VERBS = {
     "export": Verb(
         "curate.config:ExportConfig",
         "curate.export:run_export",
-        "hand on what a curation kept: as a Hugging Face dataset, as parquet files, or as a list of ids",
+        "hand on what a curation kept: as a Hugging Face dataset, parquet files, a trainer's folder, or a list of ids",
         positionals=("out", "dest"),
     ),
 }
