@@ -23,8 +23,8 @@ class ImportConfig:
         caption_field: of the ``.json`` beside an image, the field with its caption, which then goes before a ``.txt``;
             empty takes the ``.txt`` (or ``.caption``, ``.cap``), else the first of the fields caption, text, prompt and
             captions that holds text.
-        caption_lines: each line of a text file beside an image is a caption of its own, as several trainers have it: the
-            first is the sample's caption, and all stand in ``captions`` of its json. Else the file is one caption.
+        caption_lines: each line of a text file beside an image is a caption of its own, as several trainers have it:
+            the first is the sample's caption, and all stand in ``captions`` of its json. Else the file is one caption.
         text_column: the column of captions, in tables and in a folder's metadata files; null for the only one of
             text, caption and prompt that there is, empty (``--text_column=``) for none.
         image_column: the column of images; null for the only one that looks like it.

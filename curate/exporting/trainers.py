@@ -45,8 +45,8 @@ def write_for_trainer(
     if config.format == "imagefolder":
         return _write_imagefolder(samples, folder, config.repeats_field)
     groups: dict[int, Path] = {}
-    number = 0
-    for number, (name, sample, _) in enumerate(samples, 1):
+    written = 0
+    for name, sample, _ in samples:
         repeats = repeats_of(sample, config.repeats_field)
         groups[repeats] = place / f"{repeats}_{config.concept}"
         there = folder / groups[repeats].name
@@ -58,9 +58,10 @@ def write_for_trainer(
             if config.format == "kohya":  # its wildcards are {this|that}; doubled, a brace is one
                 text = text.replace("{", "{{").replace("}", "}}")
             (there / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+        written += 1
     file, describe = _TOLD[config.format]
     (folder / file).write_text(describe(dict(sorted(groups.items())), config.concept), encoding="utf-8", newline="\n")
-    return number
+    return written
 
 
 def repeats_of(sample: Sample, field: str) -> int:
@@ -73,9 +74,9 @@ def _line(caption: str) -> str:
 
 
 def _write_imagefolder(samples: Iterable[tuple[str, Sample, str]], folder: Path, field: str) -> int:
-    number = 0
+    written = 0
     with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as table:
-        for number, (name, sample, shard) in enumerate(samples, 1):
+        for name, sample, shard in samples:
             file = f"{name}.{sample.image_ext}"
             (folder / file).write_bytes(sample.image)
             row = {
@@ -87,7 +88,8 @@ def _write_imagefolder(samples: Iterable[tuple[str, Sample, str]], folder: Path,
                 "shard": shard,
             }
             table.write(json.dumps(row) + "\n")
-    return number
+            written += 1
+    return written
 
 
 def _kohya(groups: Groups, concept: str) -> str:

@@ -30,7 +30,7 @@ def read_beside(
         table: likewise of the ``.json``.
         caption_field: of the ``.json``, the field with the caption, which goes before the ``.txt``; empty for the
             ``.txt``, else the first of ``CAPTION_FIELDS`` that holds text.
-        by_line: each line of the ``.txt`` is a caption: the first is returned, all of several are the field ``captions``.
+        by_line: each line of the ``.txt`` is a caption: the first is returned, several are the field ``captions``.
     """
     caption: bytes | None = None
     problem: str | None = "no caption: neither a .txt nor a .json stands beside the image"

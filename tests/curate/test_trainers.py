@@ -60,7 +60,7 @@ def test_a_trainer_is_told_of_each_folder_how_often_its_images_are_seen(how, cur
     dest = export(curated, tmp_path / "dest", how, concept="sks dog")
     groups = groups_of(dest, how)
     assert {path: seen for path, (seen, _) in groups.items()} == {dest / "1_sks dog": 1, dest / "3_sks dog": 3}
-    images = [path for path in dest.rglob("*.png")]
+    images = list(dest.rglob("*.png"))
     assert sorted(path.read_bytes() for path in images) == sorted(png(number) for number in range(4))
     assert [path.read_bytes() for path in (dest / "3_sks dog").glob("*.png")] == [png(0)]
     assert len({path.name.lower() for path in images}) == 4  # whatever the file system tells apart
