@@ -88,6 +88,8 @@ class DedupConfig:
             dropped (evaluation sets that must not be trained on; batches that were curated before).
         exclude: a list of samples that are dropped whatever else they are, a line ``shard<TAB>key`` each, as ``train
             verdicts`` writes of those that a run's filter left out; empty for none.
+        keep: a list like ``exclude`` of samples that are kept whatever else is said of them, by the rule, by a filter,
+            by ``max_per_caption`` or by ``against``; copies of them are dropped for them. Empty for none.
         keep_copies: how many near copies of an image may stay; 1 keeps one of each.
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
             ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
@@ -138,6 +140,7 @@ class DedupConfig:
     steps: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     exclude: str = ""
+    keep: str = ""
     keep_copies: int = 1
     prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
