@@ -1,4 +1,4 @@
-"""The verbs of ``python -m curate`` (console script ``afresh-curate``)."""
+"""The verbs of ``afresh-curate``, which is ``python -m curate``, too."""
 
 from __future__ import annotations
 

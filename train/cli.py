@@ -1,4 +1,4 @@
-"""The verbs of ``python -m train`` (console script ``afresh-train``)."""
+"""The verbs of ``afresh-train``, which is ``python -m train``, too."""
 
 from __future__ import annotations
 

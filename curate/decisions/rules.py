@@ -152,8 +152,7 @@ def decide(
         elsewhere: ``[n]``, rows that are dropped before all others since they stand in another set; they stand for
             nothing, and each is a group of its own.
         excluded: ``[n]``, rows that are dropped likewise since somebody listed them.
-        must_stay: ``[n]``, rows that are kept since somebody listed them, whatever the rule, the number of copies and
-            the caption quota say. They come before all others, which are dropped for them where they are near.
+        must_stay: ``[n]``, rows that somebody listed to be kept, whatever else would drop them; judged before others.
         others: further captions of each row, as earlier curations pooled them; handed on with the row's own. None has
             none.
 
@@ -172,20 +171,17 @@ def decide(
         raise ValueError(f"max_per_caption must be at least 1, not {max_per_caption}")
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
-    order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
-    if must_stay is not None:
-        order = order[np.argsort(~must_stay[order], kind="stable")]
+    stays = np.zeros(n, bool) if must_stay is None else must_stay
+    order = np.lexsort([np.zeros(n) if prefer is None else np.asarray(prefer), ~stays])
     for apart in (elsewhere, excluded):
         if apart is not None:
             order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
-    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others)
-    if must_stay is not None:
-        judge.must_stay = must_stay
+    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others, stays)
     if callable(rule):
         shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
-        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n, must_stay), order)
+        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n, stays), order)
     elif rule == "greedy":
         judge.greedy()
     else:
@@ -226,7 +222,7 @@ def sweep(
 
 
 def _checked(
-    rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int, must_stay: NDArray[np.bool_] | None
+    rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int, must_stay: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
     """What a rule gave, if it can be followed; what must stay does, whatever it gave for that."""
     name = getattr(rule, "__name__", type(rule).__name__)
@@ -234,8 +230,7 @@ def _checked(
     if given.shape != (n,) or given.dtype.kind not in "iu":
         shape = f"{given.dtype} {list(given.shape)}"
         raise UserError(f"rule {name}: gave {shape} where a row or -1 for each of the {n} rows belongs, int64 [{n}]")
-    if must_stay is not None:
-        given = np.where(must_stay, -1, given)
+    given = np.where(must_stay, -1, given)
     judged = np.zeros(n, bool)
     judged[order] = True
     dropped = judged & (given != -1)
@@ -259,6 +254,7 @@ class Judge:
         max_per_caption: int | None,
         keep_differing: bool,
         others: Sequence[Sequence[str]] | None,
+        must_stay: NDArray[np.bool_],
     ):
         n = len(near.image_of)
         self.captions, self.others = captions, others
@@ -273,7 +269,7 @@ class Judge:
         self.order = order.tolist()
         self.images.will_be_asked(near.image_of[order])
         self.texts.will_be_asked(near.caption_of[order])
-        self.must_stay = np.zeros(n, bool)
+        self.must_stay = must_stay
         self.reason = np.full(n, None, object)
         self.kept_by = np.full(n, -1, np.int64)
         self.image_similarity = np.full(n, np.nan, np.float32)
