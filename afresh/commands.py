@@ -112,7 +112,8 @@ def _refuse_namesakes(script: str) -> None:
 def _split(verb: Verb, argv: Sequence[str], prog: str) -> Options:
     """Sort a verb's arguments into settings, config files and flags; positions become settings.
 
-    Every option but the flags takes exactly one value, so options and positions may come in any order.
+    Every option but the flags takes exactly one value, so options and positions may come in any order; one that is
+    true or false may stand without, before another option or at the end, and is true.
     """
     options = Options([], [], [])
     positions: list[str] = []
@@ -133,9 +134,12 @@ def _split(verb: Verb, argv: Sequence[str], prog: str) -> Options:
         elif token.startswith("--"):
             key, equals, value = token[2:].partition("=")
             if not equals:
-                if not rest or rest[0].startswith("--"):
+                if rest and not rest[0].startswith("--"):
+                    value = rest.pop(0)
+                elif key != "config" and field_type(load(verb.config), key) is bool:
+                    value = "true"
+                else:
                     raise UsageError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
-                value = rest.pop(0)
             if key == "config":
                 options.configs.append(config_file(value))
             else:

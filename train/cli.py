@@ -62,6 +62,11 @@ VERBS = {
         "compare models and guidances: copies, alignment, quality, time",
         check="train.evaluation.checks:check_evaluate",
     ),
+    "check": Verb(
+        "train.machine.config:CheckConfig",
+        "train.machine.job:run_check",
+        "try what this machine can do, compare it with the CPU's result, and say what to put into a config",
+    ),
     "reports": Verb(
         "train.evaluation.config:ReportsConfig",
         "train.evaluation.reporting.index:run_reports",
