@@ -47,7 +47,7 @@ def devices() -> Iterator[Finding]:
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0.0
-    cores = getattr(torch.cpu, "get_capabilities", dict)()
+    cores: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = ", ".join(name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if cores.get(name))
     detail = f"{cpu_count()} cores, {memory:.0f} GB of memory, {fast or 'no vectors known'}"
     yield Finding("devices", "cpu", "works", detail)
@@ -110,7 +110,7 @@ def _exchanged(backend: str, world: int) -> Finding:
     if backend == "nccl" and (not world or not torch.distributed.is_nccl_available()):
         raise Absent("no GPU that NCCL could join")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (backend, world, folder), nprocs=world)  # type: ignore[attr-defined]
+        torch.multiprocessing.spawn(_process, (backend, world, folder), nprocs=world)
         seconds = float(Path(folder, "seconds").read_text())
     detail = f"{world} processes, {64 / seconds / 1e3:.2f} GB/s" if world > 1 else "one process: nothing to exchange"
     return Finding("processes", backend, "works", detail, seconds)

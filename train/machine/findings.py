@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afresh.errors import one_line
+from afresh.errors import one_line, reason
 from afresh.summaries import format_summary
 
 WORKS, DIFFERS, FAILS, ABSENT = "works", "differs", "fails", "not here"
@@ -42,7 +42,7 @@ def attempt(part: str, what: str, probe: Callable[[], Finding | str]) -> Finding
     try:
         found = probe()
     except (Absent, ImportError) as error:
-        return Finding(part, what, ABSENT, one_line(error))
+        return Finding(part, what, ABSENT, reason(error))
     except Exception as error:  # of any library: a check tells what fails, and goes on
         return Finding(part, what, FAILS, one_line(error))
     return found if isinstance(found, Finding) else Finding(part, what, WORKS, found)

@@ -37,8 +37,9 @@ def run_check(config: CheckConfig) -> Findings:
 
     if config.gpu and not torch.cuda.is_available():
         raise UserError(f"gpu: torch {torch.__version__} sees no GPU here; `nvidia-smi` tells whether the driver does")
-    device = torch.device(chosen_device("cuda" if config.gpu and config.device == "auto" else config.device))
-    check_device(str(device))
+    name = chosen_device("cuda" if config.gpu and config.device == "auto" else config.device)
+    check_device(name)
+    device = torch.device(name)
     findings = []
     for finding in _probed(config, device):
         log.info("%s: %s: %s", finding.part, finding.what, finding.result)

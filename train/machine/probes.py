@@ -52,7 +52,8 @@ def attention(device: torch.device, large: bool) -> Iterator[Finding]:
     shape = (2, 8, 4096 if large else 256, 64)
     parts = [torch.randn(shape, generator=generator) for _ in range(3)]
     short = [part[:, :, :256].clone() for part in parts]
-    reference = scaled_dot_product_attention(*(part.double() for part in short)).float()
+    q, k, v = (part.double() for part in short)
+    reference = scaled_dot_product_attention(q, k, v).float()
     for dtype in DTYPES.values():
         for name, kernel in (*KERNELS.items(), ("xformers", None)):
             what = f"{name}, {str(dtype).removeprefix('torch.')}"
@@ -71,7 +72,8 @@ def _attended(
     def attend(given: list[Tensor]) -> Tensor:
         if kernel is not None:
             with sdpa_kernel(kernel):
-                return scaled_dot_product_attention(*given)
+                q, k, v = given
+                return scaled_dot_product_attention(q, k, v)
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(*(one.transpose(1, 2) for one in given)).transpose(1, 2)
@@ -140,7 +142,7 @@ def _taken(step: Step, precision: str, expected: float, gradient: Tensor) -> Fin
     if precision == "fp16" and step.device.type == "cpu":
         raise Absent("fp16 needs a GPU")
     loss, found = step.take(precision)
-    cosine = float(torch.nn.functional.cosine_similarity(found.cpu(), gradient, dim=0))
+    cosine = float(torch.nn.functional.cosine_similarity(found.cpu().double(), gradient.double(), dim=0))
     off = abs(loss - expected) / expected
     seconds = fastest(lambda: step.take(precision), lambda: wait(step.device))
     agrees = cosine > _COSINE[precision] and off < 2e-2
@@ -198,7 +200,7 @@ def _drawn(model: str, device: torch.device, index: TrainingIndex, embedder: Any
     from train.sampling import AMG, GuidedStableDiffusion
 
     def draw(where: torch.device) -> np.ndarray:
-        pipe = GuidedStableDiffusion.from_pipe(load_pipeline(model, device=where))
+        pipe: Any = GuidedStableDiffusion.from_pipe(load_pipeline(model, device=where))
         generator = torch.Generator().manual_seed(0)
         drawn = pipe(
             PROMPT, num_inference_steps=10, guidance_scale=4.0, generator=generator, output_type="np",
