@@ -3,7 +3,7 @@
 #   sbatch deploy/slurm.sh configs/finetune.yaml --model MODEL --shards /shared/curated/shards --out /shared/run
 # Checkout, environment, shards and out lie on a file system that all machines see; num_machines in
 # configs/accelerate/many_nodes.yaml is the number of --nodes below. Before its time is up the job is sent SIGUSR1, saves,
-# and is queued again; it goes on from there until it is done.
+# and is queued again; it goes on from there until it is done (--out has to stand on the command line for that).
 #SBATCH --job-name=afresh
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
