@@ -109,6 +109,13 @@ def test_a_single_file_with_stable_diffusion_2s_text_encoder_and_projections_giv
     assert same_weights(load_pipeline(str(tmp_path / "one.safetensors"), model_config=str(tmp_path / "folder")), pipe)
 
 
+def test_the_output_folder_of_a_trainer_of_single_files_is_the_file_that_it_made(checkpoint, configs, tmp_path):
+    (tmp_path / "dog.safetensors").symlink_to(checkpoint)
+    (tmp_path / "dog-000001.safetensors").write_bytes(b"cut short")
+    opened = load_pipeline(str(tmp_path), model_config=str(configs))
+    assert same_weights(opened, load_pipeline(str(checkpoint), model_config=str(configs)))
+
+
 def test_a_single_file_predicts_what_the_configs_scheduler_says(checkpoint, configs, tmp_path):
     config = edited(configs, tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
     pipe = load_pipeline(str(checkpoint), model_config=config)
