@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from afresh.errors import UsageError, UserError
+from curate.config import DedupConfig
 from curate.embed.edits import EDITS, crop
 from curate.embed.registry import load_embedder
 from curate.reading.images import stack_images
@@ -79,6 +80,40 @@ def test_layout_survives_what_storage_does_and_tells_images_apart(images):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("edit", "share"),
+    [("crop", 0.8), ("flip", 1.0), ("grayscale", 0.85), ("overlay", 0.7), ("border", 0.9), ("rotate", 0.9)]
+    + [(name, 0.95) for name in ("jpeg", "resize", "brightness", "contrast", "blur")],
+)
+def test_layout_finds_edited_copies_at_the_default_threshold(edit, share, images):
+    layout, rng = load_embedder("layout"), np.random.default_rng(0)
+    copies = [EDITS[edit](image, rng) for image in images]
+    assert ((layout.embed(copies) * layout.embed(images)).sum(1) > DedupConfig(shards=["x"]).threshold).mean() >= share
+
+
+def test_layout_sees_no_mirror_and_no_frame_and_colour_less_than_light(images):
+    layout = load_embedder("layout")
+    originals = layout.embed(images)
+    mirrored = layout.embed([ImageOps.mirror(image) for image in images])
+    np.testing.assert_allclose(mirrored, originals, atol=2e-3)
+    for width in (3, 5, 8):
+        for colour in ("black", "white", "teal"):
+            framed = layout.embed([ImageOps.expand(image, width, fill=colour) for image in images])
+            assert np.quantile((framed * originals).sum(1), 0.2) > 0.9, (width, colour)
+    # A line around the image only: what two sides do not share stays.
+    half = Image.new("RGB", (64, 64), "white")
+    half.paste("black", (0, 0, 64, 32))
+    flag = Image.new("RGB", (64, 64), "white")
+    flag.paste("black", (0, 0, 64, 20))
+    assert (layout.embed([half]) * layout.embed([flag])).sum() < 0.95
+    # The same shape: its grey copy is a copy, one whose colours are opposite is not.
+    red, blue = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "white")
+    red.paste((220, 60, 60), (16, 8, 40, 56))
+    blue.paste((40, 110, 220), (16, 8, 40, 56))
+    rows = layout.embed([red, ImageOps.grayscale(red).convert("RGB"), blue])
+    assert rows[0] @ rows[1] > 0.9 > rows[0] @ rows[2]
+
+
 def test_unknown_names_are_refused_with_the_choices(tmp_path):
     with pytest.raises(UsageError, match="unknown embedder 'sscd'.*layout, copy-detector"):
         load_embedder("sscd")
@@ -121,9 +156,7 @@ class Square(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("suffix", "height", "width"), [("", 288, 576), ("@320", 320, 320), ("@short64", 64, 128)]
-)
+@pytest.mark.parametrize(("suffix", "height", "width"), [("", 288, 576), ("@320", 320, 320), ("@short64", 64, 128)])
 def test_sscds_ways_to_prepare_an_image_are_chosen_by_suffix(suffix, height, width, tmp_path):
     path = str(tmp_path / "shape.pt")
     torch.jit.script(Shape()).save(path)
@@ -158,5 +191,5 @@ def test_digests_tell_other_weights_and_other_preprocessing(tmp_path):
 
     assert digest(0.5) == digest(0.5) != digest(0.25)
     assert len({digest(0.5), digest(0.5, "@320"), digest(0.5, "@288")}) == 3
-    assert load_embedder("layout").digest == "layout"
+    assert load_embedder("layout").digest == "layout-2"  # "layout" was one that looked at borders
     assert load_embedder("copy-detector").digest == load_embedder("copy-detector").digest
