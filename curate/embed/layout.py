@@ -172,7 +172,7 @@ def _within(cut: Any, places: Any, size: int, xp: Any) -> Any:
     return xp.clip(places + 1 - cut[:, :1], 0, 1) * xp.clip(size - places - cut[:, 1:], 0, 1)
 
 
-_ROUNDS, _MOST = 3, 12  # a frame, a margin within it and one more; how much of a side of 64 pixels is cut at most
+_ROUNDS, _MOST = 3, 10  # a frame, a margin within it and one more; how much of a side of 64 pixels is cut at most
 _PLAIN, _SUDDEN, _SLOW, _ALIKE = 0.15, 2.5, 6.0, 0.1
 
 
