@@ -83,7 +83,6 @@ class LayoutEmbedder:
 
     def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
         result = np.empty((len(images), self.dim), np.float32)
-        batch_size = min(batch_size, 32)  # what is computed of more leaves the processor's cache
         for start in range(0, len(images), batch_size):
             pixels = stack_images(images[start : start + batch_size], self.size)
             result[start : start + len(pixels)] = self._describe(pixels, self._constants, np)
