@@ -44,7 +44,7 @@ class DualEncoderJudge:
             "alignment_of_real",
             "of real images",
             "Alignment as a share of what the real images of the same captions earn, the originals that the prompts "
-            "name; the dual encoder was trained on none of them.",
+            "name. It is no evidence for captions whose images the dual encoder was trained on, which earn more.",
             "share",
             1,
         ),
