@@ -67,7 +67,7 @@ def test_the_job_writes_rows_and_judges_labels(model, tmp_path):
 
 def test_the_job_without_labels_ranks_only(model, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    summary = run_detect(DetectConfig(model, prompts, out, seeds=1))
+    summary = run_detect(DetectConfig(model, str(tmp_path / "p.txt"), str(tmp_path / "s.parquet"), seeds=1))
     assert "auc" not in summary
     assert summary["prompts"] == 3
     values = [row["magnitude"] for row in summary["highest"]]
