@@ -40,16 +40,18 @@ class LayoutEmbedder:
     size = 64
 
     _LUMA, _CHROMA, _EDGES, _CELLS, _DIRECTIONS = 7, 4, 32, 3, 8
-    _CHROMA_WEIGHT, _EDGE_WEIGHT = 0.42, 0.8
+    _CHROMA_WEIGHT, _EDGE_WEIGHT = 0.45, 0.8
     # Mean squares of [0, 1] pixels below which an image counts as empty, and as grey.
     _EMPTY, _GREY = 3e-5, 2e-4
     _SIGN = 2.0  # steepness of the smooth sign
+    _STILL = 1e-4  # variance of luminance that is noise
+    _LENIENCE, _STRICT, _LENIENT = 1.8, 0.3, 0.7
 
-    dim = 4 + _LUMA**2 - 1 + 2 * _CHROMA**2 + _CELLS**2 * _DIRECTIONS
+    dim = 5 + _LUMA**2 - 1 + 2 * _CHROMA**2 + _CELLS**2 * _DIRECTIONS
 
     def __init__(self) -> None:
         frequency = np.hypot(*np.meshgrid(np.arange(self._LUMA), np.arange(self._LUMA), indexing="ij"))
-        whitening = np.sqrt(np.maximum(frequency, 0.7)).astype(np.float32)
+        whitening = (np.maximum(frequency, 0.7) ** 0.75).astype(np.float32)
         whitening_luma = whitening.copy()
         whitening_luma[0, 0] = 0
         turns = np.arange(self._DIRECTIONS) * np.pi / self._DIRECTIONS
@@ -67,6 +69,7 @@ class LayoutEmbedder:
             "amplitudes": np.where(np.arange(self._LUMA) == 0, 1, np.sqrt(2)).astype(np.float32)[:, None],
             "luma": whitening_luma,
             "chroma": whitening[: self._CHROMA, : self._CHROMA].copy(),
+            "slanted": (odd | odd[:, None]).astype(np.float32).reshape(1, -1)[:, 1:].copy(),
             "odd_luma": odd_luma.reshape(1, -1)[:, 1:].copy(),
             "odd_chroma": odd_chroma.reshape(1, -1).copy(),
             # What each sign is taken of: the slope of light and colour from left to right, and of edges any mixture.
@@ -101,15 +104,21 @@ class LayoutEmbedder:
         cut = _borders(pixels, c["places"], xp)
 
         rows, columns = (self._waves(cut[:, 2 * axis : 2 * axis + 2], c, xp) for axis in (0, 1))
-        q = rows[:, None] @ ycc @ xp.swapaxes(columns, 1, 2)[:, None]
-        luma = (q[:, 0] * c["luma"]).reshape(n, -1)[:, 1:]
-        chroma = (q[:, 1:, : self._CHROMA, : self._CHROMA] * c["chroma"]).reshape(n, -1)
+        columns = xp.swapaxes(columns, 1, 2)
+        level = rows[:, :1] @ ycc[:, 0] @ columns[:, :, :1]
+        light = ycc[:, 0] - level
+        variance = rows[:, :1] @ light**2 @ columns[:, :, :1] + self._STILL
+        luma = rows @ (light / (1 + light**2 / variance) ** 0.5) @ columns
+        luma = (luma * c["luma"]).reshape(n, -1)[:, 1:]
+        q = rows[:, None, : self._CHROMA] @ ycc[:, 1:] @ columns[:, None, :, : self._CHROMA]
+        chroma = (q * c["chroma"]).reshape(n, -1)
         energy = (luma**2).sum(1)[:, None] + self._EMPTY
+        slanted = (luma**2 * c["slanted"]).sum(1)[:, None] / energy
         luma = _compressed(luma / energy**0.5)
         chroma = _compressed(chroma / ((chroma**2).sum(1)[:, None] + self._GREY) ** 0.5)
         empty = (self._EMPTY / energy) ** 0.5
-        brightness = q[:, :1, 0, 0] * (math.pi / 2)
-        plain = xp.concatenate([xp.cos(brightness), xp.sin(brightness), 2 * q[:, 1:, 0, 0]], 1) * empty
+        brightness = level[:, 0] * (math.pi / 2)
+        plain = xp.concatenate([xp.cos(brightness), xp.sin(brightness), 2 * q[:, :, 0, 0]], 1) * empty
 
         edges = self._edges(ycc[:, 0], cut, c, xp) * self._EDGE_WEIGHT
         mirrored = edges[:, c["mirror"]]
@@ -121,7 +130,9 @@ class LayoutEmbedder:
             self._turned((edges + mirrored) / 2, (edges - mirrored) / 2, c["sign_edges"], xp),
         ]
         z = xp.concatenate(blocks, 1)
-        return z / (z**2).sum(1)[:, None] ** 0.5
+        z = z / (z**2).sum(1)[:, None] ** 0.5
+        lenience = self._LENIENCE * xp.clip((slanted - self._STRICT) / (self._LENIENT - self._STRICT), 0, 1)
+        return xp.concatenate([z, (lenience + 1e-9) ** 0.5], 1) / (1 + lenience) ** 0.5
 
     def _turned(self, even: Any, odd: Any, direction: Any, xp: Any) -> Any:
         """``even + s · odd``: s follows the sign of ``odd · direction``, and is small where chance would decide on it.
@@ -145,8 +156,8 @@ class LayoutEmbedder:
         dx = (light[:, 1:-1, 2:] - light[:, 1:-1, :-2])[:, None]
         dy = (light[:, 2:, 1:-1] - light[:, :-2, 1:-1])[:, None]
         along = dx * c["cos"][:, None, None] + dy * c["sin"][:, None, None]
-        # The gradient's length, shared out by cos⁴. A fourth power is a general one to numpy, and ten times as slow.
-        votes = (along**2) ** 2 / ((dx**2 + dy**2) ** 2 + 1e-8) ** 0.75
+        # The root of the gradient's length, shared out by cos⁴. A fourth power is a general one to numpy, and ten times as slow.
+        votes = (along**2) ** 2 / ((dx**2 + dy**2) ** 2 + 1e-8) ** 0.875
         cells = []
         for axis in (0, 1):
             span = cut[:, 2 * axis : 2 * axis + 2]
@@ -162,8 +173,8 @@ class LayoutEmbedder:
 
 
 def _compressed(x: Any) -> Any:
-    """To the power of 0.9, smooth at 0: a few large coefficients would decide alone."""
-    return x * (x**2 + 1e-5) ** -0.05
+    """To the power of 0.6, smooth at 0: a few large coefficients would decide alone."""
+    return x * (x**2 + 1e-5) ** -0.2
 
 
 def _within(cut: Any, places: Any, size: int, xp: Any) -> Any:
