@@ -21,14 +21,19 @@ class LayoutEmbedder:
     """Weight-free descriptor: low cosine frequencies of light and colour, and edge directions by place.
 
     What is described is the image within its plain borders, in coordinates of its own (see ``_borders``): a frame or
-    a wider margin changes nothing. Four blocks, weighted and joined:
+    a wider margin changes nothing. Four blocks, weighted and joined, and a last number:
 
     1. how empty the image is, and how bright and of what colour then: plain images are alike only if their colour is,
-    2. the 7 × 7 lowest cosine coefficients of luminance, without the mean, of about unit length, whitened by the square
-       root of their frequency (images have more power at low ones),
+    2. the 7 × 7 lowest cosine coefficients of luminance, without the mean, of about unit length, whitened by a power of
+       their frequency (images have more power at low ones); what is much brighter or darker than the rest is brought
+       nearer before, so that a sticker does not outweigh the image,
     3. the 4 × 4 lowest of both chroma channels, likewise: short enough that an image is near its own grey copy, and
        long enough that it is not near the same shape in an opposite colour,
-    4. smooth histograms of 8 edge directions in 3 × 3 overlapping cells, less their common mean.
+    4. smooth histograms of 8 edge directions in 3 × 3 overlapping cells, less their common mean,
+    5. how little of luminance is symmetric, from top to bottom and from left to right: the more, the higher is the
+       cosine with every image of which the same holds. Drawings are symmetric, a thing in the middle of its ground, and
+       like many others by chance: they are compared strictly. Photographs are like their own copies only, and those are
+       often cropped: at one threshold for both, they are compared leniently.
 
     Contrast drops out by normalisation, brightness with the mean. Every block is the sum of a part that stays and a
     part that changes its sign where the image is mirrored; the second is multiplied by a smooth sign of its own, so
@@ -45,6 +50,8 @@ class LayoutEmbedder:
     _EMPTY, _GREY = 3e-5, 2e-4
     _SIGN = 2.0  # steepness of the smooth sign
     _STILL = 1e-4  # variance of luminance that is noise
+    # The square of the last number before all is brought to unit length, at most; and of luminance, the shares that are
+    # not symmetric from which it grows and at which it is that.
     _LENIENCE, _STRICT, _LENIENT = 1.8, 0.3, 0.7
 
     dim = 5 + _LUMA**2 - 1 + 2 * _CHROMA**2 + _CELLS**2 * _DIRECTIONS
@@ -156,7 +163,8 @@ class LayoutEmbedder:
         dx = (light[:, 1:-1, 2:] - light[:, 1:-1, :-2])[:, None]
         dy = (light[:, 2:, 1:-1] - light[:, :-2, 1:-1])[:, None]
         along = dx * c["cos"][:, None, None] + dy * c["sin"][:, None, None]
-        # The root of the gradient's length, shared out by cos⁴. A fourth power is a general one to numpy, and ten times as slow.
+        # The root of the gradient's length, shared out by cos⁴. A fourth power is a general one to numpy, and ten
+        # times as slow.
         votes = (along**2) ** 2 / ((dx**2 + dy**2) ** 2 + 1e-8) ** 0.875
         cells = []
         for axis in (0, 1):

@@ -138,5 +138,6 @@ def without_twins(cosines: NDArray[np.floating]) -> NDArray[np.float64]:
         return cosines
     distances = np.log(np.maximum(1 - cosines, 1e-6))
     nearest, middle = np.quantile(distances, (0.1, 0.5))
-    tenth, half, twins = np.log(-np.log1p(-np.array([0.1, 0.5, _TWINS])))  # the law's quantiles: linear in log distances
+    # Log distances are linear in these, by the law.
+    tenth, half, twins = np.log(-np.log1p(-np.array([0.1, 0.5, _TWINS])))
     return cosines[distances >= nearest - (middle - nearest) * (tenth - twins) / (half - tenth) - 1e-9]

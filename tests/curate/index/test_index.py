@@ -130,7 +130,7 @@ def built(rows: np.ndarray, **options) -> TrainingIndex:
     return TrainingIndex.build(rows, names, names, names, np.ones(n, bool), np.arange(n), "layout", **options)
 
 
-@pytest.mark.parametrize("dimensions", [4, 24])
+@pytest.mark.parametrize("dimensions", [8, 24])
 @pytest.mark.parametrize("share", [0.02, 0.08])
 def test_twins_of_other_groups_do_not_calibrate(dimensions, share):
     """Groups that nobody told: an edited copy counts as one by an index with twins as it does by one without."""
