@@ -54,6 +54,8 @@ class LayoutEmbedder:
     # not symmetric from which it grows and at which it is that.
     _LENIENCE, _STRICT, _LENIENT = 1.8, 0.3, 0.7
 
+    _TOGETHER = 64  # images described at a time: more fall out of a processor's cache, and take half as long again
+
     dim = 5 + _LUMA**2 - 1 + 2 * _CHROMA**2 + _CELLS**2 * _DIRECTIONS
 
     def __init__(self) -> None:
@@ -93,8 +95,9 @@ class LayoutEmbedder:
 
     def embed(self, images: Sequence[Image], batch_size: int = 256) -> Floats:
         result = np.empty((len(images), self.dim), np.float32)
-        for start in range(0, len(images), batch_size):
-            pixels = stack_images(images[start : start + batch_size], self.size)
+        step = min(batch_size, self._TOGETHER)
+        for start in range(0, len(images), step):
+            pixels = stack_images(images[start : start + step], self.size)
             result[start : start + len(pixels)] = self._describe(pixels, self._constants, np)
         return result
 
