@@ -2,12 +2,12 @@
 
 The four shards lie in ``curate/assets/noto-emoji``; ``split.json`` beside them assigns every key to one part:
 
-- ``pretrain`` (about 1,200): what the sample model was trained on,
-- ``finetune`` (about 500): what the quickstart plants duplicates in and fine-tunes on,
-- ``held_out`` (200): never trained on; negatives for detection and reference for quality.
+- ``pretrain`` (1,146): what the carried models were trained on, beside other drawings of all captions,
+- ``finetune`` (300): what the quickstart plants duplicates in and fine-tunes on,
+- ``held_out`` (460): never trained on; negatives for detection and reference for quality.
 
-Images that look alike (clock faces, one flag under several names) stand in one part, so that nothing held out
-has a twin among the training images. ``python -m train.sample_model.split`` made the file.
+Every image of the last two is distinct: no other image of the set, and none of the other drawings, resembles it, so
+that a copy of it can be told from a likeness. ``python -m train.sample_model.split`` made the file.
 """
 
 from __future__ import annotations

@@ -15,14 +15,16 @@ class MessConfig:
 
     Args:
         images: how many images are repeated, chosen at random.
-        copies: how often each stands in the raw set.
+        set: which choice of images: sets 0, 1, 2, … share none as long as the fine-tuning part suffices.
+        copies: how often each stands in the raw set; of several numbers, each goes to an equal share of the images.
         exact: share of the copies that keep their bytes; the others are re-encoded, resized, brightened or cropped.
         other_caption: share of the copies that stand under another caption.
-        seed: of the choice and the edits.
+        seed: of the edits and the order.
     """
 
     images: int = 24
-    copies: int = 40
+    set: int = 0
+    copies: int | list[int] = 40
     exact: float = 0.4
     other_caption: float = 0.15
     seed: int = 0

@@ -20,6 +20,23 @@ from train.quickstart.config import MessConfig, QuickstartConfig
 COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
 
 
+def chosen_rows(n: int, mess: MessConfig) -> list[int]:
+    """The rows that are repeated: of one random order of all rows, the stretch that belongs to the set's number.
+
+    Sets of different numbers share no row as long as there are enough rows, so that what was chosen on one can be
+    reported on another.
+    """
+    order = np.random.default_rng(0).permutation(n)
+    start = mess.set * mess.images
+    return sorted(order.take(range(start, start + min(mess.images, n)), mode="wrap").tolist())
+
+
+def copies_of(mess: MessConfig) -> list[int]:
+    """How often each of the repeated images, in their order, stands in the raw set."""
+    numbers = [mess.copies] if isinstance(mess.copies, int) else list(mess.copies)
+    return [numbers[i % len(numbers)] for i in range(mess.images)]
+
+
 def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[str, dict[str, bytes]]], list[int]]:
     """Repeat some samples many times, most copies altered a little, as sets gathered from the web have them.
 
@@ -31,12 +48,12 @@ def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[st
         ``(key, members)`` of the raw set in a random order, and the rows of ``samples`` that were repeated.
     """
     rng = np.random.default_rng(mess.seed)
-    repeated = sorted(rng.choice(len(samples), mess.images, replace=False).tolist())
+    repeated = chosen_rows(len(samples), mess)
     raw = [(sample.key, dict(sample.members)) for sample in samples]
-    for row in repeated:
+    for row, copies in zip(repeated, copies_of(mess), strict=False):
         sample = samples[row]
         caption = sample.caption or ""
-        for copy in range(1, mess.copies):
+        for copy in range(1, copies):
             members = {ext: data for ext, data in sample.members.items() if ext != "json"}
             if rng.random() >= mess.exact:
                 edit = EDITS[COPY_EDITS[rng.integers(len(COPY_EDITS))]]

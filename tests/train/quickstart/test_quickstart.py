@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from train.denoising.opening.loading import sample_model_dir
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.quickstart.config import MessConfig, QuickstartConfig
 from train.quickstart.job import run_quickstart
-from train.quickstart.mess import plant_copies
+from train.quickstart.mess import chosen_rows, plant_copies
 
 
 def small(out: Path, **changes) -> QuickstartConfig:
@@ -55,6 +56,17 @@ def test_planted_copies_repeat_the_chosen_images_and_nothing_else():
     assert plant_copies(samples, MessConfig(images=4, copies=10, exact=0.5, other_caption=0.3))[0] == raw
 
 
+def test_choices_of_repeated_images_share_none_and_several_numbers_go_to_equal_shares():
+    samples = load_part("finetune")
+    chosen = [chosen_rows(len(samples), MessConfig(images=24, set=number)) for number in range(12)]
+    assert all(len(set(rows)) == 24 for rows in chosen)
+    assert len({row for rows in chosen for row in rows}) == 12 * 24
+    raw, repeated = plant_copies(samples, MessConfig(images=4, copies=[3, 6], set=1))
+    assert repeated == chosen_rows(len(samples), MessConfig(images=4, set=1))
+    copies = Counter(key.split("-copy")[0] for key, _ in raw)
+    assert [copies[samples[row].key] for row in repeated] == [3, 6, 3, 6]
+
+
 @pytest.mark.timeout(600)
 def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp_path):
     summary = run_quickstart(small(tmp_path / "one"))
@@ -69,7 +81,7 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
         "seconds_per_image",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in summary["rows"])
-    assert summary["curate"]["samples"] == 501 + 3 * 5
+    assert summary["curate"]["samples"] == 300 + 3 * 5
     assert 0 <= summary["detect"]["auc"]["magnitude"] <= 1
     assert {"label_0_memorized", "label_1_not_memorized"} <= summary["detect"]["by_outcome"].keys()
     assert (tmp_path / "one" / "report.html").stat().st_size > 10_000
