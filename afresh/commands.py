@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 
 from afresh import __version__
 from afresh.configs import Options, Verb, did_you_mean, field_type, load, placeholder, read_config, takes_list
-from afresh.errors import UsageError, UserError, one_line
+from afresh.errors import UsageError, UserError, one_line, printable
 from afresh.progress import is_main_process
 from afresh.summaries import as_json, as_text
 
@@ -69,7 +69,7 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 1
 
 

@@ -127,7 +127,7 @@ def _settings_in(path: str, job: str, config_class: type) -> list[_Setting]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not readable text"
+        problem = getattr(error, "problem", None) or "not readable text, which is UTF-8: save it as that"
         raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path}: a config file maps keys to values; this one is {_shown(config)}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
+
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of files or memory: the next file would fare no better
 
 
 class UserError(Exception):
@@ -21,12 +24,12 @@ class UsageError(UserError):
 
 
 # Control characters, line and paragraph ends, changes of the writing direction, lone surrogates.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """``text`` with escapes for what would steer a terminal, break a line, or cannot be encoded."""
-    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+    return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def reason(error: BaseException, *, at_most: int = 300) -> str:
@@ -37,6 +40,16 @@ def reason(error: BaseException, *, at_most: int = 300) -> str:
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:at_most] or type(error).__name__
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error tells of the machine, which has no memory or refused a call, and not of what was being decoded.
+
+    Pillow's own errors of malformed images are ``OSError`` too, without a number; so is its word for lacking memory.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None or str(error).startswith("out of memory")
+    return isinstance(error, MemoryError)
 
 
 def one_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ FILTERS = "afresh.filters"  # curate.stages.filters.Filter
 ENGINES = "afresh.engines"  # curate.engines.protocol.Engine
 SIGNALS = "afresh.signals"  # train.memorization.signals.protocol.Signal
 GUIDANCE = "afresh.guidance"  # train.sampling.guidance.Guidance
+METRICS = "afresh.metrics"  # train.evaluation.metrics.protocol.Metric
 _REFERENCE = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*)")
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, Self
+
+from afresh.errors import printable
 
 
 def is_main_process() -> bool:
@@ -51,7 +54,8 @@ def get_logger(name: str) -> logging.Logger:
 
 class _LevelFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        # Names and captions stand in it; its own lines (a traceback's) stay lines.
+        message = "\n".join(map(printable, super().format(record).split("\n")))
         return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
 
 
@@ -105,6 +109,7 @@ class _Lines:
 
     def set_postfix_str(self, text: str) -> None:
         self.note = text
+        self.update(0)  # a unit may take minutes: what happens within it is said too
 
     def close(self) -> None:
         now = time.monotonic()
@@ -119,12 +124,20 @@ class _Lines:
         line = f"{self.desc}: {self.n:g}"
         if self.total:
             line += f"/{self.total:g}"
-        line += f" {self.unit}, {rate:.3g}/s, {seconds:.0f} s"
+        line += f" {self.unit}, {_pace(rate, self.unit)}{seconds:.0f} s"
         if self.total and rate > 0 and self.n < self.total:
             line += f", {(self.total - self.n) / rate:.0f} s left"
         if self.note:
             line += f", {self.note}"
         print(line, file=sys.stderr, flush=True)
+
+
+def _pace(rate: float, unit: str) -> str:
+    """Units a second, or seconds a unit of what takes longer: ``12.5/s, ``, ``54.6 s a step, ``; nothing of no unit."""
+    if rate >= 1:
+        return f"{rate:.3g}/s, "
+    singular = re.sub("ies$", "y", unit).removesuffix("s")
+    return f"{1 / rate:.3g} s a{'n' * (singular[0] in 'aeiou')} {singular}, " if rate > 0 else ""
 
 
 class _Silent(_Lines):

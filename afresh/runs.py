@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,27 @@ def try_lock(path: str | os.PathLike[str]) -> AbstractContextManager[Any] | None
     """
     from filelock import FileLock, Timeout
 
+    # Without flock filelock takes the file's mere presence for a lock, which outlives a killed run.
+    known = signature(FileLock.__init__).parameters
+    strict: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
     try:
-        return FileLock(path, timeout=0).acquire()
-    except Timeout:
-        return None
-    except OSError as error:
+        try:
+            return FileLock(path, timeout=0, **strict).acquire()
+        except Timeout:
+            _see_that_it_is_held(path)
+            return None
+    except (OSError, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be locked ({one_line(error)}): does its file system have locks?") from error
+
+
+def _see_that_it_is_held(path: str | os.PathLike[str]) -> None:
+    """Raise what the system says of a lock, unless that it is held: filelock before 4 takes any error for that."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    with open(path, "ab") as file, suppress(BlockingIOError, PermissionError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def claim(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from afresh.cores import in_order
-from afresh.files import digest, write_atomic, write_json
+from afresh.files import digest, temporary_name, write_atomic, write_json
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -165,7 +165,7 @@ class Store:
         Raises:
             UsageError: it cannot.
         """
-        probe = f".tmp-probe-{os.getpid()}"
+        probe = temporary_name("probe")
         self.make_folders("")
         try:
             (self.made_in / probe).write_bytes(b"")
@@ -214,7 +214,7 @@ class Store:
             files.put_file(str(source), path)
             return
         folder, _, last = path.rpartition("/")
-        aside = f"{folder}/.tmp-{os.getpid()}-{last}"
+        aside = f"{folder}/{temporary_name(last)}"
         files.makedirs(folder, exist_ok=True)
         try:
             files.put_file(str(source), aside)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afresh.errors import printable
+from afresh.errors import UNPRINTABLE, printable
 from afresh.files import to_json
 
 
@@ -21,8 +21,9 @@ def as_text(summary: Any) -> str:
 
 
 def as_json(summary: Any) -> str:
-    """A summary as one line of JSON."""
-    return json.dumps(to_json(summary), ensure_ascii=False)
+    """A summary as one line of JSON, which says the same with escapes for what would steer a terminal."""
+    text = json.dumps(to_json(summary), ensure_ascii=False)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # outside of strings there is none
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

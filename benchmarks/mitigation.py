@@ -50,12 +50,13 @@ from afresh.files import write_json
 from afresh.progress import get_logger
 from benchmarks.mitigation_figure import draw_figure
 from train.evaluation.judging.drawn import Drawn, read_drawn
-from train.evaluation.judging.dual_encoder import DualEncoder
-from train.evaluation.judging.judge import PIXEL_COPY, Judge
-from train.evaluation.judging.measuring import evaluate_images
 from train.evaluation.judging.originals import read_images
+from train.evaluation.metrics.detector import Detector
+from train.evaluation.metrics.dual_encoder import DualEncoderJudge
+from train.evaluation.metrics.measuring import evaluate_images
+from train.evaluation.metrics.pixels import Pixels
+from train.evaluation.metrics.protocol import Metric, Reference
 from train.evaluation.protocol import read_protocol
-from train.memorization.config import MEMORIZED
 from train.prompts import read_prompts
 from train.sampling.config import SampleConfig
 from train.sampling.job.job import run_sample
@@ -97,6 +98,8 @@ METHODS: dict[str, Method] = {
     "AMG, strong": amg("AMG, strong", "floor 1", preset="strong"),
     "AMG, early": amg("AMG, early", "floor 0", preset="early"),
     "prompt, target 1": term("prompt", "prompt", "1", prompt={"target": 1.0}),
+    "anisotropy": term("anisotropy", "anisotropy", "1.5"),
+    "attention": term("attention", "attention", "1.25"),
     "basin": term("basin", "basin"),
     "opposite": term("opposite", "opposite"),
     "noise": term("noise", "noise"),
@@ -223,16 +226,16 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         for kind, number in zip(KINDS, (args.captions, args.held_out), strict=True):
             write_prompts(self.out / f"{kind}.jsonl", self.protocol.prompts[kind], number)
-        self._measures: tuple[Any, Any, Judge, list[Image.Image]] | None = None
+        self._measures: tuple[list[Metric], Sequence[Image.Image]] | None = None
 
-    def measures(self) -> tuple[Any, Any, Judge, list[Image.Image]]:
-        """Index, its embedder, the judge, and the images that were never trained on."""
+    def measures(self) -> tuple[list[Metric], Sequence[Image.Image]]:
+        """The metrics, and the images that were never trained on."""
         if self._measures is None:
             index, embedder = open_index(self.protocol.index)
             training, captions = read_images(self.protocol.training)
             held_out, more = read_images(self.protocol.held_out)
-            judge = Judge(DualEncoder.load(), training, held_out, captions + more)
-            self._measures = index, embedder, judge, held_out
+            reference = Reference(training, held_out, captions + more, index=index, embedder=embedder)
+            self._measures = [kind(reference) for kind in (Detector, DualEncoderJudge, Pixels)], held_out
         return self._measures
 
     def file(self, name: str) -> Path:
@@ -278,15 +281,16 @@ class Bench:
 
     def measured(self, drawn: Drawn) -> dict[str, float]:
         """The measures of some images."""
-        index, embedder, judge, _ = self.measures()
-        (result,) = evaluate_images([drawn], judge, index, embedder)
-        own, pixels = result.similarity > MEMORIZED, result.pixel > PIXEL_COPY
+        (result,) = evaluate_images([drawn], self.measures()[0], resamples=0)
+        own, judge, pixels = (
+            result.images[key] for key in ("memorized_share", "copied_share", "pixel_copied_share")
+        )
         return {
             "own": float(own.mean()),
-            "judge": float(result.copied.mean()),
+            "judge": float(judge.mean()),
             "pixels": float(pixels.mean()),
-            "independent": float((result.copied | pixels).mean()),
-            "any": float((own | result.copied | pixels).mean()),
+            "independent": float((judge | pixels).mean()),
+            "any": float((own | judge | pixels).mean()),
             "similarity": result.row["similarity"],
             "alignment": result.row["alignment"],
             "fd": result.row["quality"],
@@ -307,7 +311,7 @@ class Bench:
         """The row of real images that were never trained on; alignment and FD have no meaning there."""
         found = self.out / "reference.json"
         if not found.is_file():
-            held_out = self.measures()[3]
+            held_out = self.measures()[1]
             measured = self.measured(Drawn("", "", "", held_out, [""] * len(held_out)))
             kept = {name: share for name, share in measured.items() if name not in ("alignment", "fd")}
             write_json(found, {"name": "real images, never trained on", "repeated": kept, "held_out": {}})

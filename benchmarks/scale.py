@@ -37,6 +37,7 @@ from curate.config import DedupConfig, ReportConfig
 from curate.dedup import settings_of
 from curate.engines.local import LocalEngine
 from curate.neighbors.verify import Crowd, Pairs
+from curate.reading.urls import fingerprint
 from curate.stages.decide import decide_stage
 from curate.stages.join import Joined
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
@@ -72,6 +73,9 @@ def made_up(rows: int, folder: Path, seed: int = 0) -> tuple[Rows, Joined, list[
         "left_out": [None] * rows,
         "caption_problem": [None] * rows,
         "caption": spread(texts),
+        "captionless": spread([False] * len(readable)),
+        "others": spread([[]] * len(readable)),
+        "duplicates": spread([0] * len(readable)),
         "sha256": spread([f"{image:064x}" for image in image_of.tolist()]),
         "pixels": spread([f"{image:064x}" for image in image_of.tolist()]),
         "width": spread(rng.integers(200, 2000, len(readable))),
@@ -198,7 +202,8 @@ def run(rows: int, folder: Path, changes: Mapping[str, Any], profile: bool) -> N
         with stage("decide, sweep", profile):
             verdicts, sweep = decide_stage(made, joined, None, None, config)
         with stage("plan", profile):
-            plan = plan_shards(out, "shards", made, verdicts, urls, config.samples_per_shard, kept=True)
+            marks = [fingerprint(url) for url in urls]
+            plan = plan_shards(out, "shards", made, verdicts, urls, marks, config.samples_per_shard, kept=True)
         with stage("ledger", profile):
             ledger = publish_ledger(out, made, verdicts, None)
         with stage("index", profile):

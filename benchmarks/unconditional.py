@@ -39,9 +39,10 @@ from curate.index.training_index import TrainingIndex
 from curate.reading.images import decode_image, stack_images
 from curate.sample_set import load_part
 from train.evaluation.judging.drawn import Drawn
-from train.evaluation.judging.dual_encoder import DualEncoder
-from train.evaluation.judging.judge import Judge
 from train.evaluation.judging.metrics import frechet_distance
+from train.evaluation.metrics.dual_encoder import DualEncoderJudge
+from train.evaluation.metrics.pixels import Pixels
+from train.evaluation.metrics.protocol import Reference
 from train.sample_model.pixels import SIDE, TRAINING_SET, PixelsConfig, PixelSet, pixel_set, run
 from train.sampling.guidance import Guidance
 from train.sampling.pipelines.unconditional import GuidedUnconditional
@@ -82,9 +83,9 @@ class Measures:
         unseen = torch.from_numpy(stack_images([decode_image(s.image) for s in load_part("held_out")], SIDE))
         self.unseen = to_pil(unseen)
         self.pixels = PixelIndex(data.pixels, names).calibrated(unseen)
-        encoder = DualEncoder.load()
-        self.judge = Judge(encoder, training, self.unseen, data.class_names)
-        self.training_features = encoder.image_features(training)
+        reference = Reference(training, self.unseen, data.class_names)
+        self.judge, self.correlation = DualEncoderJudge(reference), Pixels(reference)
+        self.training_features = self.judge.encoder.image_features(training)
 
     def row(self, images: Sequence[Image.Image], fired: float | None = None) -> dict[str, Any]:
         """The numbers of one row; ``fired`` is the share of images that guidance acted on."""
@@ -93,16 +94,17 @@ class Measures:
         with torch.no_grad():
             detector = self.objects.nearest(pixels, 1).sigma[:, 0].numpy() > self.objects.memorized
         nl2 = near.sigma[:, 0].numpy() > self.pixels.memorized
-        _, judged = self.judge.measure(Drawn("", "", "", images, [self.data.class_names[0]] * len(images)))
-        correlated = judged["pixel"] > 0.9
+        drawn = Drawn("", "", "", images, [self.data.class_names[0]] * len(images))
+        copied = self.judge.measure(drawn)["copied_share"].images
+        correlated = self.correlation.measure(drawn)["pixel_copied_share"].images
         repeated = (self.data.copies[near.rows[:, 0]] > 1).numpy()
         features = self.judge.encoder.image_features(images)
         return {
             "nl2": float(nl2.mean()),
             "detector": float(detector.mean()),
-            "judge": float(judged["copied"].mean()),
+            "judge": float(copied.mean()),
             "pixels": float(correlated.mean()),
-            "repeated": float((repeated & (nl2 | detector | judged["copied"] | correlated)).mean()),
+            "repeated": float((repeated & (nl2 | detector | copied | correlated)).mean()),
             "fd_training": frechet_distance(features, self.training_features),
             "fd_unseen": frechet_distance(features, self.judge.held_out_features),
             "fired": fired,

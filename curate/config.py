@@ -14,18 +14,21 @@ class ImportConfig:
     """Settings of ``curate import``.
 
     Args:
-        src: a folder of images, a Hugging Face dataset (a local folder or a hub name), or parquet files; paths,
-            globs, brace ranges or fsspec URLs. Only parquet files may be several.
+        src: a folder of images, or a zip file of one, a Hugging Face dataset (a local folder or a hub name), or parquet
+            files; paths, globs, brace ranges or fsspec URLs. Only parquet files may be several.
         out: local folder or fsspec URL for the result: ``{:06d}.tar``, ``import.parquet`` with a row for every row of
             the source, ``summary.json``.
         kind: what the source is, where it should not be recognised by itself.
-        caption_field: of the ``.json`` beside an image, the field with its caption.
+        caption_field: of the ``.json`` beside an image, the field with its caption, which then goes before a ``.txt``;
+            empty takes the ``.txt`` (or ``.caption``, ``.cap``), else the first of the fields caption, text, prompt and
+            captions that holds text.
         text_column: the column of captions, in tables and in a folder's metadata files; null for the only one of
             text, caption and prompt that there is, empty (``--text_column=``) for none.
         image_column: the column of images; null for the only one that looks like it.
         image_root: folder below which the paths of a table lie; null for the folder of the table. What leads out of
             it is skipped, so ``/`` admits any path.
-        split: split of a dataset that has several.
+        split: split of a dataset that has several, or of a folder with folders such as ``train`` and ``test``; ``all``
+            takes all images of such a folder.
         subset: configuration of a dataset that has several.
         streaming: read a dataset of the hub as it arrives instead of downloading it first.
         convert: write GIF, BMP, TIFF and AVIF images as PNG, their pixels unchanged, instead of skipping them.
@@ -40,7 +43,7 @@ class ImportConfig:
     src: list[str] = field(default_factory=list)
     out: str = ""
     kind: Literal["auto", "folder", "dataset", "parquet"] = "auto"
-    caption_field: str = "caption"
+    caption_field: str = ""
     text_column: str | None = None
     image_column: str | None = None
     image_root: str | None = None
@@ -90,8 +93,12 @@ class DedupConfig:
         on_caption_differs: of images near under different captions, ``pool`` drops the copy and hands its
             caption to the sample that stays; ``keep`` keeps both.
         max_per_caption: how many samples with different images may share one caption; null for any number.
+        caption_field: field of the samples' ``json`` that holds the caption, and goes before a ``txt``; empty takes
+            ``txt`` (or ``caption``, ``cap``), else the first of the fields ``caption``, ``text``, ``prompt`` and
+            ``captions`` that holds text.
         missing_caption: an image without a readable caption is left out as ``unreadable``, or curated by its
-            image alone, with an ``empty`` caption.
+            image alone, with an ``empty`` caption; ``auto`` leaves it out, unless no sample of the set has a caption:
+            then all are curated by their images alone.
         pixel_hash: whether ``exact_image`` compares the pixels of all images. Otherwise JPEGs of at least four
             times the embedder's size are decoded at a reduced scale, which makes reading nearly twice as fast,
             and compared by their coded data without metadata; copies that were coded anew without loss, or stored
@@ -131,7 +138,8 @@ class DedupConfig:
     prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
     max_per_caption: int | None = None
-    missing_caption: Literal["unreadable", "empty"] = "unreadable"
+    caption_field: str = ""
+    missing_caption: Literal["auto", "unreadable", "empty"] = "auto"
     pixel_hash: bool = False
     max_pixels: int = 64_000_000
     sweep: float = 0.05
@@ -153,12 +161,15 @@ class CheckConfig:
 
     Args:
         shards: tar shards: paths, folders, globs, brace ranges or fsspec URLs.
+        caption_field: field of the samples' ``json`` that holds the caption; empty for the usual places, as in
+            ``curate dedup``.
         max_pixels: images with more pixels are refused before they are decoded.
         list_at_most: problems listed one by one; all are counted. null lists all.
         workers: processes; 1 works in this process, 0 takes the CPU cores at hand.
     """
 
     shards: list[str] = field(default_factory=list)
+    caption_field: str = ""
     max_pixels: int = 64_000_000
     list_at_most: int | None = 1000
     workers: int = 0

@@ -21,15 +21,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
 import curate
 from afresh import plugins
-from afresh.errors import UsageError, UserError
+from afresh.errors import UsageError, UserError, printable
 from afresh.files import digest
 from afresh.progress import get_logger
 from afresh.runs import locked
@@ -37,7 +40,7 @@ from afresh.storage import Store, open_output
 from curate.config import PREFERENCES, RULES, DedupConfig
 from curate.decisions.sample_lists import ids_digest, listed_keys
 from curate.engines.registry import open_engine
-from curate.reading.urls import expand_shards, fingerprint, shard_names
+from curate.reading.urls import expand_shards, fingerprint, refuse_changed, shard_names
 from curate.stages.decide import against_stage, decide_stage, exclude_stage, find_rule, open_others
 from curate.stages.filters import identities, load_filter
 from curate.stages.join import join_stage
@@ -51,7 +54,8 @@ if TYPE_CHECKING:
 
 
 log = get_logger(__name__)
-CACHE_FORMAT = 7
+CACHE_FORMAT = 8
+CACHES_STAY = 30 * 24 * 3600  # seconds since a run used them
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
@@ -84,18 +88,19 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     if out.remote:
         log.info("%s: caches, and files until they are sent, lie in %s", out, out.made_in)
     with _locked(out), open_engine(config.engine, config.workers) as engine:
-        keys = [_read_key(url, name, embedder, config) for url, name in zip(urls, names, strict=True)]
-        _note_changes(out, config, dict(zip(names, keys, strict=True)))
+        fingerprints = [fingerprint(url) for url in urls]
+        keys = [_read_key(name, mark, embedder, config) for name, mark in zip(names, fingerprints, strict=True)]
+        known = {"caption_embedder": captioner.digest} | {folder: index.digest for folder, index in others.items()}
+        _note_changes(out, config, dict(zip(names, keys, strict=True)), known)
 
-        caches = read_stage(engine, work, urls, names, keys, config)
-        rows = Rows.load(caches, embedder.dim, config.missing_caption)
+        caches = read_stage(engine, work, urls, names, keys, config, fingerprints)
+        rows = Rows.load(caches, embedder.dim, config.missing_caption, names)
         clock.lap("read")
         if len(rows.readable) == 0:
             publish_ledger(out, rows, None, None)
-            first = rows.table["reason"][0].as_py() if rows.table.num_rows else "the shards are empty"
-            raise UserError(
-                f"none of the {rows.table.num_rows} samples can be read ({first}); see {out.at('ledger.parquet')}"
-            )
+            raise _nothing_to_read(out, rows)
+        if rows.of_images_alone and config.missing_caption == "auto":
+            log.info("no sample has a caption: the set is curated by its images alone")
 
         excluded = None if listed is None else exclude_stage(rows, names, listed, config)
         joined = join_stage(work, rows, keys, captioner, config)
@@ -104,10 +109,11 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config)
         clock.lap("decide")
 
-        plan = plan_shards(out, "shards", rows, verdicts, urls, config.samples_per_shard, kept=True)
+        planned = partial(plan_shards, out, rows=rows, verdicts=verdicts, urls=urls, fingerprints=fingerprints)
+        plan = planned("shards", per_shard=config.samples_per_shard, kept=True)
         dropped = []
         if config.write_dropped:
-            dropped = plan_shards(out, "dropped", rows, verdicts, urls, config.samples_per_shard, kept=False)
+            dropped = planned("dropped", per_shard=config.samples_per_shard, kept=False)
         write_stage(engine, out, plan + dropped)
         clock.lap("write")
 
@@ -115,11 +121,23 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         publish_index(out, rows, verdicts, embedder)
         summary = summarise(table, joined, verdicts, settings_of(config), shards=len(plan)) | {"sweep": sweep}
         publish_report(engine, out, table, rows, joined, summary, urls, config)
+        for url, mark in zip(urls, fingerprints, strict=True):
+            refuse_changed(url, mark)
         out.write_json("summary.json", summary)
-        _forget_stale(work, [*caches, *joined.caches])
+        _forget_unused(work, [*caches, *joined.caches])
         clock.lap("publish")
     shown = {key: value for key, value in summary.items() if key != "settings"}
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
+
+
+def _nothing_to_read(out: Store, rows: Rows) -> UserError:
+    """What to say of a set without a sample that can be curated."""
+    table = rows.table
+    first = table["reason"][0].as_py()
+    captions = pc.sum(pc.equal(table["reason"], table["caption_problem"])).as_py() or 0
+    instead = f"; {captions} lack nothing but a caption: --missing_caption empty takes them" if captions else ""
+    where = out.at("ledger.parquet")
+    return UserError(f"none of the {table.num_rows} samples can be read ({printable(first)}){instead}; see {where}")
 
 
 def check_settings(config: DedupConfig) -> None:
@@ -194,10 +212,17 @@ def settings_of(config: DedupConfig) -> dict[str, Any]:
     return settings
 
 
-def _note_changes(out: Store, config: DedupConfig, inputs: Mapping[str, str]) -> None:
-    """Say what differs from the run that this folder holds, and mark the folder as unfinished."""
+def _note_changes(out: Store, config: DedupConfig, inputs: Mapping[str, str], known: Mapping[str, str]) -> None:
+    """Say what differs from the run that this folder holds, and mark the folder as unfinished.
+
+    Args:
+        out: the folder.
+        config: the settings.
+        inputs: what is read of each shard depends on, by its name.
+        known: digests of what else the result depends on, which may be others under the same names.
+    """
     settings = settings_of(config)
-    job = {"settings": settings, "inputs": dict(inputs)}
+    job = {"settings": settings, "inputs": dict(inputs), "known": dict(known)}
     try:
         before = json.loads(out.read("work/job.json"))
     except (FileNotFoundError, ValueError):
@@ -212,6 +237,8 @@ def _note_changes(out: Store, config: DedupConfig, inputs: Mapping[str, str]) ->
         gone = len(set(old_inputs) - set(inputs))
         if fresh or gone:
             changed.append(f"{fresh} shards to read, {gone} gone")
+        before_known = before.get("known", {})
+        changed += [f"what {name} holds" for name in known if before_known.get(name) not in (None, known[name])]
         log.info("%s holds another run; changed: %s", out, "; ".join(changed))
     out.remove("summary.json")
     out.write_json("work/job.json", job)
@@ -224,18 +251,25 @@ def _caption_embedder(name: str) -> CaptionEmbedder:
     return load_caption_embedder(name)
 
 
-def _read_key(url: str, name: str, embedder: Embedder, config: DedupConfig) -> str:
+def _read_key(name: str, mark: Sequence[str | int], embedder: Embedder, config: DedupConfig) -> str:
     """What the reading of a shard depends on, as a file name: its content, the embedder's weights, limits, filters."""
     limits: list[Any] = [config.pixel_hash, config.max_pixels, config.batch_size, *preferred_fields(config.prefer)]
-    limits += identities(config.steps)
+    limits += [config.caption_field, *identities(config.steps)]
     made_by = [CACHE_FORMAT, curate.__version__, embedder.digest, *limits]
-    return digest([made_by, name, fingerprint(url)])
+    return digest([made_by, name, list(mark)])
 
 
-def _forget_stale(work: Path, in_use: Sequence[Path]) -> None:
-    """Remove caches of other settings and inputs than this run's."""
+def _forget_unused(work: Path, in_use: Sequence[Path]) -> None:
+    """Remove caches that no run has used for ``CACHES_STAY`` seconds: a set may be narrowed, and widened again.
+
+    When a cache was used last is its time of access, which is set here whatever the file system does by itself.
+    """
+    now = time.time_ns()
     for path in [*(work / "read").glob("*.parquet"), *work.glob("pairs-*.parquet")]:
-        if path not in in_use:
+        stat = path.stat()
+        if path in in_use:
+            os.utime(path, ns=(now, stat.st_mtime_ns))
+        elif now - max(stat.st_atime_ns, stat.st_mtime_ns) > CACHES_STAY * 10**9:
             path.unlink()
 
 

@@ -124,7 +124,8 @@ def kept_samples(out: str) -> Iterator[dict[str, Any]]:
     ledger = ledger.filter(pc.equal(ledger["status"], KEPT))
     place = Store(out)
     shards = [place.at(f"shards/{name}") for name in place.entries("shards") if name.endswith(".tar")]
-    samples = (sample for url in shards for sample in read_samples(url))
+    field = read_summary(out)["settings"].get("caption_field", "")
+    samples = (sample for url in shards for sample in read_samples(url, caption_field=field))
     for batch in ledger.to_batches(max_chunksize=1024):
         for shard, key in zip(batch["shard"].to_pylist(), batch["key"].to_pylist(), strict=True):
             sample = next(samples, None)
@@ -144,27 +145,14 @@ def _disagreement(out: str, found: Sample | BadSample | None, expected: str) -> 
 
 def _as_row(sample: Sample, shard: str) -> dict[str, Any]:
     members = {ext.lower(): data for ext, data in sample.members.items()}
-    account: Any = _parsed(members.get("afresh.json"))
-    fields = _parsed(members.get("json"))
-    if isinstance(fields, dict) and isinstance(fields.get("afresh"), dict):
-        account = fields["afresh"]
-    pooled = account.get("captions") if isinstance(account, dict) else None
-    captions = [sample.caption, *(pooled if isinstance(pooled, list) else [])]
     return {
         "image": {"bytes": sample.image, "path": f"{sample.key}.{sample.image_ext}"},
         "caption": sample.caption,
-        "captions": list(dict.fromkeys(text for text in captions if isinstance(text, str) and text)),
+        "captions": list(sample.captions),
         "key": sample.key,
         "shard": shard,
         "json": members["json"].decode("utf-8", "replace") if "json" in members else None,
     }
-
-
-def _parsed(data: bytes | None) -> Any:
-    try:
-        return json.loads(data) if data is not None else None
-    except (ValueError, RecursionError):
-        return None
 
 
 def _write_ids(out: str, dest: Path, status: str) -> int:

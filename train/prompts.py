@@ -6,15 +6,15 @@ relative to the file) and ``seed``.
 
 from __future__ import annotations
 
-import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UserError
-from afresh.files import write_atomic
+from afresh.errors import UserError, printable, reason
+from afresh.files import csv_rows, decode_text, text_lines, write_atomic
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
@@ -45,11 +45,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise UserError(f"{path}: a prompt file ends in one of {' '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path}: no such prompt file")
-    try:
-        rows = list(_rows(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    prompts = [_prompt(path, number, row) for number, row in rows]
+    prompts = [_prompt(path, number, row) for number, row in _rows(path)]
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     return prompts
@@ -75,26 +71,28 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """(number from 1, row) pairs; the number is the line of a text file and the row of a table."""
     kind = path.suffix.lower()
     if kind == ".txt":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(text_lines(_text(path)), 1):
             if line.strip():
                 yield number, {"caption": line}
     elif kind == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(text_lines(_text(path)), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number} is not JSON: {reason(error)}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is not a JSON object")
             yield number, row
     elif kind == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if "caption" not in (reader.fieldnames or []):
-                raise UserError(f"{path}: no column caption, only {', '.join(reader.fieldnames or []) or 'nothing'}")
-            yield from enumerate(reader, 1)
+        try:
+            rows = list(csv_rows(io.StringIO(_text(path), newline="")))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        if rows and "caption" not in rows[0]:
+            raise UserError(f"{path}: no column caption, only {printable(', '.join(rows[0]))}")
+        yield from enumerate(rows, 1)
     else:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -104,12 +102,22 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable Parquet file ({error})") from None
         if "caption" not in table.column_names:
-            raise UserError(f"{path}: no column caption, only {', '.join(table.column_names)}")
+            raise UserError(f"{path}: no column caption, only {printable(', '.join(table.column_names))}")
         yield from enumerate(table.to_pylist(), 1)
+
+
+def _text(path: Path) -> str:
+    try:
+        return decode_text(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def _prompt(path: Path, number: int, row: dict[str, Any]) -> Prompt:
     caption = row.get("caption")
+    if "caption" not in row:
+        there = printable(", ".join(row)) or "nothing"
+        raise UserError(f"{path}: row {number} has no caption, only {there}: give what holds the prompts that name")
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(f"{path}: row {number} has no caption")
     label = _integer(path, number, "label", row.get("label"))
@@ -121,7 +129,13 @@ def _prompt(path: Path, number: int, row: dict[str, Any]) -> Prompt:
     image = row.get("image")
     if image is not None and not isinstance(image, str):
         raise UserError(f"{path}: row {number}: image is {image!r}, expected a path")
-    return Prompt(caption.strip(), label, path.parent / image if image else None, seed)
+    return Prompt(caption.strip(), label, _image(path.parent, image) if image else None, seed)
+
+
+def _image(folder: Path, name: str) -> Path:
+    """The file that a table names, perhaps as Windows writes paths."""
+    named = folder / name
+    return named if "\\" not in name or named.exists() else folder / name.replace("\\", "/")
 
 
 def _integer(path: Path, number: int, column: str, value: Any) -> int | None:

@@ -29,6 +29,7 @@ NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough sampl
 OTHER_SET = "other_set"  # the image, or a near one, stands in a set that was to be kept apart
 EXCLUDED = "excluded"  # named in a list of samples to leave out
 OWN_RULE = "own_rule"  # by a rule of the user's own, though neither image nor caption is near
+OF_ITS_IMAGE = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE)  # the stand-in shows the same image, or a near one
 FEW = 16  # copies that are all looked at, whatever their captions
 REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED, OWN_RULE)
 
@@ -96,8 +97,8 @@ class Verdicts:
         group: int64 ``[n]``: rows that show one image have one group, named by its first member in the order
             of preference. A row dropped for its caption alone is its own image.
         group_size: int64 ``[n]``, rows in the row's group.
-        pooled: the captions that a kept row inherits from dropped copies of its image, by kept row; distinct,
-            without its own, in the order of preference.
+        pooled: the captions that a kept row inherits from dropped copies of its image, by kept row: those that differ
+            from its own, and what the copies had beside theirs; distinct, in the order of preference.
     """
 
     kept: NDArray[np.bool_]
@@ -122,6 +123,7 @@ def decide(
     on_caption_differs: OnCaptionDiffers = "pool",
     elsewhere: NDArray[np.bool_] | None = None,
     excluded: NDArray[np.bool_] | None = None,
+    others: Sequence[Sequence[str]] | None = None,
 ) -> Verdicts:
     """Keep or drop each row.
 
@@ -149,6 +151,8 @@ def decide(
         elsewhere: ``[n]``, rows that are dropped before all others since they stand in another set; they stand for
             nothing, and each is a group of its own.
         excluded: ``[n]``, rows that are dropped likewise since somebody listed them.
+        others: further captions of each row, as earlier curations pooled them; handed on with the row's own. None has
+            none.
 
     Raises:
         ValueError: arrays of different lengths, an unknown rule, a number below 1.
@@ -171,7 +175,7 @@ def decide(
             order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
-    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, keep_differing=differing)
+    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others)
     if callable(rule):
         shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
         judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n), order)
@@ -243,9 +247,10 @@ class Judge:
         keep_copies: int,
         max_per_caption: int | None,
         keep_differing: bool,
+        others: Sequence[Sequence[str]] | None,
     ):
         n = len(near.image_of)
-        self.captions = captions
+        self.captions, self.others = captions, others
         self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
         self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
         self.images = Neighbours(image_pairs, 1 + max(self.image_of, default=-1))
@@ -352,8 +357,12 @@ class Judge:
         else:
             reason = NEAR_IMAGE if math.isnan(of_captions) else NEAR_PAIR
         self._drop(row, kept, reason, similarity, of_captions)
-        if math.isnan(of_captions) and self._has_caption(row):
-            self.pooled.setdefault(kept, {})[self.captions[row]] = None
+        handed_on = [self.captions[row]] if math.isnan(of_captions) and self._has_caption(row) else []
+        if self.others is not None:
+            known = (self.captions[kept], *self.others[kept])
+            handed_on = [text for text in (*handed_on, *self.others[row]) if text not in known]
+        if handed_on:
+            self.pooled.setdefault(kept, {}).update(dict.fromkeys(handed_on))
 
     def _keep_within_quota(self, row: int) -> bool:
         """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 from afresh.errors import UsageError, UserError, printable
-from afresh.files import digest, write_atomic
+from afresh.files import decode_text, digest, text_lines, write_atomic
 from afresh.progress import get_logger
 from curate.reading.urls import find_shards
 
@@ -43,14 +43,14 @@ def read_ids(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
         UsageError: there is no such list, or a line is none of it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = text_lines(decode_text(Path(path).read_bytes()))
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a list of samples: {error}") from error
     ids = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        shard, tab, key = line.rstrip("\r").partition("\t")
+        shard, tab, key = line.partition("\t")
         if not (shard and tab and key) or "\t" in key:
             raise UsageError(f"{path}, line {number}: expected a shard's name, a tab and a key, got {printable(line)}")
         ids.append((shard, key))

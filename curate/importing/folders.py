@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import bisect
-import csv
 import hashlib
 import io
 import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afresh.errors import UsageError, UserError, reason
+from afresh.files import csv_rows, encoding_of
+from afresh.progress import get_logger
 from curate.config import ImportConfig
+from curate.importing.layouts import METADATA_FILES, folder_repeats, of_split
 from curate.importing.listing import Entry, fingerprint, list_files, open_folder
 from curate.importing.rows import Content, Row, RowError, caption_of, failed, opened, printable, read_image
 from curate.importing.sidecars import read_beside
-from curate.importing.tables import BATCH_ROWS, choose_text, json_values
+from curate.importing.tables import BATCH_ROWS, choose_text
+from curate.importing.values import json_values, without_bytes
+from curate.reading.captions import TEXT_EXTENSIONS
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+log = get_logger(__name__)
 MAX_KEY_BYTES = 100
+_TEXTS = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)  # of files with a caption, the first goes before
 _TXT, _JSON, _IMAGE = 1, 2, 4  # what stands under one path without suffix; images are counted above the two bits
 
 
@@ -39,11 +43,12 @@ class Folder:
 
     Args:
         url: a local path or an fsspec URL.
-        config: ``caption_field`` and ``text_column`` say where captions are.
-        metadata: whether metadata files are read; else they are passed over.
+        config: ``caption_field`` and ``text_column`` say where captions are; ``split`` names one of several.
+        metadata: whether metadata files are read, and folders' names for what they say; else they are passed over.
 
     Raises:
-        UsageError: it is no folder, holds nothing, or a metadata file's columns do not tell which is the caption.
+        UsageError: it is no folder, holds nothing or several splits of which none is named, or a metadata file's
+            columns do not tell which is the caption.
         UserError: a metadata file cannot be read.
     """
 
@@ -54,10 +59,12 @@ class Folder:
         self.metadata: dict[str, str | None] = {}  # file → its caption column
         self.problems: list[Entry] = []
         self._stems: dict[str, int] = {}
-        self._spelled: dict[str, str] = {}  # sidecars whose suffix is not in lower case
-        entries = sorted(list_files(url))
+        self._spelled: dict[str, str] = {}  # what stands for a .txt or .json of another suffix, or in upper case
+        entries: Sequence[Entry] = sorted(list_files(url))
         if not entries:
             raise UsageError(f"src: {url} holds no files")
+        if metadata:
+            entries = of_split(entries, config.split, url)
         for entry in entries:
             self._sort_in(entry)
         self.contents = fingerprint(entries)
@@ -67,8 +74,15 @@ class Folder:
             for sidecar in (self._sidecar(stem, ".json"), self._sidecar(stem, ".txt"))
             if sidecar is not None
         ]
+        self.repeats: dict[str, tuple[int, str]] = {}
         if not metadata:
             self.metadata.clear()
+        elif repeats := folder_repeats(self.images):
+            self.repeats = repeats
+            log.info(
+                "%s: folders say how often their images are to be seen: the json of a sample has it as repeats, which "
+                "train finetune takes as a weight (--weight_field repeats)", url,
+            )  # fmt: skip
         for name in self.metadata:
             self.metadata[name] = self._caption_column(name)
         self.total: int | None = len(self.images) + len(self.orphans) + len(self.problems)
@@ -110,10 +124,15 @@ class Folder:
             self.problems.append(entry)
         elif posixpath.basename(name) in METADATA_FILES:
             self.metadata[name] = None
-        elif suffix.lower() in (".txt", ".json"):
-            self._stems[stem] = self._stems.get(stem, 0) | (_TXT if suffix.lower() == ".txt" else _JSON)
-            if suffix != suffix.lower():
-                self._spelled.setdefault(stem + suffix.lower(), name)
+        elif suffix.lower() in (*_TEXTS, ".json"):
+            kind = ".json" if suffix.lower() == ".json" else ".txt"
+            bit = _JSON if kind == ".json" else _TXT
+            before = self._sidecar(stem, kind) if self._stems.get(stem, 0) & bit else None
+            self._stems[stem] = self._stems.get(stem, 0) | bit
+            if before is None or _rank(name) < _rank(before):
+                self._spelled.pop(stem + kind, None)
+                if name != stem + kind:
+                    self._spelled[stem + kind] = name
         else:
             self.images.append(name)
             self._stems[stem] = self._stems.get(stem, 0) + _IMAGE
@@ -147,6 +166,10 @@ class Folder:
                 elif caption is None:
                     problem = why_none
             fields |= {key: value for key, value in record.items() if key != "file_name"}
+            if (repeated := self.repeats.get(posixpath.dirname(name))) is not None:
+                fields.setdefault("repeats", repeated[0])
+                if caption is None:  # as these trainers do
+                    caption, problem = repeated[1].encode("utf-8", "surrogateescape"), None
             if column is not None and isinstance(fields.get(column), str):
                 del fields[column]
             return Content(image, caption, problem, fields)
@@ -161,12 +184,16 @@ class Folder:
         try:
             if metadata.endswith(".parquet"):
                 with opened(self.filesystem, posixpath.join(self.root, metadata)) as file:
-                    columns = pq.ParquetFile(file).schema_arrow.names
+                    columns = without_bytes(pq.ParquetFile(file).schema_arrow)
             else:
-                first = next((row for row in self._records(metadata) if isinstance(row, dict)), None)
+                records = (row for row in self._records(metadata) if isinstance(row, dict))
+                first = next(records, None)
                 if first is None:
                     return None
                 columns = list(first)
+                if metadata.endswith(".csv"):  # all of it: a row that lost the end of its caption shows in its shape
+                    for _ in records:
+                        pass
         except (RowError, pa.ArrowException) as error:
             raise UserError(f"{where}: {reason(error)}") from error
         if "file_name" not in columns:
@@ -180,11 +207,12 @@ class Folder:
         name = record.get("file_name")
         if not isinstance(name, str) or not name:
             raise RowError("no image: the metadata row has no file_name")
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(metadata), name))
-        place = bisect.bisect_left(self.images, path)
-        if place == len(self.images) or self.images[place] != path:
-            raise RowError(f"no image: the metadata row names {printable(name)!r}, which is not in the folder")
-        return path
+        for spelled in (name, name.replace("\\", "/")):  # as Windows writes paths
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(metadata), spelled))
+            place = bisect.bisect_left(self.images, path)
+            if place < len(self.images) and self.images[place] == path:
+                return path
+        raise RowError(f"no image: the metadata row names {printable(name)!r}, which is not in the folder")
 
     def _records(self, metadata: str) -> Iterator[dict[str, Any] | RowError]:
         """The rows of a metadata file in order; in the place of a row that cannot be read, the reason."""
@@ -197,6 +225,15 @@ class Folder:
             yield error
         except (pa.ArrowException, UnicodeError) as error:
             yield RowError(f"cannot be read: {reason(error)}")
+        except ValueError as error:  # of a table's shape
+            raise UserError(f"{posixpath.join(self.url, metadata)}: {error}") from error
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Of several files beside an image that may hold its caption, the one with the lowest is taken."""
+    suffix = posixpath.splitext(name)[1]
+    places = [place for place, text in enumerate(_TEXTS) if suffix.lower() == text]
+    return (places[0] if places else 0), "" if suffix == suffix.lower() else suffix
 
 
 def _parquet_records(file: Any, _: str) -> Iterator[dict[str, Any] | RowError]:
@@ -208,18 +245,13 @@ def _parquet_records(file: Any, _: str) -> Iterator[dict[str, Any] | RowError]:
 
 def _text_records(file: Any, name: str) -> Iterator[dict[str, Any] | RowError]:
     # Bytes that are not UTF-8 are kept as lone surrogates: one caption's fault, which leaves the others readable.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    if name.endswith(".csv"):
-        rows = csv.DictReader(text)
-        while True:
-            try:
-                record = next(rows, None)
-            except csv.Error as error:
-                yield RowError(f"cannot be read: {reason(error)}")
-                continue
-            if record is None:
-                return
-            yield {key: value for key, value in record.items() if key is not None}
+    encoding = encoding_of(file.read(4))
+    file.seek(0)
+    table = name.endswith(".csv")
+    text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="" if table else "\n")
+    if table:
+        yield from csv_rows(text)
+        return
     for line in text:
         if not line.strip():
             continue

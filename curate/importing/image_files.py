@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from afresh.errors import UsageError, reason
+from afresh.errors import UsageError, of_the_machine, reason
 from curate.config import ImportConfig
-from curate.importing.folders import IMAGE_SUFFIXES, Folder
+from curate.importing.folders import Folder
+from curate.importing.layouts import IMAGE_SUFFIXES
 from curate.importing.members import sample_members
 from curate.importing.rows import Content, RowError, filesystem_of, opened, printable, read_image
 from curate.importing.sidecars import read_beside
@@ -125,19 +126,18 @@ class Given:
         try:
             return Sample("", str(number), {"png": _png(number, image), **text})
         except (OSError, ValueError) as error:  # of an image that was opened and not yet read
+            if of_the_machine(error) and not isinstance(error, FileNotFoundError):
+                raise
             return BadSample("", str(number), f"image cannot be decoded: {reason(error)}", UNREADABLE)
 
 
 def _png(number: int, image: Image) -> bytes:
-    """The pixels of an image as they would be read from its file."""
+    """The pixels of an image as they would be seen in its file."""
     from PIL import Image as images
-    from PIL import ImageOps
 
+    from curate.reading.images import as_seen
     if not isinstance(image, images.Image):
         raise UsageError(f"item {number} is a {type(image).__name__}: expected PIL images or paths of image files")
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        upright = upright.convert("RGB")
     buffer = io.BytesIO()
-    upright.save(buffer, "PNG", compress_level=1)
+    as_seen(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afresh.errors import UsageError, reason
 from curate.importing.rows import filesystem_of
+from curate.reading.members import is_left_behind
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -47,7 +48,7 @@ def list_files(url: str) -> Iterator[Entry]:
     for path, info in found.items():
         name = path[len(root.rstrip("/")) :].lstrip("/")
         if name and not any(map(_is_hidden, name.split("/"))):
-            known = (info.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated"))
+            known = (info.get(key) for key in ("size", "CRC", "ETag", "etag", "mtime", "LastModified", "updated"))
             yield Entry(name, " ".join(str(value) for value in known if value is not None))
 
 
@@ -93,5 +94,5 @@ def _local_files(root: str) -> Iterator[Entry]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name == "__MACOSX" or is_left_behind(name)
 

@@ -7,6 +7,7 @@ import json
 from afresh.files import to_json
 from curate.config import ImportConfig
 from curate.importing.rows import Content, RowError
+from curate.reading.captions import CAPTION_FIELDS, text_caption
 from curate.reading.images import CONVERTED_FORMATS, ImageError, image_format, to_png
 from curate.reading.samples import IMAGE_EXTENSIONS
 from curate.reading.tar import MAX_MEMBER_BYTES
@@ -25,10 +26,11 @@ def sample_members(source: str, content: Content, config: ImportConfig) -> tuple
     """
     caption, remark = content.caption, content.problem
     if caption is not None:
-        try:
-            remark = None if caption.decode("utf-8-sig").strip() else "no caption: the text is empty"
-        except UnicodeDecodeError:
-            remark = "caption is not UTF-8"
+        text, remark = text_caption(caption)
+        if text == "":
+            remark = "no caption: the text is empty"
+        if text and text.encode() not in caption:  # it was UTF-16: UTF-8 is what others read in shards
+            caption = text.encode()
     if remark is not None and config.require_caption:
         raise RowError(remark)
     extension, image = str(image_format(content.image)), content.image
@@ -41,7 +43,7 @@ def sample_members(source: str, content: Content, config: ImportConfig) -> tuple
         members["txt"] = caption
     fields = dict(content.fields)
     # Names that mean something to whoever reads the shard; another's field of that name moves aside.
-    taken = ["source"] if caption is not None else ["source", "caption"]
+    taken = ["source"] if caption is not None else ["source", *CAPTION_FIELDS]
     for name in taken:
         if name in fields:
             aside = f"{name}_"

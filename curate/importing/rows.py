@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
-from afresh.errors import UsageError, UserError, reason
+from afresh.errors import NOTHING_LEFT, UsageError, UserError, reason
 from curate.reading.images import image_format
 from curate.reading.tar import MAX_MEMBER_BYTES
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
+_ARCHIVES = ((b"PK\3\4", "zip"), (b"Rar!", "rar"), (b"7z\xbc\xaf\x27\x1c", "7z"), (b"\x1f\x8b", "gzip"))
 _HEAD_BYTES = 64  # enough to tell an image from another file, which is then not read on
 
 
@@ -109,11 +111,15 @@ def opened(filesystem: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
         raise RowError(f"cannot be read: {reason(error)}") from error
     except OSError as error:
         # Arrow says OSError, without a number, of damaged data; file systems have kinds or numbers of their own.
-        if local or (type(error) is OSError and error.errno is None):
+        of_the_file = error.errno not in (*NOTHING_LEFT, errno.EIO)
+        if (local and of_the_file) or (type(error) is OSError and error.errno is None):
             raise RowError(f"cannot be read: {reason(error)}") from error
         raise _outage(path, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("builtins", "pyarrow", "afresh", "curate"):
+        module = type(error).__module__.partition(".")[0]
+        if module in ("zipfile", "zlib") or (isinstance(error, RuntimeError) and "zip" in type(filesystem).__module__):
+            raise RowError(f"cannot be read: {reason(error)}") from error  # damaged in its archive, or encrypted there
+        if module in ("builtins", "pyarrow", "afresh", "curate"):
             raise
         raise _outage(path, error) from error  # botocore, aiohttp and others have kinds that are no OSError
 
@@ -136,7 +142,9 @@ def checked_image(data: bytes) -> bytes:
     if not data:
         raise RowError("not an image: it is empty (0 bytes)")
     if image_format(data) is None:
-        raise RowError("not an image: its first bytes are those of no image format")
+        archive = next((name for magic, name in _ARCHIVES if data.startswith(magic)), None)
+        what = "no image format" if archive is None else f"a {archive} archive, which is to be unpacked first"
+        raise RowError(f"not an image: its first bytes are those of {what}")
     if len(data) > MAX_MEMBER_BYTES:
         raise RowError(f"too large: the image has more than {MAX_MEMBER_BYTES} bytes")
     return data

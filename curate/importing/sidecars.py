@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from typing import TYPE_CHECKING, Any
 
-from afresh.errors import reason
-from curate.importing.rows import RowError, caption_of, opened, printable
+from curate.importing.rows import RowError, opened, printable
+from curate.reading.captions import CAPTION_FIELDS, MAX_JSON_BYTES, field_captions, json_fields
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-
-MAX_SIDECAR_BYTES = 1 << 24
 
 
 def read_beside(
@@ -23,26 +20,26 @@ def read_beside(
     Args:
         filesystem: where they lie.
         root: of the folder.
-        text: path below it of the ``.txt``, whose caption goes before the other; None where there is none.
+        text: path below it of the ``.txt`` (or ``.caption``, ``.cap``); None where there is none.
         table: likewise of the ``.json``.
-        caption_field: of the ``.json``, the field with the caption.
+        caption_field: of the ``.json``, the field with the caption, which goes before the ``.txt``; empty for the
+            ``.txt``, else the first of ``CAPTION_FIELDS`` that holds text.
     """
     caption: bytes | None = None
     problem: str | None = "no caption: neither a .txt nor a .json stands beside the image"
     fields: dict[str, Any] = {}
     if table is not None:
         try:
-            parsed = json.loads(_small_file(filesystem, root, table))
-            if not isinstance(parsed, dict):
-                raise ValueError("it is not an object")
+            parsed, fault = json_fields(_small_file(filesystem, root, table))
         except RowError as error:
-            problem = f"no caption: {printable(table)}: {error}"
-        except (ValueError, RecursionError) as error:
-            problem = f"no caption: {printable(table)} is no JSON to read: {reason(error)}"
+            parsed, fault = None, f"cannot be read: {error}"
+        fields = parsed or {}
+        if texts := field_captions(fields, caption_field):
+            caption, problem = texts[0].encode(), None
         else:
-            fields = parsed
-            caption, problem = caption_of(parsed.get(caption_field), caption_field)
-    if text is not None:
+            fault = fault or f"holds no text in {caption_field or ', '.join(CAPTION_FIELDS)}"
+            problem = f"no caption: {printable(table)} {fault}"
+    if text is not None and (caption is None or not caption_field):
         try:
             caption, problem = _small_file(filesystem, root, text), None
         except RowError as error:
@@ -53,7 +50,7 @@ def read_beside(
 
 def _small_file(filesystem: AbstractFileSystem, root: str, name: str) -> bytes:
     with opened(filesystem, posixpath.join(root, name)) as file:
-        data = file.read(MAX_SIDECAR_BYTES + 1)
-    if len(data) > MAX_SIDECAR_BYTES:
-        raise RowError(f"more than {MAX_SIDECAR_BYTES} bytes")
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise RowError(f"more than {MAX_JSON_BYTES} bytes")
     return data

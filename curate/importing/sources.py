@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import posixpath
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from afresh.errors import UsageError
 from curate.config import ImportConfig
-from curate.importing.folders import IMAGE_SUFFIXES, METADATA_FILES, Folder
+from curate.importing.folders import Folder
+from curate.importing.layouts import IMAGE_SUFFIXES, METADATA_FILES
 from curate.importing.listing import list_files
 from curate.importing.rows import Content, Row, RowError, Source
 from curate.importing.tables import HuggingFaceDataset, ParquetFiles, expand_parquet
@@ -33,8 +35,9 @@ def open_source(config: ImportConfig) -> Source:
     src = [str(one) for one in config.src]
     if not src:
         raise UsageError("src: name a folder of images, a Hugging Face dataset or parquet files")
+    src = [_within(one) for one in src]
     kind = _recognise(src) if config.kind == "auto" else config.kind
-    if kind != "dataset" and (config.split or config.subset):
+    if kind != "dataset" and (config.subset or (config.split and kind != "folder")):
         raise UsageError(
             f"split and subset are for datasets, and {', '.join(src)} is read as {kind}; --kind says otherwise"
         )
@@ -43,6 +46,12 @@ def open_source(config: ImportConfig) -> Source:
     if len(src) > 1:
         raise UsageError(f"src: only parquet files are imported several at a time, got {', '.join(src)}")
     return Folder(src[0], config) if kind == "folder" else HuggingFaceDataset(src[0], config)
+
+
+def _within(src: str) -> str:
+    """A source as it is read: of a zip file what is in it."""
+    path = Path(src).expanduser()
+    return f"zip://::{path.absolute()}" if "://" not in src and path.is_file() and zipfile.is_zipfile(path) else src
 
 
 def _recognise(src: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ from curate.importing.rows import (
     opened,
     read_image,
 )
+from curate.importing.values import json_values, without_bytes
 from curate.reading.images import ImageError, array_to_png
 from curate.reading.urls import shard_names
 
@@ -296,7 +297,7 @@ def choose_columns(schema: pa.Schema, config: ImportConfig, where: str) -> Colum
     elif image not in names:
         raise UsageError(f"{where}: no column {image!r} (--image_column); its columns: {', '.join(names)}")
     text = choose_text([name for name in names if name != image], config.text_column, where)
-    return Columns(image, text, tuple(name for name in names if name not in (image, text)))
+    return Columns(image, text, tuple(without_bytes(field for field in schema if field.name not in (image, text))))
 
 
 def choose_text(columns: Sequence[str], wanted: str | None, where: str) -> str | None:
@@ -320,28 +321,6 @@ def choose_text(columns: Sequence[str], wanted: str | None, where: str) -> str |
             f"({listed})"
         )
     return offered[0]
-
-
-def json_values(array: pa.Array) -> list[Any] | None:
-    """A column's values in JSON's types; None when it holds neither scalars nor lists of text.
-
-    Text is decoded with bytes that are not UTF-8 as lone surrogates, times and decimals are given as text.
-    """
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    if kinds.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    kind = array.type
-    if _is_text(kind):
-        return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
-    if (kinds.is_list(kind) or kinds.is_large_list(kind)) and _is_text(kind.value_type):
-        lists = array.cast(pa.large_list(pa.large_binary())).to_pylist()
-        return [None if texts is None else [_decoded(text) for text in texts] for texts in lists]
-    if kinds.is_decimal(kind) or kinds.is_date(kind) or kinds.is_time(kind) or kinds.is_timestamp(kind):
-        return array.cast(pa.string()).to_pylist()
-    if kinds.is_null(kind) or kinds.is_boolean(kind) or kinds.is_integer(kind) or kinds.is_floating(kind):
-        return array.to_pylist()
-    return None
 
 
 def _readers(
@@ -397,6 +376,8 @@ def _read_below(root: str, path: str) -> bytes:
         raise RowError("path refused: it is a URL, and nothing is fetched because a table says so")
     scheme, slashes, base = root.rpartition("://")
     base = posixpath.normpath(base) if slashes else os.path.abspath(os.path.expanduser(base))
+    if "\\" in path and not os.path.exists(os.path.join(base, path)):  # as Windows writes paths
+        path = path.replace("\\", "/")
     full = posixpath.normpath(posixpath.join(base, path))
     if full != base and not full.startswith(base.rstrip("/") + "/"):
         raise RowError(f"path refused: {path!r} leads out of {root} (--image_root names the folder of the images)")
@@ -409,12 +390,3 @@ def _read_below(root: str, path: str) -> bytes:
 
 def _is_binary(kind: pa.DataType) -> bool:
     return kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_binary_view(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
-
-
-def _decoded(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("utf-8", "surrogateescape")
-

@@ -8,6 +8,7 @@ somebody may have.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from afresh.errors import UserError, reason
+from afresh.errors import UsageError, UserError, reason
 from afresh.files import write_atomic, write_json
 from afresh.storage import Store
 from curate.index.calibration import Calibration, nearest_distinct
@@ -36,6 +37,15 @@ _BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at 
 _HELD_BYTES = 1 << 30  # what a sampler may keep in memory of an index: a million rows of 256
 
 
+class Known(Protocol):
+    """By what an index knows an embedder (:class:`curate.embed.protocol.Embedder`)."""
+
+    name: str
+
+    @property
+    def digest(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class TrainingIndex:
     """Embeddings of a training set, searchable, with each row's caption and how often it occurs.
@@ -48,6 +58,8 @@ class TrainingIndex:
         group: int64 ``[n]``, rows of one image (and its copies) share a number.
         embedder: name or path for ``load_embedder``.
         calibration: onto SSCD's scale.
+        embedder_digest: of the embedder's weights and preparation of images, which is what it is known by; empty in an
+            index that did not note it.
     """
 
     embeddings: NDArray[np.float16]
@@ -58,6 +70,7 @@ class TrainingIndex:
     group: NDArray[np.int64]
     embedder: str
     calibration: Calibration = field(default_factory=Calibration)
+    embedder_digest: str = ""
 
     @classmethod
     def build(
@@ -69,6 +82,7 @@ class TrainingIndex:
         kept: NDArray,
         group: NDArray,
         embedder_name: str,
+        embedder_digest: str = "",
     ) -> TrainingIndex:
         """An index in memory, calibrated on its own kept samples.
 
@@ -78,6 +92,7 @@ class TrainingIndex:
             kept: ``[n]`` bool.
             group: ``[n]`` int, equal for copies of one image.
             embedder_name: name or path for ``load_embedder``.
+            embedder_digest: the embedder's.
 
         Raises:
             ValueError: the lengths differ.
@@ -95,10 +110,19 @@ class TrainingIndex:
         rows = np.ascontiguousarray(embeddings, np.float16)
         kept, group = np.asarray(kept, bool), np.asarray(group, np.int64)
         calibration = Calibration.fit(nearest_distinct(rows, kept, group))
-        return cls(rows, list(captions), list(shards), list(keys), kept, group, embedder_name, calibration)
+        identity = (list(captions), list(shards), list(keys))
+        return cls(rows, *identity, kept, group, embedder_name, calibration, embedder_digest)
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes when the rows do, wherever the index lies: 32 hex characters."""
+        content = hashlib.sha256(np.ascontiguousarray(self.embeddings).data)
+        for column in (self.shards, self.keys, self.kept.tolist()):
+            content.update(json.dumps(column).encode())
+        return content.hexdigest()[:32]
 
     @property
     def dim(self) -> int:
@@ -242,6 +266,7 @@ class TrainingIndex:
             {
                 "format": FORMAT,
                 "embedder": self.embedder,
+                "embedder_digest": self.embedder_digest,
                 "rows": len(self),
                 "dim": self.dim,
                 "calibration": {"cosine": self.calibration.cosine, "value": self.calibration.value},
@@ -267,6 +292,7 @@ class TrainingIndex:
             about = json.loads((folder / "index.json").read_text())
             stored, rows, dim = about["format"], about["rows"], about["dim"]
             embedder, calibration = about["embedder"], about["calibration"]
+            embedder_digest = about.get("embedder_digest", "")
             calibration = Calibration(tuple(calibration["cosine"]), tuple(calibration["value"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'index.json'} is not an index's description: {error!r}") from error
@@ -293,7 +319,38 @@ class TrainingIndex:
             columns["group"].to_numpy().astype(np.int64),
             embedder,
             calibration,
+            embedder_digest,
         )
+
+
+def refuse_other(
+    index: TrainingIndex, embedder: Known, where: str = "the index", option: str = "the embedder"
+) -> None:
+    """See that an embedder is the one that an index was built with: by its weights and how it prepares images, and not
+    by its name, under which other weights may lie by now. An index that did not note them goes by the name of the
+    embedder, or of its file.
+
+    Args:
+        index: of a training set.
+        embedder: that is to be compared with its rows.
+        where: what to call the index in the message.
+        option: what to call the embedder's setting there.
+
+    Raises:
+        UsageError: it is another one; the message says what to do.
+    """
+    name, now, then = embedder.name, getattr(embedder, "digest", ""), getattr(index, "embedder_digest", "")
+    if now == then if now and then else Path(name).name == Path(index.embedder).name:
+        return
+    if name != index.embedder:
+        raise UsageError(
+            f"{where} was built with the embedder {index.embedder!r}, not with {name!r}: give {option} "
+            f"{index.embedder!r}, not {name!r}, or curate again"
+        )
+    raise UsageError(
+        f"{where} was built with other weights or settings of {name!r} (digest {then[:12]}, now {now[:12]}): give "
+        f"{option} those, or curate again"
+    )
 
 
 def index_folder(where: str | Path) -> Path:

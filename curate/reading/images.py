@@ -1,23 +1,26 @@
-"""The one place that reads images: bytes → RGB, RGB → arrays, and the hash of what is seen.
+"""The one place that reads images: bytes → what a viewer shows as RGB, RGB → arrays, and the hash of what is seen.
 
 Image bytes come from anywhere, so they are refused by size before they are decoded, and every way in which
-decoding can fail ends in one exception, ``ImageError``, with a reason that can stand in a ledger.
+decoding can fail for what they hold ends in one exception, ``ImageError``, with a reason that can stand in a ledger.
+Where the machine fails (no memory left), its own error goes through: it says nothing about the image.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from afresh.errors import reason
+from afresh.errors import of_the_machine, reason
+from curate.reading import jpeg, png
+from curate.reading.limits import pillows_limit_lifted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,12 +33,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What a shard does not carry and Pillow turns into pixels without a program of its own.
 CONVERTED_FORMATS = ("GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112
-_START_OF_IMAGE = b"\xff\xd8"
-_START_OF_SCAN, _APP0, _ADOBE = 0xDA, 0xE0, 0xEE
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_SEQUENTIAL = (0xC0, 0xC1)
-_WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
-_METADATA = frozenset((*range(0xE0, 0xF0), 0xFE))
+# EXIF's numbers, by what brings such an image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SAYS_WHICH_WAY = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 _BITS_PER_SAMPLE = 258
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _MAGIC = (
@@ -48,6 +56,8 @@ _MAGIC = (
     (b"II+\0", "tiff"),
     (b"MM\0+", "tiff"),
     (b"\0\0\0\x0cjP  ", "jp2"),
+    (b"\0\0\0\x0cJXL \r\n", "jxl"),
+    (b"\xff\x0a", "jxl"),
 )
 _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124))
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -64,7 +74,7 @@ class DecodedImage:
     Attributes:
         image: 8-bit RGB, upright.
         width, height: of the image as it is stored, upright; ``image`` may be smaller.
-        orientation: EXIF's number, 1 to 8, which ``image`` has applied.
+        orientation: EXIF's number, 1 to 8, by EXIF or else by XMP, which ``image`` has applied.
     """
 
     image: Image.Image
@@ -81,8 +91,9 @@ class DecodedImage:
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode image bytes to what a viewer would see, as 8-bit RGB.
 
-    EXIF orientation is applied, transparency is composited on white, 16-bit values are scaled, CMYK and
-    palette images are converted, and of an animation the first frame is taken.
+    The orientation that EXIF or XMP states is applied, transparency is composited on white, 16-bit values are scaled,
+    CMYK and palette images are converted, and of an animation the first frame is taken. Metadata of any length are
+    passed over, and a JPEG that lacks nothing but its end marker is whole.
 
     Args:
         data: an encoded JPEG, PNG, WebP, GIF or BMP, whatever its file was called.
@@ -90,6 +101,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises:
         ImageError: empty, unknown, truncated, malformed or too large.
+        MemoryError: there is too little for an image of its size.
     """
     return decode_scaled(data, None, max_pixels=max_pixels).image
 
@@ -107,51 +119,88 @@ def decode_scaled(data: bytes, at_least: int | None, *, max_pixels: int = MAX_PI
     Raises:
         ImageError: as ``decode_image``.
     """
+    with pillows_limit_lifted():
+        return _decoded(data, at_least, max_pixels)
+
+
+def _decoded(data: bytes, at_least: int | None, max_pixels: int) -> DecodedImage:
     image = _opened(data, max_pixels)
     width, height = image.size
     try:
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
-        image.load()
+        _load(image, at_least)
+    except Exception as error:
+        if of_the_machine(error):
+            raise
+        whole = None
+        if image.format in ("JPEG", "MPO"):
+            whole = jpeg.ended(data, partial(_pixels_of, max_pixels=max_pixels))
+        if whole is None:
+            raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
+        image = _opened(whole, max_pixels)
+        _load(image, at_least)
+    try:
         orientation = _orientation(image)
         if orientation > 4:  # turned by a quarter
             width, height = height, width
-        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
-        return DecodedImage(_as_rgb(upright), width, height, orientation)
+        return DecodedImage(as_seen(image), width, height, orientation)
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
-def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of an encoded image, upright, from its header alone: nothing is decoded.
+def as_seen(image: Image.Image) -> Image.Image:
+    """What a viewer shows of an image, as 8-bit RGB: upright, 16-bit values scaled, transparency on white."""
+    image.load()  # an orientation may stand behind the pixels
+    return _as_rgb(_upright(image))
 
-    An orientation that a PNG states behind its pixels is not seen.
+
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height that ``decode_image`` gives, from the header alone: nothing is decoded.
 
     Raises:
         ImageError: empty, unknown, too large, or with a malformed header.
     """
-    image = _opened(data, max_pixels)
+    with pillows_limit_lifted():
+        image = _opened(data, max_pixels)
     width, height = image.size
-    if image.format == "PNG" and "exif" not in image.info:  # getexif() would decode all pixels to look behind them
-        return width, height
     return (height, width) if _orientation(image) > 4 else (width, height)
+
+
+def _load(image: Image.Image, at_least: int | None) -> None:
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))
+    image.load()
+
+
+def _pixels_of(data: bytes, max_pixels: int) -> object:
+    """What is equal where the pixels of a JPEG are; nothing is equal to what cannot be decoded."""
+    try:
+        return hashlib.sha256(_opened(data, max_pixels).tobytes()).digest()
+    except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        if of_the_machine(error):
+            raise
+        return object()
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     """An image of which the header is read, and found to be of a size to decode."""
     if not data:
         raise ImageError("image is empty (0 bytes)")
-    if (scans := _scans(data)) > MAX_SCANS:
+    if (scans := jpeg.count_scans(data)) > MAX_SCANS:
         raise ImageError(f"JPEG has {scans} scans, more than {MAX_SCANS}: refused before decoding")
+    is_png = data.startswith(png.SIGNATURE)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(png.pixels_alone(data) if is_png else data), formats=FORMATS)
+        if is_png:
+            image.info |= png.orientation_data(data)
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"not a {', '.join(FORMATS)} image") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image has more than {max_pixels} pixels: refused before decoding") from error
+        known = image_format(data[:64])
+        other = "" if known is None else f": its first bytes are those of {known}"
+        raise ImageError(f"not a {', '.join(FORMATS)} image{other}") from error
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        if of_the_machine(error):
+            raise
         raise ImageError(f"image header is malformed: {reason(error, at_most=200)}") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -215,7 +264,8 @@ def image_format(head: bytes) -> str | None:
     """The format that encoded bytes begin with, by their magic numbers: the first 64 bytes are enough.
 
     Returns:
-        ``jpg``, ``png``, ``webp``, ``gif``, ``bmp``, ``tiff``, ``avif``, ``heic`` or ``jp2``; None for anything else.
+        ``jpg``, ``png``, ``webp``, ``gif``, ``bmp``, ``tiff``, ``avif``, ``heic``, ``jp2`` or ``jxl``; None for
+        anything else.
     """
     for magic, name in _MAGIC:
         if head.startswith(magic):
@@ -239,15 +289,18 @@ def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
     Raises:
         ImageError: it cannot be decoded, is too large, or has colours or a depth that PNG cannot hold unchanged.
     """
+    with pillows_limit_lifted():
+        return _as_png(data, max_pixels)
+
+
+def _as_png(data: bytes, max_pixels: int) -> bytes:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, below
-            opened = Image.open(io.BytesIO(data), formats=CONVERTED_FORMATS)
+        opened = Image.open(io.BytesIO(data), formats=CONVERTED_FORMATS)
         if opened.width * opened.height > max_pixels:
             raise ImageError(f"image is {opened.width}x{opened.height}, more than {max_pixels} pixels")
         bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (1,)) if isinstance(opened, TiffImageFile) else (8,)
         opened.load()
-        image = opened if _orientation(opened) == 1 else ImageOps.exif_transpose(opened)
+        image = _upright(opened)
         if image.mode == "PA":
             image = image.convert("RGBA")
         if image.mode == "I":  # 32 bits, of which PNG has 16
@@ -262,6 +315,8 @@ def to_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"not a {', '.join(CONVERTED_FORMATS)} image") from error
     except Exception as error:  # the readers raise whatever the malformed bytes lead them to
+        if of_the_machine(error):
+            raise
         raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
@@ -308,66 +363,52 @@ def coded_hash(data: bytes, orientation: int = 1) -> str | None:
     """
     digest = hashlib.sha256(f"orientation {orientation}".encode())
     jfif = colours_told = False
-    for marker, start, end in _segments(data):
-        if marker == _START_OF_SCAN:
+    for marker, start, end in jpeg.segments(data):
+        if marker == jpeg.START_OF_SCAN:
             # Where the colours are not plain YCbCr by their numbers, decoders ask whether the file says it is JFIF.
             digest.update(b"JFIF" if jfif and colours_told else b"")
             digest.update(memoryview(data)[start:])
             return digest.hexdigest()
         segment = data[start:end]
-        jfif = jfif or (marker == _APP0 and segment[4:9] == b"JFIF\0")
-        colours_told = colours_told or marker == _ADOBE or (marker in _FRAMES and segment[10::3][:3] != b"\1\2\3")
-        if marker == _ADOBE or marker not in _METADATA:
+        jfif = jfif or (marker == jpeg.APP0 and segment[4:9] == b"JFIF\0")
+        other_numbers = marker in jpeg.FRAMES and segment[10::3][:3] != b"\1\2\3"
+        colours_told = colours_told or marker == jpeg.ADOBE or other_numbers
+        if marker == jpeg.ADOBE or marker not in jpeg.METADATA:
             digest.update(segment)
     return None
 
 
-def _scans(data: bytes) -> int:
-    """No fewer scans than a decoder would go through; 0 for what is no JPEG."""
-    components = 0
-    for marker, start, _ in _segments(data):
-        if marker in _FRAMES:
-            components = data[start + 9] if marker in _SEQUENTIAL else 256
-        elif marker == _START_OF_SCAN and 0 < components <= data[start + 4]:
-            return 1  # all components, whole: decoders look for no further scan
-    return data.count(b"\xff\xda") if data.startswith(_START_OF_IMAGE) else 0
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """``(marker, start, end)`` of a JPEG's segments up to its first scan's header; fewer where it is malformed.
-
-    What stands here stands so for decoders: nothing is given after a marker without a length or of bytes between two
-    segments, where they may go on otherwise.
-    """
-    start = 2 if data.startswith(_START_OF_IMAGE) else len(data)
-    while data[start : start + 1] == b"\xff" and start + 10 <= len(data):
-        marker = data[start + 1]
-        if marker == 0xFF:  # may fill the space between two segments
-            start += 1
-            continue
-        length = data[start + 2] << 8 | data[start + 3]
-        if marker in _WITHOUT_LENGTH or length < 2:
-            return
-        yield marker, start, start + 2 + length
-        if marker == _START_OF_SCAN:
-            return
-        start += 2 + length
-
-
 def _orientation(image: Image.Image) -> int:
+    """EXIF's number by which an image is to be brought upright; of an image that was loaded upright 1."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # malformed EXIF says nothing about the pixels
+        # Not a PNG's own way, which decodes all pixels to look behind them.
+        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception as error:  # malformed EXIF says nothing about the pixels
+        if of_the_machine(error):
+            raise
         return 1
     return int(orientation) if orientation in range(2, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    if orientation == 1:
+        return image
+    turned = image.transpose(_UPRIGHT[orientation])
+    for name in _SAYS_WHICH_WAY:  # it would be turned again by whoever reads that
+        turned.info.pop(name, None)
+    return turned
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        shown = grey // 257
+        if isinstance(clear := image.info.get("transparency"), int):
+            shown[grey == clear] = 255
+        return Image.fromarray(shown.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

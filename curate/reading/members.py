@@ -12,6 +12,13 @@ MAX_NAME = 4096  # characters of a member's name
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 # WebDataset's rule: the key ends at the first dot of the last path component.
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_LEFT_BEHIND = frozenset((".ds_store", "thumbs.db", "desktop.ini"))
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file or member is what a system leaves beside others: ``._NAME``, ``__MACOSX/``, ``Thumbs.db``."""
+    *folders, base = name.split("/")
+    return base.startswith("._") or base.lower() in _LEFT_BEHIND or "__MACOSX" in folders
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:
@@ -60,6 +67,14 @@ def listed(extensions: Iterable[str]) -> str:
     """Extensions for a message, no longer than messages are read."""
     text = printable(", ".join(extensions))
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def cut_name(key: str, extensions: Iterable[str], images: Iterable[str]) -> str:
+    """What to add to the message that a sample has no image, where its name may have been cut at an earlier dot."""
+    cut = next((ext for ext in extensions if "." in ext and ext.rpartition(".")[2].lower() in images), None)
+    if cut is None:
+        return ""
+    return f"; a key ends at the first dot of its name, here {shown(f'{key} . {cut}')}: name files without other dots"
 
 
 def safe_name(name: str) -> str:

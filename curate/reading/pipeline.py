@@ -104,23 +104,25 @@ class ReadShards:
     Args:
         handler: is given a :class:`BadSampleError` for each thing in a shard that is no whole sample, and the
             ``UserError`` of a shard that cannot be opened or read.
+        caption_field: field of the samples' ``json`` that holds the caption; empty for ``txt``, or the usual fields.
     """
 
     handler: Handler = reraise_exception
+    caption_field: str = ""
 
     def __call__(self, urls: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
         """The samples of all shards, in order."""
         for source in urls:
-            for item in _samples_and_errors(source["url"]):
+            for item in _samples_and_errors(source["url"], self.caption_field):
                 if isinstance(item, Sample):
                     yield item
                 elif not self.handler(item):
                     return
 
 
-def _samples_and_errors(url: str) -> Iterator[Sample | UserError]:
+def _samples_and_errors(url: str, caption_field: str) -> Iterator[Sample | UserError]:
     try:
-        for item in read_samples(url, name=url):
+        for item in read_samples(url, name=url, caption_field=caption_field):
             yield item if isinstance(item, Sample) else BadSampleError.of(item)
     except UserError as error:
         yield error
@@ -143,6 +145,7 @@ def image_and_caption(
     sample: Mapping[str, Any],
     *,
     max_pixels: int = MAX_PIXELS,
+    caption_field: str = "",
     missing_caption: Literal["unreadable", "empty"] = "unreadable",
 ) -> dict[str, Any]:
     """A dictionary of bytes → ``__key__``, ``__url__``, ``image`` (PIL, RGB) and ``caption``, by the rules of curation.
@@ -150,13 +153,14 @@ def image_and_caption(
     Args:
         sample: what :func:`as_dictionary` gives.
         max_pixels: images with more pixels are refused before they are decoded.
+        caption_field: field of ``json`` that holds the caption; empty for ``txt``, or the usual fields.
         missing_caption: whether a sample without a caption that can be read is an error, or has an empty one.
 
     Raises:
         BadSampleError: no image, or one that cannot be decoded, or no caption.
     """
     members = {name: data for name, data in sample.items() if not name.startswith("__")}
-    whole = Sample(str(sample["__url__"]), str(sample["__key__"]), members)
+    whole = Sample(str(sample["__url__"]), str(sample["__key__"]), members, caption_field=caption_field)
 
     def bad(kind: str, reason: str) -> BadSampleError:
         return BadSampleError.of(BadSample(whole.shard, whole.key, reason, kind))

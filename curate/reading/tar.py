@@ -19,6 +19,7 @@ from afresh.errors import printable, reason
 BLOCK = 512
 MAX_MEMBER_BYTES = 1 << 28
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
+RECORD = 20 * BLOCK  # to which tar pads an archive; some tools add another one
 _PIECE = 1 << 20
 _ZEROS = bytes(BLOCK)
 Kind = Literal["file", "folder", "link", "device", "other"]
@@ -108,6 +109,8 @@ class Archive:
             header = _Header.parse(block)
             if isinstance(header, str):
                 what = "is corrupt" if self._last is not None else "is no tar archive, or corrupt,"
+                if self._last is None and block.startswith(b"PK\3\4"):
+                    raise _Damage("corrupt_archive", "archive is a zip, no tar: `curate import` makes shards of it")
                 raise _Damage("corrupt_archive", f"archive {what} {self._where()}: {header}")
             if header.type in _EXTENDED:
                 (fixed if header.type == _GLOBAL else extra).add(header, self._extension(header))
@@ -188,6 +191,8 @@ class Archive:
         except EOFError:  # of a decompressor, whose stream does not end
             self._unended = True
             return b""
+        except MemoryError as error:  # a trouble of the machine, not of the archive
+            raise ReadError(f"out of memory {self._where()}") from error
         except Exception as error:  # each decompressor raises its own kinds
             raise _Undecodable(reason(error)) from error
 
@@ -198,13 +203,17 @@ class Archive:
         return None
 
     def _read_to_the_end(self) -> None:
-        """A compressed archive is known to be whole only where its stream ends."""
+        """A compressed archive is known to be whole only where its stream ends; zeros may stand for what was lost."""
+        ends = -(-(self._position + BLOCK) // RECORD) * RECORD  # with a second block of zeros, and padding
         while piece := self._piece(_PIECE):
             if piece.count(0) != len(piece):
                 reason = f"archive goes on behind its end-of-archive block, {self._where()} (archives joined by cat?)"
                 raise _Damage("trailing_data", f"{reason}: what follows is not read")
         if self._unended:
             raise _Damage("truncated", f"archive is truncated {self._where()}: its compressed stream does not end")
+        if (surplus := self._position - ends) > RECORD:
+            what = f"{surplus} zero bytes stand behind its end, more than tar's padding: what was there may be lost"
+            raise _Damage("truncated", f"archive is truncated {self._where()}: {what}")
 
     def _where(self) -> str:
         return f"after member {shown(self._last)}" if self._last is not None else "at its start"

@@ -182,3 +182,12 @@ def fingerprint(url: str) -> list[str | int]:
     return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
 
 
+def refuse_changed(url: str, as_read: Sequence[str | int]) -> None:
+    """Raise ``UserError`` when a shard is no longer what its :func:`fingerprint` said."""
+    if fingerprint(url) != list(as_read):
+        raise changed(url, "its size, time or ends are others")
+
+
+def changed(url: str, what: str) -> UserError:
+    """What ends a job whose input is another one by now than it has judged."""
+    return UserError(f"shard {url} changed while it was curated ({what}): run again when nobody writes to it")

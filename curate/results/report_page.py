@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afresh.errors import UserError
+from afresh.errors import UserError, printable
 from afresh.files import write_atomic
 from afresh.storage import Store
 from curate.results.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE
@@ -110,16 +110,15 @@ def _template() -> Any:
     import jinja2
 
     source = Path(__file__).parents[1] / "assets" / "report.html.jinja"
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["clip"] = lambda text, length: (
-        text if len(text) <= length else text[: length - 1] + "…"
-    )
+    environment.filters["clip"] = lambda text, length: (text if len(text) <= length else text[: length - 1] + "…")
     return environment.from_string(source.read_text(encoding="utf-8"))
 
 
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _shown(value: Any) -> Any:
+    """What a page shows of a value: names and captions with escapes for what steers a reader's view. Markup is ours."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _card(fields: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
@@ -185,16 +184,15 @@ def _histogram_shapes(counts: Mapping[str, Any], threshold: float) -> dict[str, 
 
 
 def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, Any] | None:
-    """The curve of kept samples over thresholds in a 600 × 330 drawing, and the table behind it."""
+    """The curve of kept samples over thresholds in a 600 × 330 drawing, from 0 up, and the table behind it."""
     if len(sweep) < 2:
         return None
     thresholds, kept = [row["threshold"] for row in sweep], [row["kept"] for row in sweep]
-    low, high = min(kept), max(kept)
-    scale = (thresholds[-1] - thresholds[0]), max(high - low, 1)
+    most, width = max(*kept, 1), thresholds[-1] - thresholds[0]
     points = [
         {
-            "x": round(600 * (row["threshold"] - thresholds[0]) / scale[0], 2),
-            "y": round(320 - 310 * (row["kept"] - low) / scale[1], 2),
+            "x": round(600 * (row["threshold"] - thresholds[0]) / width, 2),
+            "y": round(330 - 320 * row["kept"] / most, 2),
             "chosen": row["threshold"] == threshold,
             "label": f"{row['threshold']:.3g}",
             "title": f"{row['threshold']:.3g}: {row['kept']:,} kept, {row['dropped']:,} dropped, "
@@ -202,12 +200,14 @@ def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[
         }
         for row in sweep
     ]
-    return {"points": points, "line": " ".join(f"{p['x']},{p['y']}" for p in points), "low": low, "high": high}
+    return {"points": points, "line": " ".join(f"{p['x']},{p['y']}" for p in points), "most": most}
 
 
 def _repeated_captions(table: pa.Table) -> list[tuple[str, int, int]]:
     """Captions that most samples share, with how many samples had them and how many still do."""
     readable = table.filter(pc.not_equal(table["status"], UNREADABLE)).select(["caption", "status"])
+    if readable["caption"].null_count == readable.num_rows:  # a set without captions shares none
+        return []
     captions = readable["caption"].fill_null("").cast(pa.large_string())  # all of them may be more than 2 GiB
     counts = captions.value_counts()
     values, numbers = counts.field("values"), counts.field("counts").to_numpy()

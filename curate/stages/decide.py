@@ -46,15 +46,11 @@ class Elsewhere:
 
 def open_others(config: DedupConfig, embedder: Embedder) -> dict[str, TrainingIndex]:
     """The indexes of the sets to keep apart from, by the folders that name them."""
-    from curate.index.training_index import TrainingIndex
+    from curate.index.training_index import TrainingIndex, refuse_other
 
     others = {folder: TrainingIndex.load(folder) for folder in config.against}
     for folder, index in others.items():
-        if index.embedder != embedder.name:
-            raise UsageError(
-                f"against: {folder} was curated with the embedder {index.embedder!r}, not {embedder.name!r}; "
-                "give image_embedder the same one"
-            )
+        refuse_other(index, embedder, f"against: {folder}", "image_embedder")
     return others
 
 
@@ -115,6 +111,7 @@ def decide_stage(
         "on_caption_differs": config.on_caption_differs,
         "elsewhere": None if elsewhere is None else ~np.isnan(elsewhere.similarity),
         "excluded": excluded,
+        "others": [() if texts is None else texts for texts in rows.column("others")],
     }
     verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
     for row in np.flatnonzero(filtered & (verdicts.reason == EXCLUDED)).tolist():

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afresh.errors import printable
 from afresh.files import digest
-from afresh.progress import progress
+from afresh.progress import get_logger, progress
 from curate.config import RULES, DedupConfig
 from curate.results import ledger
 from curate.stages.rows import Rows
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from curate.neighbors.verify import Pairs
 
 
+log = get_logger(__name__)
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CAPTION_BLOCK = 1 << 13  # captions embedded at a time
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors.join): bounds the pairs that are held
@@ -121,11 +123,22 @@ def join_stage(
 
 
 def embedded_captions(captioner: CaptionEmbedder, captions: Sequence[str]) -> NDArray[np.float16]:
-    """``[n, dim]``, a block at a time: in half of float32's memory, as images' embeddings are held."""
+    """``[n, dim]``, a block at a time: in half of float32's memory, as images' embeddings are held.
+
+    A row that is not finite becomes zeros, which are near nothing.
+    """
     result = np.empty((len(captions), captioner.dim), np.float16)
     for start in range(0, len(captions), CAPTION_BLOCK):
         block = captions[start : start + CAPTION_BLOCK]
         result[start : start + len(block)] = captioner.embed(block)
+    lost = ~np.isfinite(result).all(axis=1)
+    if lost.any():
+        first = printable(captions[int(np.argmax(lost))][:60])
+        log.warning(
+            "the caption embedder %s gives %d captions vectors with numbers that are not finite: these are near equal "
+            "ones only (the first: %s)", captioner.name, int(lost.sum()), first,
+        )  # fmt: skip
+        result[lost] = 0  # near nothing
     return result
 
 

@@ -77,6 +77,9 @@ def ledger_table(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | N
     if elsewhere is not None:
         there = ~np.isnan(elsewhere.similarity)
         numbers["image_similarity"][rows.readable[there]] = elsewhere.similarity[there]
+    without = rows.table["caption"].is_null().to_numpy()
+    alike = numbers["caption_similarity"]
+    alike[without | (~nobody & without[stand_in])] = np.nan  # what is not there is like nothing
     for name, values in numbers.items():
         missing = np.isnan(values) if "similarity" in name else values < 0
         columns[name] = pa.array(values, mask=missing).cast(ledger.SCHEMA.field(name).type)
@@ -96,6 +99,7 @@ def publish_index(out: Store, rows: Rows, verdicts: Verdicts, embedder: Embedder
         kept=verdicts.kept,
         group=rows.readable[verdicts.group],
         embedder_name=embedder.name,
+        embedder_digest=embedder.digest,
     ).save(out.made_in / "index")
     for name in FILES:
         out.deliver(f"index/{name}")

@@ -19,12 +19,14 @@ import numpy as np
 import pyarrow as pa
 
 from afresh.cores import cpu_count, in_order, one_thread, shares
+from afresh.errors import UserError
 from afresh.progress import get_logger
 from curate.config import DedupConfig
 from curate.engines.protocol import Engine
-from curate.reading.samples import BadSample, Sample, Shard, sample_bytes
-from curate.reading.urls import shard_bytes
+from curate.reading.samples import BadSample, Sample, Shard, machine_named, sample_bytes
+from curate.reading.urls import refuse_changed, shard_bytes
 from curate.results import ledger
+from curate.stages.accounts import duplicates_of
 from curate.stages.filters import left_out_by
 from curate.stages.rows import READ_COLUMNS
 
@@ -69,19 +71,29 @@ def read_stage(
     names: Sequence[str],
     keys: Sequence[str],
     config: DedupConfig,
+    fingerprints: Sequence[Sequence[str | int]] = (),
 ) -> list[Path]:
     """Read the shards that were not read before; one cache file each in ``work/read``, named by its key.
 
     A shard has threads by its share of the bytes, so that the cores are busy with one huge shard as with many small
     ones. The files do not depend on their number.
+
+    Raises:
+        UserError: a shard cannot be read, or has no longer the one of ``fingerprints`` that its key was made of.
     """
     caches = [work / "read" / f"{key}.parquet" for key in keys]
     missing = [number for number, cache in enumerate(caches) if not cache.is_file()]
     if len(missing) < len(caches):
         log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
     threads = shares([shard_bytes(urls[number]) for number in missing], config.workers or cpu_count())
-    shards = [(Shard(urls[number], names[number]), caches[number]) for number in missing]
+    shards = [(Shard(urls[number], names[number], config.caption_field), caches[number]) for number in missing]
     read_into(engine, shards, threads, config)
+    for number in missing if fingerprints else ():
+        try:
+            refuse_changed(urls[number], fingerprints[number])
+        except UserError:
+            caches[number].unlink()  # it is not what its name says
+            raise
     return caches
 
 
@@ -123,8 +135,13 @@ def _read(task: _ReadTask) -> None:
 
     def embed() -> None:
         embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
-        for (row, _), vector in zip(batch, np.asarray(embedded, dtype=np.float16), strict=True):
-            row["embedding"] = vector.tobytes()
+        with np.errstate(over="ignore"):  # which is seen below
+            vectors = np.asarray(embedded).astype(np.float16)
+        for (row, _), vector in zip(batch, vectors, strict=True):
+            if np.isfinite(vector).all():
+                row["embedding"] = vector.tobytes()
+            else:
+                row["reason"] = f"the embedder {task.embedder} gives it a vector with numbers that are not finite"
         batch.clear()
 
     look = partial(_look, task, SCALE_TO_SPARE * embedder.size)
@@ -155,22 +172,29 @@ def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[d
     """What there is to say of a sample without its embedding; and its image for that, both sides ``at_least`` pixels
     as far as it has them, the shorter one below twice as many.
     """
-    from curate.reading.images import ImageError, coded_hash, decode_scaled, is_lossless, pixel_hash, shrunk
-
     row: dict[str, Any] = {"shard": sample.shard, "key": sample.key}
     if isinstance(sample, BadSample):
         row["reason"] = sample.reason
         return row, None
     row["caption"], row["caption_problem"] = sample.caption, sample.caption_problem
+    row["captionless"], row["duplicates"] = sample.captionless, duplicates_of(sample.account)
+    row["others"] = [text for text in sample.captions if text != sample.caption]
     row["numbers"] = [sample.number(name) for name in task.fields]
     row["left_out"] = left_out_by(sample, task.filters)
-    data = sample.image
-    row["sha256"] = hashlib.sha256(data).hexdigest()
+    row["sha256"] = hashlib.sha256(sample.image).hexdigest()
+    with machine_named(sample):
+        return row, _look_at_image(task, at_least, sample.image, row)
+
+
+def _look_at_image(task: _ReadTask, at_least: int, data: bytes, row: dict[str, Any]) -> Image | None:
+    """Adds to ``row`` what the image tells; the image, or None where the row has the reason why there is none."""
+    from curate.reading.images import ImageError, coded_hash, decode_scaled, is_lossless, pixel_hash, shrunk
+
     try:
         decoded = decode_scaled(data, None if task.pixel_hash else at_least, max_pixels=task.max_pixels)
     except ImageError as error:
         row["reason"] = str(error)
-        return row, None
+        return None
     row["width"], row["height"] = decoded.width, decoded.height
     row["lossless"] = is_lossless(data)
     # Whether an image is reduced depends on its size and format alone: equal JPEGs are compared by the same hash.
@@ -178,7 +202,7 @@ def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[d
         row["pixels"] = coded_hash(data, decoded.orientation) or row["sha256"]
     else:
         row["pixels"] = pixel_hash(decoded.image)
-    return row, shrunk(decoded.image, at_least)
+    return shrunk(decoded.image, at_least)
 
 
 def preferred_fields(prefer: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.reading.samples import NO_SAMPLE
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -24,6 +26,9 @@ READ_COLUMNS = (
     ("left_out", pa.string()),  # the filter that leaves the sample out; null when none does
     ("caption_problem", pa.string()),
     ("caption", pa.string()),
+    ("captionless", pa.bool_()),  # nothing stands where a caption would; null of what is no whole sample
+    ("others", pa.list_(pa.string())),  # further captions: of its own, and pooled by curations before
+    ("duplicates", pa.int64()),  # that curations before dropped for it
     ("sha256", pa.string()),
     ("pixels", pa.string()),  # equal only for images with equal pixels
     ("width", pa.int32()),
@@ -54,13 +59,25 @@ class Rows:
     captions: list[str]
 
     @classmethod
-    def load(cls, caches: Sequence[Path], dim: int, missing_caption: str) -> Rows:
+    def load(cls, caches: Sequence[Path], dim: int, missing_caption: str, shards: Sequence[str] = ()) -> Rows:
+        """What the caches hold.
+
+        Args:
+            caches: of the read stage, in input order.
+            dim: of the embeddings.
+            missing_caption: as in the settings; ``auto`` is ``unreadable`` where some sample has a caption.
+            shards: names; with them a shard that holds nothing has a row that says so.
+        """
         names = [name for name, _ in READ_COLUMNS]
         tables = [pq.read_table(cache, columns=names) for cache in caches]
+        for number, shard in enumerate(shards):
+            if tables[number].num_rows == 0:
+                nothing = {"shard": shard, "key": "", "reason": NO_SAMPLE}
+                tables[number] = pa.Table.from_pylist([nothing], schema=pa.schema(READ_COLUMNS))
         sizes = [table.num_rows for table in tables]
         table = pa.concat_tables(tables)
         reason = table["reason"]
-        if missing_caption == "unreadable":
+        if missing_caption == "unreadable" or (missing_caption == "auto" and not _of_images_alone(table)):
             reason = pc.coalesce(reason, table["caption_problem"])
             table = table.set_column(names.index("reason"), "reason", reason)
         usable = reason.is_null().to_numpy(zero_copy_only=False)
@@ -68,10 +85,8 @@ class Rows:
         start = row = 0
         for cache, size in zip(caches, sizes, strict=True):
             stored = pq.read_table(cache, columns=["embedding"])["embedding"].combine_chunks()
-            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: size * dim].reshape(
-                size, dim
-            )
-            of_shard = data[usable[start : start + size]]
+            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: len(stored) * dim].reshape(-1, dim)
+            of_shard = data[usable[start : start + len(stored)]]
             embeddings[row : row + len(of_shard)] = of_shard
             start, row = start + size, row + len(of_shard)
         readable = np.flatnonzero(usable)
@@ -84,6 +99,11 @@ class Rows:
             captions=[caption or "" for caption in table["caption"].filter(usable).to_pylist()],
         )
 
+    @property
+    def of_images_alone(self) -> bool:
+        """Whether no sample has a caption."""
+        return _of_images_alone(self.table)
+
     def column(self, name: str) -> NDArray[Any]:
         """A column of the readable rows, [n]."""
         usable = np.zeros(self.table.num_rows, bool)
@@ -91,3 +111,6 @@ class Rows:
         # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
         return self.table[name].filter(usable).to_numpy(zero_copy_only=False)
 
+
+def _of_images_alone(table: pa.Table) -> bool:
+    return pc.all(table["captionless"]).as_py() is True  # of none None; nulls are passed over

@@ -154,12 +154,14 @@ def test_bad_usage_is_one_line_and_exit_code_2(tool, argv, needle):
         ("threshold: high\n", "c.yaml: threshold: expected float, got high"),
         ("job: train sample\n", "c.yaml is a config for 'train sample', not for 'curate dedup'"),
         ("a: [1\n", "c.yaml, line 2: not valid YAML"),
+        ("rule: caf\xe9\n".encode("cp1252"), "c.yaml: not valid YAML: not readable text, which is UTF-8"),
+        ("threshold: 1\n".encode("utf-16"), "c.yaml: not valid YAML: not readable text, which is UTF-8"),
         ("- a\n", "c.yaml: a config file maps keys to values; this one is a list"),
         ("", "c.yaml: a config file maps keys to values; this one is empty"),
     ],
 )
 def test_a_bad_config_file_is_named_with_its_key(tool, tmp_path, text, needle):
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     code, _, err = tool("a", "o", "--config", "c.yaml")
     assert code == 2 and len(err.splitlines()) == 1 and needle in err
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from errno import EACCES, ENOTSUP
+from errno import EACCES, EIO, ENOLCK, ENOSYS, ENOTSUP
 
 import filelock
 import pytest
@@ -56,6 +56,36 @@ def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, n
     reason = rf"lock: cannot be locked \({os.strerror(number)}\)"
     with pytest.raises(UserError, match=reason), locked("x", tmp_path / "lock"):
         pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock is none of Windows")
+@pytest.mark.parametrize("number", [ENOSYS, ENOLCK, EIO])
+def test_what_flock_cannot_do_is_neither_a_lock_nor_another_run(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):  # a file that a run left behind is no lock
+        with pytest.raises(UserError, match=rf"cannot be locked \(.*{os.strerror(number)}"):
+            try_lock(tmp_path / "lock")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock is none of Windows")
+def test_an_error_that_a_lock_takes_for_its_holder_is_told_apart(tmp_path, monkeypatch):
+    import fcntl
+
+    def busy(self, *args, **options):  # as older filelocks make of any error
+        raise filelock.Timeout(str(tmp_path / "lock"))
+
+    def refuse(file, operation):
+        raise OSError(ENOLCK, os.strerror(ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", busy)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="No locks available"):
+        try_lock(tmp_path / "lock")
 
 
 def test_the_file_that_is_locked_keeps_what_it_holds(tmp_path):

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -140,6 +142,18 @@ def test_an_index_at_a_url_is_mapped_from_a_copy_that_follows_its_changes(shards
     run_dedup(settings(shards / "a.tar", url))
     assert len(TrainingIndex.load(url)) == 30
     assert len(list((tmp_path / "cache" / "afresh").glob("copy-*/*/embeddings.npy"))) == 1
+
+
+def test_an_index_at_a_url_is_opened_by_several_at_once(curated):
+    fsspec.filesystem("memory").put(str(curated / "index"), "/results/index", recursive=True)
+    together = threading.Barrier(4)
+
+    def load(_: int) -> int:
+        together.wait()
+        return len(TrainingIndex.load("memory://results/index"))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(load, range(4))) == [len(TrainingIndex.load(curated))] * 4
 
 
 def test_what_stands_in_a_curation_at_a_url_is_dropped(shards, tmp_path):

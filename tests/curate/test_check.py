@@ -41,7 +41,7 @@ def shards(tmp_path):
 
 
 def test_a_name_does_not_steer_the_terminal(tmp_path, run_cli):
-    write_shard(tmp_path / "s.tar", [("\x1b[2Ja\nb", {"png": png()})])
+    write_shard(tmp_path / "s.tar", [("\x1b[2Ja\nb", {"txt": b"words, and no image"})])
     as_text = run_cli("curate", "check", tmp_path / "s.tar")
     assert "\x1b" not in as_text.stdout and r"\x1b[2Ja\nb" in as_text.stdout
     as_json = run_cli("curate", "check", tmp_path / "s.tar", "--json")
@@ -134,6 +134,44 @@ def test_the_kinds_are_those_of_the_documentation():
 def test_all_are_counted_when_few_are_listed(shards):
     summary = run_check(CheckConfig(shards=[str(shards)], workers=1, list_at_most=2))
     assert (len(summary["listed"]), summary["problems"]) == (2, 6)
+
+
+@pytest.fixture
+def repeated(tmp_path) -> Path:
+    """Two shards, each of one sample and 300 more under its key."""
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for ext in ["png", *["png", "txt"] * 300]:
+                info = tarfile.TarInfo(f"k.{ext}")
+                tar.addfile(info)
+    return tmp_path
+
+
+def test_a_terminal_sees_a_few_of_each_kind_and_how_many_more_there_are(repeated, run_cli):
+    done = run_cli("curate", "check", repeated)
+    problems = run_check(CheckConfig(shards=[str(repeated)], workers=1))["problems"]
+    rows = [line for line in done.stdout.splitlines() if ".tar" in line]
+    assert problems > 600 and 6 <= len(rows) <= 12
+    assert f"{problems - len(rows):,} more problems are counted, and not shown here" in done.stdout
+    assert len(json.loads(run_cli("curate", "check", repeated, "--json").stdout)["listed"]) == problems
+
+
+@pytest.mark.parametrize(("at_most", "listed"), [(2, 2), (0, 0), (None, 602)])
+def test_no_shard_holds_more_than_is_to_be_listed(repeated, monkeypatch, at_most, listed):
+    from curate import check
+
+    before, most = check._check_shard, []
+
+    def watched(task):
+        found = before(task)
+        most.append(len(found["listed"]))
+        return found
+
+    monkeypatch.setattr(check, "_check_shard", watched)
+    monkeypatch.setattr(check, "ROWS_HELD", 0)
+    summary = run_check(CheckConfig(shards=[str(repeated)], workers=1, list_at_most=at_most))
+    assert len(summary["listed"]) == (summary["problems"] if at_most is None else listed)
+    assert at_most is None or max(most) <= at_most
 
 
 def test_bad_settings_are_bad_usage(shards):

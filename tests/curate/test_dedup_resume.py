@@ -97,3 +97,28 @@ def test_two_runs_do_not_write_to_one_folder_at_once(curated, mess):
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run"):
             run_dedup(settings(mess, curated[0]))
+
+
+def test_a_job_that_was_narrowed_and_widened_again_reads_nothing_twice(curated, mess, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(curated[0], out)
+    caches = {path: path.stat().st_mtime_ns for path in (out / "work").rglob("*.parquet")}
+    run_dedup(settings(mess / "a.tar", out))
+    run_dedup(settings(mess, out))
+    assert {path: path.stat().st_mtime_ns for path in caches} == caches
+    assert promised(out) == promised(curated[0])
+
+
+def test_caches_that_nobody_used_for_a_month_go(curated, mess, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(curated[0], out)
+    read = sorted((out / "work" / "read").glob("*.parquet"))
+    for age, path in ((29, out / "work" / "read" / "young.parquet"), (31, out / "work" / "pairs-old.parquet")):
+        shutil.copy(read[0], path)
+        os.utime(path, (time.time() - age * 24 * 3600,) * 2)
+    for path in read:
+        os.utime(path, (time.time() - 99 * 24 * 3600,) * 2)  # and used now
+    run_dedup(settings(mess, out))
+    assert set((out / "work" / "read").glob("*.parquet")) == {*read, out / "work" / "read" / "young.parquet"}
+    assert not (out / "work" / "pairs-old.parquet").exists()
+    assert all(time.time() - path.stat().st_atime < 3600 for path in read)

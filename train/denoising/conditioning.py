@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SEQUENCE, MASK = "embeds", "mask"
+SEQUENCE, MASK, GAIN = "embeds", "mask", "gain"
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Conditioning:
 
     The name ``embeds`` is a sequence, ``[n, tokens, width]``. Where sequences of different lengths come together, the
     shorter ones are padded and ``mask [n, tokens]`` (bool) says which tokens count: the denoiser then attends to no
-    others, so that padding changes no image. All other names are a family's own: token ids that are not encoded yet
-    (``ids``), pooled embeddings, class labels (``labels``), the embeddings of an image prompt.
+    others, so that padding changes no image. ``gain [n, tokens]`` is a factor on each token's attention logits, 1 where
+    it is absent. All other names are a family's own: token ids that are not encoded yet (``ids``), pooled embeddings,
+    class labels (``labels``), the embeddings of an image prompt.
     """
 
     parts: Mapping[str, Tensor]
@@ -39,8 +40,9 @@ class Conditioning:
         """
         length = max(one.tokens for one in some)
         padded = [one.padded(length) for one in some]
-        if any(MASK in one.parts for one in padded):
-            padded = [one._masked() for one in padded]
+        for name in (MASK, GAIN):
+            if any(name in one.parts for one in padded):
+                padded = [one._with(name) for one in padded]
         names = padded[0].parts.keys()
         if any(one.parts.keys() != names for one in padded):
             raise ValueError(f"conditionings of {' and '.join(sorted(map(str, {tuple(one.parts) for one in padded})))}")
@@ -77,16 +79,17 @@ class Conditioning:
         """With sequences of at least ``tokens`` tokens, of which the mask says what counts."""
         if self.tokens >= tokens or not self.tokens:
             return self
-        whole = self._masked()
         added = tokens - self.tokens
-        embeds, mask = pad(whole.embeds, (0, 0, 0, added)), pad(whole.parts[MASK], (0, added))
-        return Conditioning({**whole.parts, SEQUENCE: embeds, MASK: mask})
+        parts = {**self._with(MASK).parts, SEQUENCE: pad(self.embeds, (0, 0, 0, added))}
+        parts |= {name: pad(parts[name], (0, added), value=name == GAIN) for name in (MASK, GAIN) if name in parts}
+        return Conditioning(parts)
 
-    def _masked(self) -> Conditioning:
-        if MASK in self.parts or not self.tokens:
+    def _with(self, name: str) -> Conditioning:
+        """With a mask or a gain, even if it changes nothing."""
+        if name in self.parts or not self.tokens:
             return self
-        ones = torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
-        return Conditioning({**self.parts, MASK: ones})
+        dtype = torch.bool if name == MASK else self.embeds.dtype
+        return Conditioning({**self.parts, name: torch.ones_like(self.embeds[..., 0], dtype=dtype)})
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Conditioning:
         """On another device; ``dtype`` is that of what floats."""
@@ -113,23 +116,26 @@ class Conditioning:
 
     def beside(self, other: Conditioning) -> Conditioning:
         """With those parts of ``other``, of as many images, that this one does not speak of: an image prompt, say."""
-        text = (SEQUENCE, MASK)
+        text = (SEQUENCE, MASK, GAIN)
         return Conditioning({**{name: part for name, part in other.parts.items() if name not in text}, **self.parts})
 
     def put(self, rows: Tensor, other: Conditioning) -> Conditioning:
         """With what ``other``, of k images, says of the images ``rows [k]``; what it does not speak of stays."""
         mine, theirs = self.padded(other.tokens), other.padded(self.tokens)
-        if MASK in mine.parts or MASK in theirs.parts:
-            mine, theirs = mine._masked(), theirs._masked()
+        for name in (MASK, GAIN):
+            if name in mine.parts or name in theirs.parts:
+                mine, theirs = mine._with(name), theirs._with(name)
         parts = dict(mine.parts)
         for name, part in theirs.parts.items():
             parts[name] = parts[name].index_put((rows,), part.to(parts[name]))
         return Conditioning(parts)
 
     def same_text(self, other: Conditioning) -> Tensor:
-        """``[n]`` bool: which images have the same prompt embeddings (or labels) in both, bit for bit."""
-        name = SEQUENCE if SEQUENCE in self.parts else next(iter(self.parts))
-        mine, theirs = self.parts[name], other.parts[name]
-        if mine.shape != theirs.shape:
-            return torch.zeros(len(mine), dtype=torch.bool, device=mine.device)
-        return (mine == theirs).reshape(len(mine), -1).all(1)
+        """``[n]`` bool: which images have the same text (or label) in both, to the bit: embeddings, mask and gain."""
+        names = [SEQUENCE] if SEQUENCE in self.parts else [next(iter(self.parts))]
+        names += [name for name in (MASK, GAIN) if name in self.parts or name in other.parts]
+        same = torch.ones(len(self), dtype=torch.bool, device=self.parts[names[0]].device)
+        for name in names:
+            mine, theirs = self._with(name).parts[name], other._with(name).parts[name]
+            same &= (mine == theirs).reshape(len(self), -1).all(1) if mine.shape == theirs.shape else False
+        return same

@@ -28,6 +28,34 @@ def running_device(network: Any) -> torch.device:
 
 
 @contextlib.contextmanager
+def gained(network: torch.nn.Module, gain: torch.Tensor) -> Iterator[None]:
+    """The network with each token's cross-attention logits multiplied by a factor while the block runs.
+
+    A logit is linear in its token's key, so it is the keys that are multiplied: whatever computes the attention.
+
+    Args:
+        network: a UNet of diffusers.
+        gain: ``[n, tokens]``, of the images of a forward pass; a smaller pass is one of the last of them.
+
+    Raises:
+        ValueError: it has no cross-attention.
+    """
+    layers = [module for name, module in network.named_modules() if name.endswith("attn2.to_k")]
+    if not layers:
+        raise ValueError(f"{type(network).__name__} has no cross-attention (attn2), whose logits could be changed")
+
+    def scale(layer: torch.nn.Module, given: Any, keys: torch.Tensor) -> torch.Tensor:
+        return keys * gain[-len(keys) :].unsqueeze(-1).to(keys)
+
+    hooks = [layer.register_forward_hook(scale) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
 def frozen(network: Any, *, checkpointing: bool = False) -> Iterator[None]:
     """The network without gradients of its weights while the block runs, so that those of its inputs cost less memory.
 

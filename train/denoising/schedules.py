@@ -87,6 +87,18 @@ class NoiseSchedule:
         return at.signal * prediction.x0 + at.noise * prediction.eps
 
 
+def refines_a_step(scheduler: Any) -> bool:
+    """Whether the evaluation that a sampler is about to use refines a step that an earlier one began, rather than
+    beginning its own: the second of Heun's and of DPM-Solver-2's, PNDM's repetition of its first step, the inner three
+    of its Runge–Kutta steps. Its ``x_t`` is no point of the trajectory.
+    """
+    if hasattr(scheduler, "prk_timesteps"):  # PNDM
+        if not scheduler.config.skip_prk_steps and scheduler.counter < len(scheduler.prk_timesteps):
+            return scheduler.counter % 4 != 0
+        return bool(scheduler.config.skip_prk_steps) and scheduler.counter == 1
+    return not getattr(scheduler, "state_in_first_order", True)
+
+
 def coefficients_at(scheduler: Any, t: Tensor | float) -> Coefficients | None:
     """The coefficients at the step that a sampler is about to take, of the variance-preserving ``x_t`` that the model
     is given; None for flow-matching schedulers, whose models no guidance here is made for.

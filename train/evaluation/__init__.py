@@ -9,8 +9,9 @@ from afresh.lazy import handed_on
 if TYPE_CHECKING:
     from train.evaluation.judging.drawn import Drawn
     from train.evaluation.judging.dual_encoder import DualEncoder
-    from train.evaluation.judging.judge import Judge
-    from train.evaluation.judging.measuring import evaluate_images
+    from train.evaluation.metrics.dual_encoder import DualEncoderJudge
+    from train.evaluation.metrics.measuring import evaluate_images
+    from train.evaluation.metrics.protocol import Reference
     from train.evaluation.reporting.figure import Cell, Figure
     from train.evaluation.reporting.report import write_report
 
@@ -18,8 +19,9 @@ __all__ = [
     "Cell",
     "Drawn",
     "DualEncoder",
+    "DualEncoderJudge",
     "Figure",
-    "Judge",
+    "Reference",
     "evaluate_images",
     "write_report",
 ]
@@ -30,9 +32,10 @@ __getattr__ = handed_on(
         "Cell": "reporting.figure",
         "Drawn": "judging.drawn",
         "DualEncoder": "judging.dual_encoder",
+        "DualEncoderJudge": "metrics.dual_encoder",
         "Figure": "reporting.figure",
-        "Judge": "judging.judge",
-        "evaluate_images": "judging.measuring",
+        "Reference": "metrics.protocol",
+        "evaluate_images": "metrics.measuring",
         "write_report": "reporting.report",
     },
 )

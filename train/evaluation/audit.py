@@ -20,8 +20,7 @@ from afresh.progress import get_logger, progress
 from curate.reading.images import ImageError, decode_image, stack_images
 from train.denoising.opening.loading import open_pipeline
 from train.evaluation.config import AuditConfig
-from train.evaluation.judging.judge import PIXEL_COPY
-from train.evaluation.judging.metrics import thumbnails
+from train.evaluation.judging.metrics import PIXEL_COPY, thumbnails
 from train.evaluation.reporting.audit_report import draw_curves, figure_of, render, write_rows
 from train.evaluation.reporting.figure import draw_figure
 from train.memorization.auditing import Audit, Measure, audit, copy_similarity

@@ -8,20 +8,28 @@ from typing import Literal
 
 @dataclass
 class EvaluateConfig:
-    """Sample every setting of a protocol file and compare them in one table and one figure.
+    """Sample every setting of a protocol file or a preset and compare them in one table and one figure.
 
     Args:
+        out: folder for the samples, the table (table.csv, .json, .md, .tex), images.parquet, report.html and
+            figure.png; images that it already holds are kept.
         protocol: YAML file (see Protocol): what is compared, on which prompts.
-        out: folder for the samples, table.csv, table.json, report.html and figure.png; images that it
-            already holds are kept.
+        preset: a protocol by name, in the place of the file: quickstart, sample-full, sd14-500 or membench.
+        data: folder that holds what the preset names (docs/evaluation.md).
+        model: in the place of the preset's model, where it has one.
+        verify: at the end, draw a random tenth again and compare bit for bit.
         dual_encoder: folder of the judge's weights; empty takes the carried one.
         batch_size: images drawn together.
         dtype: of the models' weights.
         device: auto, cpu, cuda, …
     """
 
-    protocol: str
     out: str
+    protocol: str = ""
+    preset: Literal["", "quickstart", "sample-full", "sd14-500", "membench"] = ""
+    data: str = "."
+    model: str = ""
+    verify: bool = False
     dual_encoder: str = ""
     batch_size: int = 8
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -124,12 +132,19 @@ class Protocol:
     Args:
         models: pipelines by name, as ``{raw: DIR, curated: DIR}``.
         settings: what is compared, in the order of the table.
-        prompts: prompt files by kind, as ``{repeated: F, held_out: F}``; their ``image`` column, if any,
-            gives the figure's originals.
-        index: training-set index: the output folder of curate dedup.
-        training: shards of the images that the models were trained on, for the independent judge.
-        held_out: shards of images that no model was trained on: they set the judge's threshold, and quality
-            is measured against them.
+        prompts: prompt files by kind, as ``{repeated: F, held_out: F}``; their ``image`` column, if any, gives the
+            originals: the figure's, and the real images that alignment is a share of.
+        index: training-set index: the output folder of curate dedup. Guidance by AMG needs it.
+        training: shards of the images that the models were trained on; without any, the originals of all prompts.
+        held_out: shards of images that no model was trained on: they set the judges' thresholds, and quality is
+            measured against them.
+        labels: of a kind, only the prompts of this label, as ``{held_out: 0}``.
+        originals: folder of the originals of published lists, which name them by number or URL; the prompt files are
+            such lists then (docs/evaluation.md).
+        metrics: by name, of detector, dual-encoder, imagenet, sscd, pixels, clip, inception, or your own as
+            module:Class; empty takes all that are at hand.
+        weights: files and folders of metrics, as ``{sscd: F.pt, clip: DIR, inception: F.pt}``.
+        resamples: choices of prompts behind the intervals; 0 gives none.
         seeds: images per prompt.
         steps: denoising steps.
         scale: classifier-free guidance scale.
@@ -137,20 +152,29 @@ class Protocol:
             several names, with and without.
         columns: captions that the figure shows.
         amg: AMG's settings, by field of AMGConfig.
+        preset: a preset whose keys these replace.
+        data: folder that holds what the preset names.
     """
 
     models: dict[str, str]
     settings: list[Setting]
     prompts: dict[str, str]
-    index: str
-    training: list[str]
-    held_out: list[str]
+    index: str = ""
+    training: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    originals: str = ""
+    metrics: list[str] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
+    resamples: int = 500
     seeds: int = 4
     steps: int = 50
     scale: float = 7.5
     loras: dict[str, str] = field(default_factory=dict)
     columns: int = 8
     amg: dict[str, object] = field(default_factory=dict)
+    preset: str = ""
+    data: str = ""
 
 
 @dataclass

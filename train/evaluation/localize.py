@@ -78,6 +78,7 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
     for name in ("prompts", "clean"):
         settings[name] = fingerprint(Path(settings[name])) if settings[name] else ""
 
+    log.info(f"localizing {len(prompts)} prompts, by {len(clean)} captions that are not memorized")
     pipe = open_pipeline(config)
     found, seconds = _search(config, out, pipe, prompts, clean, settings)
     if config.edited_model:
@@ -149,7 +150,8 @@ def _search(
                 found.prompts.append(Localization(**done[prompt.caption]))
             else:
                 began = time.perf_counter()
-                found.prompts.append(localizer.find(prompt.caption, seeds, threshold))
+                found.prompts.append(localizer.find(prompt.caption, seeds, threshold, bar))
+                bar.set_postfix_str("")
                 spent += time.perf_counter() - began
                 content = found.to_json() | {"settings": settings, "seconds": spent, "layers": localizer.sizes}
                 write_json(out, content | {"unfinished": number < len(prompts)})

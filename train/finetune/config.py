@@ -85,21 +85,22 @@ class Calibration:
     """How the filter finds its thresholds by itself, from samples that are known to be unique.
 
     Args:
-        steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes ``filter.threshold``.
+        steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes as many as give each
+            threshold 40 magnitudes, and at least 50.
         quantile: of their magnitudes that becomes the threshold: one minus the share of unique samples left out.
         release: with ``evidence: window``, the quantile below which what was left out counts again.
         per_band: one threshold for each timestep band of 100; else one for all.
         window: steps after which an older magnitude counts by a factor e less; the threshold then follows the model to
-            the end of the run. 0 fixes it after ``steps``.
+            the end of the run. null takes twice ``steps``; 0 fixes the threshold after them.
         unique: folder of a curation of the shards that are trained on; its ledger tells which samples have no near
             copy. Empty takes all samples, which is right for shards that curation wrote.
     """
 
     steps: int = 0
-    quantile: float = 0.99
+    quantile: float = 0.9
     release: float = 0.5
     per_band: bool = True
-    window: int = 0
+    window: int | None = None
     unique: str = ""
 
 
@@ -111,9 +112,10 @@ class FilterConfig:
         policy: ``off``; ``every_step`` judges each sample at each visit (Wen et al.); ``noisy_steps`` only where the
             timestep is at least ``min_timestep``; ``one_in_k`` at one of its visits in ``k``; ``noisy_one_in_k`` where
             both hold. Visits without a caption are never judged, nor left out.
-        threshold: smallest text-conditional noise magnitude that is left out: one number; or ten, one for each timestep
-            band of 100, null where nothing is judged; or ``auto``, those that ``train detect --calibrate`` left in
-            the model's folder; or a file of its or of a run's (``filter.json``).
+        threshold: smallest text-conditional noise magnitude that is left out. null finds it in the run
+            (``calibrate``), as it depends on the model, the set and the latents' size; else one number; or ten, one for
+            each timestep band of 100, null where nothing is judged; or ``auto``, those that ``train detect
+            --calibrate`` left in the model's folder; or a file of its or of a run's (``filter.json``).
         form: ``l2`` is the papers' scale (grows with the latent's size), ``rms`` is independent of it.
         min_timestep: of the noisy policies, in [0, 1000).
         k: of the policies one_in_k.
@@ -125,12 +127,13 @@ class FilterConfig:
         evidence: what a verdict rests on: the magnitude of that ``visit`` alone; or those of all visits in the
             ``window`` of ``calibrate``, which it needs, each ranked among the unique samples', older ones counting
             less: visits of the sample, or of all samples under its caption (``verdict_of``).
-        calibrate: thresholds from the run itself.
+        calibrate: how the thresholds are found in the run itself, where ``threshold`` is null.
         warmup_steps: steps before the filter starts.
+        most_dropped: share of the visits from which on the run says that too many are left out, and what to change.
     """
 
     policy: Literal["off", "every_step", "noisy_steps", "one_in_k", "noisy_one_in_k"] = "off"
-    threshold: float | list[float | None] | str = 2.0
+    threshold: float | list[float | None] | str | None = None
     form: Literal["l2", "rms"] = "l2"
     min_timestep: int = 800
     k: int = 5
@@ -139,6 +142,7 @@ class FilterConfig:
     evidence: Literal["visit", "window"] = "visit"
     calibrate: Calibration = field(default_factory=Calibration)
     warmup_steps: int = 0
+    most_dropped: float = 0.3
 
 
 @dataclass
@@ -219,6 +223,12 @@ class FinetuneConfig:
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
         buckets: images of several shapes.
+        caption_field: field of a sample's json that holds its caption; empty for the usual places, as in ``curate
+            dedup``.
+        missing_caption: what becomes of samples without a caption that can be read, as in ``curate dedup``: they are
+            left out as ``unreadable``, or trained on with the ``empty`` one; ``auto`` leaves them out, unless no sample
+            of the set has a caption.
+        max_pixels: images with more pixels are left out, as in ``curate dedup``.
         weight_field: field of a sample's json that its loss is multiplied by; samples without it have weight 1.
         augmentation: random changes of the images.
         cache_latents: encode every image (and each of ``augmentation.variants``) once, at the start, and keep the
@@ -280,6 +290,9 @@ class FinetuneConfig:
     resolution: int = 0
     crop: Literal["none", "center", "random"] = "none"
     buckets: Buckets = field(default_factory=Buckets)
+    caption_field: str = ""
+    missing_caption: Literal["auto", "unreadable", "empty"] = "auto"
+    max_pixels: int = 64_000_000
     weight_field: str | None = None
     cache_latents: bool | Literal["memory", "disk"] = False
     cache_text: bool | Literal["memory", "disk"] = False

@@ -198,7 +198,7 @@ def _data(training: Training) -> str:
         if curation.get("unreadable"):
             of += f"; {curation['unreadable']:,} could not be read"
         if curation.get("recall") is not None:
-            of += f". Recall of its search for copies, measured on a sample: {curation['recall']:.1%}"
+            of += f". Pairs above its threshold that its search found, measured on a sample: {curation['recall']:.1%}"
         lines.append(of + ".")
     if not training.curations:
         lines.append("No record of a curation stands beside the shards: nothing is known about copies among them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +88,19 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    several = int(os.environ.get("WORLD_SIZE") or 1)
     accelerator = Accelerator(
+        # Accelerate takes several processes without accelerators for single ones, unless it is told.
+        cpu=several > 1 and not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         log_with=config.trackers or None,
         project_dir=config.out if config.trackers else None,
     )
+    if accelerator.num_processes != several:
+        raise UsageError(
+            f"{several} processes were started, and Accelerate sees {accelerator.num_processes}: each would be a run "
+            "of its own in one folder; start them by launch.sh --processes, torchrun or accelerate launch"
+        )
     shard_on_cpu(accelerator)
     check_parallel(accelerator.distributed_type.value, accelerator.is_fsdp2, config)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # float32 without a word, otherwise

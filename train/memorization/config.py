@@ -35,6 +35,7 @@ class DetectConfig:
         seeds: initial noises per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first noise.
         scale: classifier-free guidance scale of the trajectory.
+        negative_prompt: in the place of the empty prompt, as images are drawn with it; thresholds then hold against it.
         outcomes: what the model draws for these prompts: the folder that ``train sample --index`` wrote for them. A
             prompt is memorized in outcome when an image of its own lies above 0.5 (SSCD's scale) to a training image;
             the scores are then judged by that too.
@@ -42,7 +43,8 @@ class DetectConfig:
             consistency (MS-SSIM of the first step among seeds), agreement (the same of the predicted images, at the
             last step), joint (magnitude times agreement), joint_on_noise (the same from pure noise taken for a latent
             of t = 0.8 T, without a step), anisotropy (magnitude, and an angle at low noise, both on pure noise),
-            attention_entropy (of the cross-attention, averaged over the steps). docs/detection.md compares them. One of
+            attention_entropy (of the cross-attention, averaged over the steps), masked_magnitude (the magnitude where
+            the last step scored attends to the end token: score all steps). docs/detection.md compares them. One of
             your own is module:Class (docs/library.md).
         form: of the magnitude: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         batch_size: prompt and seed pairs per UNet call, which then holds up to twice as many images.
@@ -69,6 +71,7 @@ class DetectConfig:
     seeds: int = 4
     first_seed: int = 0
     scale: float = 7.5
+    negative_prompt: str = ""
     outcomes: str = ""
     signals: list[str] = field(default_factory=lambda: ["magnitude"])
     form: Literal["l2", "rms"] = "l2"
@@ -102,7 +105,7 @@ class ExplainConfig:
         form: of the magnitude: l2, the papers' scale, or rms, which does not depend on the size of the latents.
         words: how many of the most significant words are taken out and replaced, one at a time, to see what the
             magnitude becomes; 0 tries none.
-        replacements: entries of the tokenizer's vocabulary, drawn at random, that are put in the place of each.
+        replacements: common words, drawn at random, that are put in the place of each.
         batch_size: prompt and seed pairs per UNet call.
         gradient_checkpointing: keep no activations for the backward pass: less memory, about a third more time.
         dtype: of the model's weights.

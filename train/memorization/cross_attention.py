@@ -6,7 +6,7 @@ the blocks, their number and their widths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,42 @@ def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
     if not layers:
         raise UserError(f"{type(unet).__name__} has no cross-attention layer (attn2): its attention cannot be seen")
     return layers
+
+
+def finest_down_layers(layers: Mapping[str, Tensor]) -> Tensor:
+    """The mean of the maps ``[n, latents, tokens]`` of those layers of the down blocks that have the most latents.
+
+    Args:
+        layers: name → map.
+
+    Raises:
+        UserError: there is none.
+    """
+    down = [maps for name, maps in layers.items() if name.startswith("down_blocks.")]
+    if not down:
+        raise UserError("the UNet has no cross-attention in its down blocks, from which the mask is taken")
+    latents = max(maps.shape[1] for maps in down)
+    return torch.stack([maps for maps in down if maps.shape[1] == latents]).mean(dim=0)
+
+
+def end_share(end: Tensor) -> Callable[[Tensor], Tensor]:
+    """A ``reduce`` of :func:`recorded_attention`: the attention to the end token, ``[n, latents, 1]``.
+
+    Args:
+        end: ``[n]`` where each prompt's end token stands.
+    """
+    return lambda maps: maps.mean(1).gather(2, end.to(maps.device).view(-1, 1, 1).expand(-1, maps.shape[2], 1))
+
+
+def as_map(attention: Tensor, sides: Sequence[int]) -> Tensor:
+    """A layer's attention to one token, ``[n, latents, 1]``, as ``[n, h, w]``.
+
+    Args:
+        attention: of the layer.
+        sides: height and width of the latents that the UNet is given; a layer's are a share of them.
+    """
+    shrunk = (sides[0] * sides[1] / attention.shape[1]) ** 0.5
+    return attention.squeeze(2).unflatten(1, (round(sides[0] / shrunk), round(sides[1] / shrunk)))
 
 
 @dataclass

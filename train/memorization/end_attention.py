@@ -7,19 +7,16 @@ elsewhere they do not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from afresh.errors import UserError
 from train.denoising.families.registry import denoiser_of
 from train.denoising.families.stable_diffusion import end_positions
-from train.memorization.cross_attention import recorded_attention
+from train.memorization.cross_attention import as_map, end_share, finest_down_layers, recorded_attention
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -67,7 +64,8 @@ def bright_ending(
     noise, shape = denoiser.noise(seeds), denoiser.shape
 
     alone = num_inference_steps == 1
-    with recorded_attention(denoiser.network, len(prompts), lambda maps: maps.mean(dim=1), on=alone) as recorded:
+    end = end_positions(pipe, prompts)
+    with recorded_attention(denoiser.network, len(prompts), end_share(end), on=alone) as recorded:
 
         def at_last(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             recorded.on = step + 2 >= num_inference_steps
@@ -80,28 +78,8 @@ def bright_ending(
             latents=noise,
             callback_on_step_end=at_last,
         )
-    maps = finest_down_layers(recorded.layers)  # [n, latents, tokens]
-    end = end_positions(pipe, prompts).to(maps.device)
-    attention = maps.gather(2, end.view(-1, 1, 1).expand(-1, maps.shape[1], 1)).squeeze(2)
-    shrunk = (shape[1] * shape[2] / maps.shape[1]) ** 0.5
-    masks = attention.unflatten(1, (round(shape[1] / shrunk), round(shape[2] / shrunk)))
+    masks = as_map(finest_down_layers(recorded.layers), shape[1:])
     return BrightEnding(output.images, masks.float().cpu().numpy())
-
-
-def finest_down_layers(layers: Mapping[str, Tensor]) -> Tensor:
-    """The mean of the maps ``[n, latents, tokens]`` of those layers of the down blocks that have the most latents.
-
-    Args:
-        layers: name → map.
-
-    Raises:
-        UserError: there is none.
-    """
-    down = [maps for name, maps in layers.items() if name.startswith("down_blocks.")]
-    if not down:
-        raise UserError("the UNet has no cross-attention in its down blocks, from which the mask is taken")
-    latents = max(maps.shape[1] for maps in down)
-    return torch.stack([maps for maps in down if maps.shape[1] == latents]).mean(dim=0)
 
 
 def draw_mask(image: Image, mask: NDArray[np.float32], *, brightest: float | None = None) -> Image:

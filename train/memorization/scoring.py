@@ -24,8 +24,9 @@ from afresh.errors import UsageError, UserError
 from afresh.progress import Progress
 from train.denoising.conditioning import Conditioning
 from train.denoising.families.registry import denoiser_of
+from train.denoising.families.stable_diffusion import end_positions
 from train.denoising.predictions import Prediction
-from train.memorization.cross_attention import recorded_attention
+from train.memorization.cross_attention import as_map, end_share, finest_down_layers, recorded_attention
 from train.memorization.signals.magnitude import Form
 from train.memorization.signals.protocol import Seen, Signal
 from train.memorization.signals.registry import find_signals
@@ -109,6 +110,7 @@ def score(
     num_inference_steps: int = 50,
     seeds: int | Sequence[int] | NDArray[np.int64] = 4,
     guidance_scale: float = 7.5,
+    negative_prompt: str = "",
     signals: Sequence[str | Signal] = ("magnitude",),
     form: Form = "l2",
     batch_size: int = 32,
@@ -128,6 +130,7 @@ def score(
         num_inference_steps: steps of the whole trajectory.
         seeds: how many (0, 1, …), or which ones; ``[prompts, seeds]`` gives each prompt its own.
         guidance_scale: classifier-free guidance scale that the trajectory follows.
+        negative_prompt: what stands for ``e_∅``.
         signals: what is to be computed: names of ``train.memorization.signals.registry.SIGNALS``, or objects of one's
             own.
         form: of the magnitude.
@@ -145,6 +148,7 @@ def score(
         num_inference_steps=num_inference_steps,
         seeds=seeds,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
         signals=signals,
         form=form,
         batch_size=batch_size,
@@ -175,6 +179,7 @@ class Scoring:
         num_inference_steps: int,
         seeds: int | Sequence[int] | NDArray[np.int64],
         guidance_scale: float,
+        negative_prompt: str = "",
         signals: Sequence[str | Signal],
         form: Form,
         batch_size: int,
@@ -196,7 +201,9 @@ class Scoring:
         levels = {signal.noise_level for signal in self.signals if signal.noise_level is not None}
         last = schedule.timesteps - 1
         self.noise_levels = {level: min(round(level * (last + 1)), last) for level in sorted(levels, reverse=True)}
-        self.empty = self.denoiser.encode([""])
+        self.empty = self.denoiser.encode([negative_prompt])
+        masked = any(getattr(signal, "end_attention", False) for signal in self.signals)
+        self.ends = end_positions(pipe, prompts) if masked else None
 
         shared = list(dict.fromkeys(self.seeds.ravel().tolist()))
         # All of them in one batch, the same at every start; more would be work for prompts that are not scored.
@@ -230,7 +237,8 @@ class Scoring:
         for start in range(0, len(pairs), self.batch_size):
             batch = pairs[start : start + self.batch_size]
             at = torch.tensor([row - rows.start for row, _ in batch], device=self.denoiser.device)
-            found, spent = self._follow([seed for _, seed in batch], encoded[at])
+            ends = None if self.ends is None else self.ends[[row for row, _ in batch]]
+            found, spent = self._follow([seed for _, seed in batch], encoded[at], ends)
             evaluations += spent
             for name, part in found.items():
                 observed[name].append(part)
@@ -256,8 +264,13 @@ class Scoring:
             )
         return result
 
-    def _follow(self, seeds: Sequence[int], cond: Conditioning) -> tuple[dict[str, Tensor], int]:
-        """Observations ``[n, observations, …]`` of each signal, and the evaluations that they took."""
+    def _follow(
+        self, seeds: Sequence[int], cond: Conditioning, ends: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], int]:
+        """Observations ``[n, observations, …]`` of each signal, and the evaluations that they took.
+
+        ``ends [n]`` is where the prompts' end tokens stand, if their attention is asked for.
+        """
         denoiser, schedule = self.denoiser, self.denoiser.schedule
         x_t = noise = denoiser.noise(seeds)
         observed: dict[str, list[Tensor]] = {signal.name: [] for signal in self.signals}
@@ -271,7 +284,12 @@ class Scoring:
             maps = any(signal.attention for signal in watching)
             double = unconditional and shared is None
             both = Conditioning.join([self.empty.expand(len(x_t)), cond]) if double else cond
-            with recorded_attention(denoiser.network, len(x_t), mean_attention) if maps else nullcontext() as recorded:
+            end = ends if not on_noise and t == self.timesteps[-1] else None
+            network, n = denoiser.network, len(x_t)
+            with (
+                recorded_attention(network, n, mean_attention) if maps else nullcontext() as recorded,
+                recorded_attention(network, n, end_share(end)) if end is not None else nullcontext() as at_end,
+            ):
                 seen_both = denoiser.predict(torch.cat([x_t, x_t]) if double else x_t, t, both)
             evaluations += len(seen_both.output)
             own = seen_both[-len(x_t) :]
@@ -284,6 +302,7 @@ class Scoring:
                 None if other is None else other.eps,
                 {} if recorded is None else recorded.layers,
                 on_noise,
+                None if at_end is None else as_map(finest_down_layers(at_end.layers), x_t.shape[2:]),
             )
             for signal in watching:
                 observed[signal.name].append(signal.observe(seen).float())

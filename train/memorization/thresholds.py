@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,14 @@ class Thresholds:
     Attributes:
         form: of the magnitude.
         by_band: ``[BANDS]`` smallest magnitude that does; None where nothing is judged.
+        against: the negative prompt that they were found against; empty for the empty prompt.
+        elements: numbers in the latents that they were found on; None where that is not known.
     """
 
     form: Form
     by_band: tuple[float | None, ...]
+    against: str = ""
+    elements: int | None = None
 
     @classmethod
     def of(cls, value: float | Sequence[float | None], form: Form) -> Thresholds:
@@ -78,6 +82,39 @@ class Thresholds:
             raise UsageError("threshold: nothing would be judged, every band has null")
         return cls(form, tuple(None if one is None else float(one) for one in values))
 
+    def unlike(self, against: str, elements: int | None = None) -> str:
+        """Why magnitudes are not to be compared with these thresholds, in words; empty where they are.
+
+        Args:
+            against: the negative prompt that the magnitudes are against.
+            elements: numbers in their latents, if known: the form l2 grows with them.
+        """
+
+        def named(prompt: str) -> str:
+            return f"the negative prompt {prompt!r}" if prompt else "the empty prompt"
+
+        if against != self.against:
+            return f"they were found against {named(self.against)}, and magnitudes here are against {named(against)}"
+        if self.form == "l2" and None not in (elements, self.elements) and elements != self.elements:
+            return f"they were found on latents of {self.elements} numbers, and here are {elements}: use the form rms"
+        return ""
+
+    def reached(self, m: float, form: Form, t: float, elements: int, timesteps: int = 1000) -> bool | None:
+        """Whether a magnitude at timestep ``t`` counts as memorized; None where nothing is judged there.
+
+        Args:
+            m: of the magnitude.
+            form: its form.
+            t: in [0, ``timesteps``).
+            elements: numbers in the latents.
+            timesteps: of the model's schedule.
+        """
+        limit = self.at(t, timesteps)
+        if limit is None:
+            return None
+        rms = elements**0.5
+        return m * {"l2": 1.0, "rms": rms}[form] / {"l2": 1.0, "rms": rms}[self.form] >= limit
+
     def tensor(self) -> torch.Tensor:
         """``[BANDS]`` float32, infinite where nothing is judged."""
         return torch.tensor([math.inf if one is None else one for one in self.by_band], dtype=torch.float32)
@@ -87,11 +124,15 @@ class Thresholds:
         return self.by_band[int(timestep_band(torch.tensor([t]), timesteps))]
 
 
-def read_thresholds(path: str | Path) -> Thresholds:
+def read_thresholds(path: str | Path, against: str | None = "") -> Thresholds:
     """The thresholds of a file that ``train detect --calibrate`` or a training run wrote.
 
+    Args:
+        path: of the file.
+        against: the negative prompt that magnitudes are to be compared against; None does not ask.
+
     Raises:
-        UsageError: there is none, or it is no such file.
+        UsageError: there is none, it is no such file, or it was found against another prompt.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,19 +142,24 @@ def read_thresholds(path: str | Path) -> Thresholds:
         form, by_band = content["form"], content["by_band"]
         if form not in ("l2", "rms") or not isinstance(by_band, list):
             raise ValueError(f"form {form!r}")
-        return Thresholds.of(by_band, form)
+        bare = Thresholds.of(by_band, form)
+        found = replace(bare, against=str(content.get("against", "")), elements=content.get("elements"))
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{path}: not a file of thresholds ({error})") from error
+    if against is not None and (why := found.unlike(against)):
+        raise UsageError(f"{path}: {why}")
+    return found
 
 
 def model_thresholds(model: str) -> Thresholds | None:
-    """Those that ``train detect --calibrate`` left in a model's folder; None where there are none.
+    """Those that ``train detect --calibrate`` left in a model's folder, whatever they were found against; None where
+    there are none.
 
     Raises:
         UsageError: the file is no file of thresholds.
     """
     path = Path(model) / FILE
-    return read_thresholds(path) if path.is_file() else None
+    return read_thresholds(path, against=None) if path.is_file() else None
 
 
 def calibrate(

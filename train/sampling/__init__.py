@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from train.sampling.pipelines.unconditional import GuidedImages, GuidedUnconditional
     from train.sampling.similarity import PixelIndex
     from train.sampling.terms.amg import AMG
+    from train.sampling.terms.anisotropy import AnisotropyMinimisation
+    from train.sampling.terms.attention_masking import AttentionMasking
     from train.sampling.terms.basin import AttractionBasin
     from train.sampling.terms.initial_noise import NoiseAdjustment
     from train.sampling.terms.prompt_embedding import PromptMinimisation
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AMG",
     "AMGConfig",
+    "AnisotropyMinimisation",
+    "AttentionMasking",
     "AttractionBasin",
     "Change",
     "Correction",
@@ -50,6 +54,8 @@ __getattr__ = handed_on(
     {
         "AMG": "terms.amg",
         "AMGConfig": "config",
+        "AnisotropyMinimisation": "terms.anisotropy",
+        "AttentionMasking": "terms.attention_masking",
         "AttractionBasin": "terms.basin",
         "Change": "guidance",
         "Correction": "guidance",

@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeVar
 
 from afresh.errors import UsageError
 
-# What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion
-# sampler. The paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5)
-# and its means (more guidance): here the dissimilarity term is doubled and everything starts 0.1 earlier.
+# What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion sampler. The
+# paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5) and its means (more
+# guidance): here the dissimilarity term is doubled and everything starts 0.1 earlier.
 # ``early`` is ours (docs/sampling.md shows why). It watches and steers through a linear preview of the decoder, at the
 # published threshold, but not in the first steps, where every image is near some training image; it holds on to what it
 # guides, and steers while layout is open.
@@ -149,16 +149,7 @@ class AMGConfig:
         _choice("amg.decoder", config.decoder, ("full", "linear"))
         if config.normalise and config.sim_form == "released":
             raise ValueError("amg.normalise needs amg.sim_form paper or excess: released is a factor for raw gradients")
-        for option, least in (
-            ("every", 1),
-            ("neighbours", 1),
-            ("decode_slice", 1),
-            ("edits", 0),
-            ("min_count", 0),
-            ("release", 0),
-        ):
-            if getattr(config, option) < least:
-                raise ValueError(f"amg.{option} is {getattr(config, option)}: it is at least {least}")
+        _least("amg", config, every=1, neighbours=1, decode_slice=1, edits=0, min_count=0, release=0)
         for option in ("t_range", "sim_t_range"):
             low, high = getattr(config, option)
             if not low <= high:
@@ -196,6 +187,48 @@ class PromptConfig:
     def check(self) -> None:
         """Raise ValueError for values that make no sense."""
         _least("prompt", self, target=0, steps=0, lr=0, slice=1)
+
+
+@dataclass
+class AnisotropyConfig:
+    """Anisotropy minimisation (Asthana and Belagiannis, ICLR 2026).
+
+    Args:
+        target: anisotropy at which an image stops, on the scale of the signal: that of 64 × 64 latents.
+        cosine_weight: of the angle at low noise (released: 2 for Stable Diffusion 1.4, 0.1 for 2).
+        magnitude_weight: of the magnitude at high noise.
+        steps: the most steps.
+        lr: of AdamW.
+        slice: images whose gradients are computed at a time (bounds memory).
+    """
+
+    target: float = 1.5
+    cosine_weight: float = 2.0
+    magnitude_weight: float = 1.0
+    steps: int = 10
+    lr: float = 0.05
+    slice: int = 8
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _least("anisotropy", self, cosine_weight=0, magnitude_weight=0, steps=0, lr=0, slice=1)
+
+
+@dataclass
+class AttentionConfig:
+    """Attention masking (Ren et al., ECCV 2024).
+
+    Args:
+        beginning: factor on the beginning token's logits; 1 leaves them.
+        mask_end: mask the end token too, not only what follows it.
+    """
+
+    beginning: float = 1.25
+    mask_end: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        _least("attention", self, beginning=0)
 
 
 @dataclass
@@ -290,7 +323,9 @@ class RejectionConfig:
         _least("rejection", self, tries=1)
 
 
-Settings = TypeVar("Settings", PromptConfig, BasinConfig, NoiseConfig, TokensConfig, RejectionConfig)
+Settings = TypeVar(
+    "Settings", PromptConfig, AnisotropyConfig, AttentionConfig, BasinConfig, NoiseConfig, TokensConfig, RejectionConfig
+)
 
 
 def configured(kind: type[Settings], config: Settings | None, overrides: dict[str, Any]) -> Settings:
@@ -340,13 +375,16 @@ class SampleConfig:
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet).
         out: folder to write; images that it already holds are kept.
-        guidance: none; amg, amg-strong or amg-early (presets of AMG); prompt (embedding minimisation); basin (guidance
-            from the dynamic transition point) or opposite (the same, with opposite guidance before it); noise or
+        guidance: none; amg, amg-strong or amg-early (presets of AMG); prompt (embedding minimisation); anisotropy (the
+            same, of the anisotropy); attention (cross-attention masking); basin (guidance from the dynamic transition
+            point) or opposite (the same, with opposite guidance before it); noise or
             noise-batch (initial-noise adjustment, per sample or batch-wise); tokens or numbers (random words or numbers
             in the prompt); rejection (draw copies again); module:Class (a term of your own, docs/library.md). Several
             joined by + act in that order.
         amg: AMG's settings.
         prompt: of prompt.
+        anisotropy: of anisotropy.
+        attention: of attention.
         basin: of basin and opposite.
         noise: of noise and noise-batch.
         tokens: of tokens and numbers.
@@ -385,6 +423,8 @@ class SampleConfig:
     guidance: str = "none"
     amg: AMGConfig = field(default_factory=AMGConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    anisotropy: AnisotropyConfig = field(default_factory=AnisotropyConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     basin: BasinConfig = field(default_factory=BasinConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
@@ -408,4 +448,3 @@ class SampleConfig:
     batch_size: int = 8
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
-

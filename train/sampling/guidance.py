@@ -11,7 +11,8 @@ term can serve any number of runs. At each step the function sees a :class:`Stat
         def start(self, run: Run) -> StepFunction:
             def step(state: State) -> Correction | None:
                 rows = torch.arange(run.batch_size, device=state.x_t.device)
-                return Correction({"less": Part(rows, -(state.eps_cond - state.eps_uncond))})
+                less = -torch.ones(len(rows))
+                return Correction({"less": Part(rows, -(state.eps_cond - state.eps_uncond), less)})
 
             return step
 
@@ -70,12 +71,12 @@ class State:
 
     run: Run
     step: int
-    """From 0; a second-order scheduler counts both of its evaluations."""
+    """Of the evaluations, from 0; a second-order scheduler has two a step. :attr:`number` counts steps."""
     t: float
     at: Coefficients
     """Of ``x_t``: ``x_t = signal · x_0 + noise · ε``."""
     guidance_scale: float
-    """``s_0``."""
+    """``s_0``, as it was asked for; see :attr:`scale`."""
     x_t: Tensor
     """``[n, c, h, w]``."""
     eps_uncond: Tensor | None
@@ -90,6 +91,24 @@ class State:
     denoise: Callable[[Tensor, Conditioning | None, Tensor], Tensor] = field(repr=False)
     """``(x_t [k, …], conditioning of k images, rows [k]) → ε [k, …]`` float32 at this step's ``t`` for the images
     ``rows``, whose image prompts hold; differentiable where gradients are enabled."""
+    refines: bool = False
+    """Whether this evaluation begins no step of the trajectory: it refines one that was begun before
+    (:func:`~train.denoising.schedules.refines_a_step`), or repeats its timestep."""
+    refined: int = 0
+    """How many evaluations did so, up to this one."""
+    scale: Tensor = None  # type: ignore[assignment]
+    """``[n]`` float32: the effective guidance scale of each image, ``s_0`` and what the terms before this one added to
+    it and took from it. A term that is to leave a certain scale goes by this one."""
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            scale = torch.full((len(self.x_t),), self.guidance_scale, dtype=torch.float32, device=self.x_t.device)
+            object.__setattr__(self, "scale", scale)
+
+    @property
+    def number(self) -> int:
+        """Of the trajectory's step, from 0: evaluations that refine a step have its number."""
+        return self.step - self.refined
 
     @property
     def alpha_bar(self) -> float:
@@ -123,6 +142,9 @@ class Part(NamedTuple):
     """``[k]`` int64: which images; no image twice."""
     delta: Tensor
     """``[k, c, h, w]`` float32, added to their ``ε̂``."""
+    scale: Tensor | None = None
+    """``[k]``: what it adds to their guidance scale, 0 of what is no guidance by a text. None has it measured: the
+    component of ``delta`` along ``ε(x_t, e_p) − ε(x_t, e_∅)``."""
 
 
 @dataclass
@@ -154,9 +176,13 @@ class Start:
     cond: Conditioning | None
     """As in :class:`State`."""
     prompts: Sequence[str] | None
-    """Of each image; None where only embeddings were given."""
+    """Of each image, as the terms before this one left them; None where only embeddings were given."""
     denoise: Callable[[Tensor, Conditioning | None, Tensor], Tensor] = field(repr=False)
     """As in :class:`State`."""
+    denoise_at: Callable[[int], Callable[[Tensor, Conditioning | None, Tensor], Tensor]] | None = field(
+        default=None, repr=False
+    )
+    """A timestep of the model's schedule → the same there."""
 
     def generator(self, image: int, salt: str) -> torch.Generator:
         """Random numbers of one image's own, on the CPU: a function of its noise, as drawn, and of ``salt``.
@@ -178,6 +204,8 @@ class Change:
     """``[k, c, h, w]`` float32: their new ``x_T``."""
     cond: Conditioning | None = None
     """Of k images: their new conditioning."""
+    prompts: Sequence[str] | None = None
+    """Of all n images, where ``cond`` encodes other texts than before."""
     columns: Mapping[str, Sequence[Any] | Tensor] = field(default_factory=dict)
     """Trace column of the first step → one value an image, ``[n]``."""
 
@@ -198,11 +226,11 @@ class Guidance(Protocol):
 def guide(
     terms: Iterable[tuple[str, StepFunction]], state: State
 ) -> tuple[Tensor, dict[str, Part], dict[str, Sequence[Any] | Tensor]]:
-    """Apply terms in order, each seeing the ``ε̂`` that the ones before it left.
+    """Apply terms in order, each seeing the ``ε̂`` and the effective guidance scale that the ones before it left.
 
     Returns:
         ``ε̂`` ``[n, c, h, w]``, the parts by name, and the trace columns. A name that two terms share is told
-        apart as ``term.name``.
+        apart as ``term.name``. Where ``ε̂`` is guided and was changed there is the column ``scale``, what is left.
     """
     parts: dict[str, Part] = {}
     columns: dict[str, Sequence[Any] | Tensor] = {}
@@ -210,15 +238,30 @@ def guide(
         correction = step(state)
         if correction is None:
             continue
-        eps_hat = state.eps_hat
+        eps_hat, scale = state.eps_hat, state.scale
         for part_name, part in correction.parts.items():
             if len(part.rows):
                 eps_hat = eps_hat.index_add(0, part.rows, part.delta)
+                scale = scale.index_add(0, part.rows, _scale_of(part, state))
                 parts[_free(parts, name, part_name)] = part
         for column, values in correction.columns.items():
             columns[_free(columns, name, column)] = values
-        state = replace(state, eps_hat=eps_hat)
+        state = replace(state, eps_hat=eps_hat, scale=scale)
+    if parts and state.eps_uncond is not None:
+        columns[_free(columns, "effective", "scale")] = state.scale
     return state.eps_hat, parts, columns
+
+
+def _scale_of(part: Part, state: State) -> Tensor:
+    """``[k]``: see :attr:`Part.scale`."""
+    if part.scale is not None:
+        return part.scale.to(state.scale)
+    if state.eps_uncond is None:
+        return torch.zeros_like(state.scale[part.rows])
+    direction = (state.eps_cond[part.rows] - state.eps_uncond[part.rows]).flatten(1)
+    length = direction.square().sum(1)
+    along = (part.delta.flatten(1) * direction).sum(1) / length
+    return torch.where(length > 0, along, 0.0).to(state.scale)
 
 
 def _free(taken: Mapping[str, Any], term: str, name: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afresh.errors import UsageError, UserError
+from curate.index.training_index import refuse_other
 from curate.reading.captions import normalise_caption
 from train.memorization.config import MEMORIZED
 
@@ -78,7 +78,7 @@ class ObjectLevel:
     raw_name, memorized = "cosine", MEMORIZED
 
     def __init__(self, index: TrainingIndex, embedder: Embedder) -> None:
-        check_embedder(index, embedder.name)
+        refuse_other(index, embedder)
         check_not_empty(index)
         if not hasattr(embedder, "features"):
             raise UsageError(
@@ -172,19 +172,6 @@ class PixelIndex:
             raise ValueError(f"the index holds images of {self.shape}, not {tuple(pixels.shape[1:])}")
         self.images = self.images.to(pixels.device)
         return torch.cdist(pixels.flatten(1).float(), self.images, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def check_embedder(index: TrainingIndex, name: str) -> None:
-    """Refuse an embedder that did not build the index; of a file, only its own name counts, not its folder.
-
-    Raises:
-        UserError: names both.
-    """
-    if Path(index.embedder).name != Path(name).name:
-        raise UserError(
-            f"the index was built with the embedder {index.embedder!r}, not with {name!r}: "
-            "use that one, or build the index again"
-        )
 
 
 def check_not_empty(index: TrainingIndex, where: str = "") -> None:

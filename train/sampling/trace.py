@@ -39,6 +39,7 @@ class Trace:
         m: Sequence[None] | Tensor = [None] * state.run.batch_size
         if state.eps_uncond is not None:
             m = magnitude(state.eps_cond, state.eps_uncond)
+            columns = {"scale": state.scale, **columns}
         kept: dict[str, Any] = {"magnitude": m, **columns}
         if tensors:
             kept.update(x_t=state.x_t.cpu(), eps_cond=state.eps_cond.cpu(), eps_hat=eps_hat.cpu())
@@ -46,7 +47,7 @@ class Trace:
                 kept["eps_uncond"] = state.eps_uncond.cpu()
             for name, part in parts.items():
                 kept[f"delta.{name}"] = torch.zeros_like(state.x_t).index_put((part.rows,), part.delta).cpu()
-        common = {"step": state.step, "t": state.t, "alpha_bar": state.alpha_bar}
+        common = {"step": state.step, "number": state.number, "t": state.t, "alpha_bar": state.alpha_bar}
         self._steps.append((common, kept, {name: part.rows for name, part in parts.items()}))
 
     def rows(self) -> list[dict[str, Any]]:

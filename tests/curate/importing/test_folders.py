@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -60,6 +61,20 @@ def test_the_account_has_the_shard_and_key_of_every_sample(photos, tmp_path):
     assert {shard for shard, _ in rows} == {"000000.tar", "000001.tar", "000002.tar"}
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO])
+def test_what_the_machine_lacks_ends_the_import_and_costs_no_row(photos, tmp_path, monkeypatch, number):
+    def fail(path, mode):
+        if path.endswith("003.jpg"):
+            raise OSError(number, os.strerror(number))
+        return open(path, mode)
+
+    said = f"003.jpg cannot be reached.*{os.strerror(number)}"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+        patch.setattr("curate.importing.rows.open", fail, raising=False)
+        ingest(photos, tmp_path / "out")
+    assert ingest(photos, tmp_path / "out")["imported"] == 12
+
+
 def test_webdataset_reads_what_is_imported(photos, tmp_path):
     import webdataset
 
@@ -100,6 +115,36 @@ def test_metadata_files_caption_images_as_imagefolder_reads_them(suffix, tmp_pat
     assert [(Path(row["image"]["path"]).read_bytes(), row["text"]) for row in theirs] == [
         (image, caption) for _, image, caption in got
     ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_lines_of_metadata_end_where_their_format_says_so(suffix, encoding, tmp_path):
+    odd = "a\u2028b\x85c\x0cd"
+    lines = {"csv": ["file_name,text", f"a.png,{odd}", "sub\\b.png,two"]}
+    rows = [{"file_name": "a.png", "text": odd}, {"file_name": "sub\\b.png", "text": "two"}]
+    lines["jsonl"] = [json.dumps(row, ensure_ascii=False) for row in rows]
+    src = lay_out(tmp_path / "src", {"a.png": png(0), "sub/b.png": png(1)})
+    (src / f"metadata.{suffix}").write_bytes("".join(f"{line}\r\n" for line in lines[suffix]).encode(encoding))
+    summary = ingest(src, tmp_path / "out")
+    captions = {fields(sample)["source"]: sample.caption for sample in samples_of(tmp_path / "out")}
+    assert captions == {"a.png": odd, "sub/b.png": "two"} and summary["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("file_name,text\na.png,a\nb.png,a cat, on a mat\n", r"row 2 \(line 3\) has 3 values where the header has 2"),
+        ("file_name,text\na.png,a cat\non a mat\n", r"row 2 \(line 3\) has 1 values"),
+        ('file_name,text\na.png,"a cat\nb.png,a dog\n', "row 1 .* cannot be read"),
+        ("file_name,text,text\na.png,a,b\n", "two columns are named 'text'"),
+    ],
+)
+def test_a_table_that_would_lose_a_part_of_a_caption_is_refused_with_its_row(table, complaint, tmp_path):
+    src = lay_out(tmp_path / "src", {"a.png": png(0), "b.png": png(1), "metadata.csv": table})
+    with pytest.raises(UserError, match=f"metadata.csv: {complaint}"):
+        ingest(src, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_metadata_lists_what_it_names_in_vain_and_leaves_the_rest_to_other_captions(tmp_path):
@@ -164,7 +209,7 @@ def test_a_caption_column_is_chosen_by_name_or_said_to_be_none(tmp_path):
     ingest(src, tmp_path / "none", text_column="")
     words, none = samples_of(tmp_path / "words")[0], samples_of(tmp_path / "none")[0]
     assert words.caption == "w" and fields(words)["text"] == "t"
-    assert none.caption is None and fields(none) == {"words": "w", "text": "t", "source": "a.png"}
+    assert none.caption is None and fields(none) == {"words": "w", "text_": "t", "source": "a.png"}
 
 
 def test_the_format_is_told_by_the_first_bytes(tmp_path):
@@ -279,14 +324,26 @@ def test_captions_that_cannot_be_read_travel_and_are_listed(tmp_path):
     by_source = {fields(sample)["source"]: sample for sample in samples_of(tmp_path / "out")}
     for name in ("a.png", "e.png"):
         assert by_source[name].members["txt"] == latin
-        assert by_source[name].caption_problem == "caption is not UTF-8"
-        assert accounts(tmp_path / "out")[name] == ("imported", "caption is not UTF-8")
+        assert by_source[name].caption_problem.startswith("caption is not UTF-8: ")
+        assert accounts(tmp_path / "out")[name] == ("imported", by_source[name].caption_problem)
     assert by_source["b.png"].caption == "with a mark"
     assert by_source["c.png"].caption == "" and by_source["d.png"].caption is None
     assert summary["remarks"] == {"caption is not UTF-8": 2, "no caption": 2}
 
     strict = ingest(src, tmp_path / "strict", require_caption=True)
     assert (strict["imported"], strict["reasons"]) == (1, {"caption is not UTF-8": 2, "no caption": 2})
+
+
+def test_captions_beside_images_have_the_suffixes_that_trainers_know(tmp_path):
+    files = {f"{name}.png": png(number) for number, name in enumerate("abcdef")}
+    files |= {"a.caption": "a", "b.cap": "b", "c.CAPTION": "c", "d.cap": "other", "d.txt": "d", "d.caption": "other"}
+    files |= {"e.txt": "ein Bär\n".encode("utf-16"), "f.json": '{"prompt": ["f", "more"], "n": 1}', "g.cap": "orphan"}
+    summary = ingest(lay_out(tmp_path / "src", files), tmp_path / "out")
+    captions = {fields(sample)["source"]: sample.caption for sample in samples_of(tmp_path / "out")}
+    assert captions == {f"{name}.png": name for name in "abcdf"} | {"e.png": "ein Bär"}
+    assert samples_of(tmp_path / "out")[4].members["txt"] == "ein Bär".encode()
+    assert samples_of(tmp_path / "out")[5].captions == ("f", "more")
+    assert summary["reasons"] == {"no image": 1} and summary["remarks"] == {}
 
 
 def test_fields_of_a_source_that_shards_use_themselves_move_aside(tmp_path):

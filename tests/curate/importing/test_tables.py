@@ -13,6 +13,7 @@ import pytest
 
 from afresh.errors import UsageError, UserError
 from curate.config import ImportConfig
+from curate.importing import values as values_module
 from curate.importing.sources import open_source
 from curate.reading.images import decode_image
 from tests.curate.made_sources import accounts, encode, fields, ingest, lay_out, picture, png, samples_of
@@ -40,7 +41,51 @@ def test_parquet_holds_images_as_bytes_structs_or_paths(kind, tmp_path):
     assert [sample.image for sample in samples] == images
     assert [sample.caption for sample in samples] == [f"caption {number}" for number in range(10)]
     assert [sample.key for sample in samples] == [f"{number:09d}" for number in range(10)]
-    assert fields(samples[3]) == {"score": 0.5, "when": "1970-01-01 00:00:00.000", "source": "t.parquet#3"}
+    when = "1970-01-01 00:00:00.000"
+    assert fields(samples[3]) == {"score": 0.5, "when": when, "other": [1], "source": "t.parquet#3"}
+
+
+NESTED = {
+    "boxes": ([[1.5, 2.0], [], None], pa.list_(pa.float32())),
+    "fixed": ([[1, 2], [3, 4], None], pa.list_(pa.int64(), 2)),
+    "deep": ([[[1], [2, 3]], [[]], []], pa.list_(pa.list_(pa.int64()))),
+    "size": ([{"w": 1, "of": "a"}, {"w": None, "of": "b"}, None], pa.struct([("w", pa.int64()), ("of", pa.string())])),
+    "objects": (
+        [[{"label": "cat", "box": [0, 1]}, {"label": None, "box": None}], [], None],
+        pa.list_(pa.struct([("label", pa.string()), ("box", pa.list_(pa.int64()))])),
+    ),
+    "scores": ([{"cat": 0.5}, {}, None], pa.map_(pa.string(), pa.float64())),
+    "mask": ([{"path": "m.png"}, {"path": None}, None], pa.struct([("path", pa.string())])),
+}
+
+
+@pytest.mark.parametrize("where", ["parquet", "dataset", "metadata"])
+def test_whatever_json_can_hold_reaches_the_json_of_its_sample(where, tmp_path, capsys):
+    columns = {name: pa.array(values, kind) for name, (values, kind) in NESTED.items()}
+    columns["mask"] = pa.array(
+        [{"path": "m.png", "bytes": b"?"}, {"path": None, "bytes": None}, None],
+        pa.struct([("path", pa.string()), ("bytes", pa.binary())]),
+    )
+    if where == "dataset":  # which know no maps
+        del columns["scores"]
+    columns["raw"] = pa.array([[b"?"]] * 3)
+    values_module._say_lost.cache_clear()
+    src = tmp_path / "src"
+    src.mkdir()
+    if where == "metadata":
+        lay_out(src, {f"{number}.png": png(number) for number in range(3)})
+        columns["file_name"] = pa.array([f"{number}.png" for number in range(3)])
+        pq.write_table(table_of(3, **columns), src / "metadata.parquet")
+    else:
+        pq.write_table(table_of(3, image=[png(number) for number in range(3)], **columns), src / "t.parquet")
+    image_column = None if where == "metadata" else "image"
+    ingest(src / "t.parquet" if where == "parquet" else src, tmp_path / "out", image_column=image_column)
+    for number, sample in enumerate(samples_of(tmp_path / "out")):
+        found = fields(sample)
+        expected = {name: values[number] for name, (values, _) in NESTED.items() if name in columns}
+        assert {name: found[name] for name in expected} == expected
+        assert "raw" not in found
+    assert "left out, for json holds no bytes: the columns raw" in capsys.readouterr().err
 
 
 def test_parquet_files_are_found_by_glob_brace_range_folder_and_url(tmp_path):
@@ -75,11 +120,13 @@ def test_parquet_files_are_found_by_glob_brace_range_folder_and_url(tmp_path):
 def test_paths_in_a_table_lead_nowhere_else(tmp_path):
     src = lay_out(tmp_path / "src" / "tables", {"in.png": png(0)}).parent
     lay_out(src, {"above.png": png(1)})
+    lay_out(src / "tables", {"sub/in.png": png(0)})
     paths = ["in.png", "../above.png", str(src / "above.png"), "http://localhost/x.png", "gone.png", None]
-    pq.write_table(table_of(6, image_path=paths), src / "tables" / "t.parquet")
+    paths += ["sub\\in.png", "..\\above.png"]  # as Windows writes them
+    pq.write_table(table_of(8, image_path=paths), src / "tables" / "t.parquet")
     summary = ingest(src / "tables" / "t.parquet", tmp_path / "out")
-    assert summary["imported"] == 1
-    assert summary["reasons"] == {"cannot be read": 1, "no image": 1, "path refused": 3}
+    assert summary["imported"] == 2
+    assert summary["reasons"] == {"cannot be read": 1, "no image": 1, "path refused": 4}
     wide = ingest(src / "tables" / "t.parquet", tmp_path / "wide", image_root="/")
     assert wide["imported"] == 1 and samples_of(tmp_path / "wide")[0].image == png(1)
 
@@ -167,7 +214,7 @@ def check_dataset(out: Path, name: str) -> None:
     samples = samples_of(out)
     assert [sample.image for sample in samples] == [png(number) for number in range(6)]
     assert [sample.caption for sample in samples] == [f"caption {number}" for number in range(6)]
-    assert fields(samples[1]) == {"label": 1, "source": f"{name}#1"}
+    assert fields(samples[1]) == {"label": 1, "boxes": [1], "source": f"{name}#1"}
     assert [sample.key for sample in samples] == [f"{number:09d}" for number in range(6)]
 
 

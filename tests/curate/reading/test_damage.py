@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from curate.reading.samples import BadSample, Sample, read_samples
+from curate.reading.samples import BadSample, Sample, Shard, read_samples
 from curate.reading.writing import write_shard
 from tests.curate.reading.made_shards import IMAGE, kinds, read, special, tar_bytes, three_samples
 
@@ -167,3 +167,24 @@ def test_a_compressed_shard_with_a_flipped_byte_says_so(real_shard, tmp_path):
         data[place] ^= int(rng.integers(1, 256))
         items = read(tmp_path, bytes(data))
         assert items == whole or isinstance(items[-1], BadSample)
+
+
+def test_zeros_are_not_an_end(tmp_path):
+    """A copy that was never finished ends in zeros: what they hide is lost, and said to be."""
+    data = tar_bytes(*((f"{number:03d}.jpg", IMAGE) for number in range(60)))
+    lost = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+    *whole, last = read(tmp_path, lost)
+    assert all(isinstance(item, Sample) for item in whole) and (last.kind, last.key) == ("truncated", "")
+    assert "zero bytes stand behind its end" in last.reason
+    for zeros, found in ((20 * 512, []), (50 * 512, [("", "truncated")])):
+        assert kinds(read(tmp_path, three_samples() + bytes(zeros)))[3:] == found
+    assert kinds(read(tmp_path, bytes(100_000))) == [("", "truncated")]
+
+
+def test_a_shard_without_a_sample_says_so(tmp_path):
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    for data in (tar_bytes(), tar_bytes(folder), tar_bytes(("._a.jpg", IMAGE)), bytes(1024)):
+        (tmp_path / "s.tar").write_bytes(data)
+        (item,) = Shard(str(tmp_path / "s.tar"), "s.tar").accounted()
+        assert (item.key, item.kind, item.reason) == ("", "truncated", "archive holds no sample")

@@ -81,6 +81,12 @@ def test_workers_of_a_loader_see_each_sample_once(shards, originals, start):
     assert sorted(keys(loader)) == sorted(one.key for one in originals)
 
 
+def test_a_stage_takes_captions_from_the_field_that_is_named(tmp_path, originals):
+    write_shard(tmp_path / "a.tar", [("a", {"webp": originals[0].image, "txt": b"one", "json": b'{"alt": "two"}'})])
+    (sample,) = ReadShards(caption_field="alt")([{"url": str(tmp_path / "a.tar")}])
+    assert sample.caption == "two"
+
+
 def test_nodes_see_each_sample_once(shards, originals, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     of_node = []

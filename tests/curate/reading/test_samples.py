@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import tracemalloc
+from pathlib import PurePath
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_members_without_key_or_image_are_reported(tmp_path):
     items = read(
         tmp_path, tar_bytes(("README", b"?"), ("a.txt", b"words"), (".DS_Store", b"?"), ("b.jpg", IMAGE))
     )
-    expected = [("README", "stray_member"), ("a", "no_image"), (".DS_Store", "stray_member"), ("b", "ok")]
+    expected = [("README", "stray_member"), ("a", "no_image"), ("b", "ok")]
     assert kinds(items) == expected
     assert "(txt)" in items[1].reason
 
@@ -139,3 +140,41 @@ def test_folders_inside_an_archive_are_part_of_keys(tmp_path):
     )
     assert kinds(items) == [("x.y/a", "ok")]
     assert split_name("x.y/a.seg.png") == ("x.y/a", "seg.png")
+
+
+def of_a_mac(*members: tuple[str, bytes]) -> bytes:
+    """An archive as a Mac makes it: before each member one with its attributes, and a folder's view beside them."""
+    doubled = [(str(PurePath(name).with_name(f"._{PurePath(name).name}")), b"\0\5\x16\7") for name, _ in members]
+    pairs = [one for pair in zip(doubled, members, strict=True) for one in pair]
+    return tar_bytes(*pairs[:3], (".DS_Store", b"?"), *pairs[3:], ("__MACOSX/._a.jpg", b"?"), ("__MACOSX/b.jpg", b"?"))
+
+
+def test_an_archive_made_on_a_mac_is_read_as_if_it_were_not(tmp_path):
+    members = [(f"{key}.{ext}", data) for key in ("a", "in/b") for ext, data in (("jpg", IMAGE), ("txt", b"words"))]
+    items = read(tmp_path, of_a_mac(*members))
+    assert kinds(items) == [("a", "ok"), ("in/b", "ok")]
+    assert [(item.caption, list(item.members)) for item in items] == [("words", ["jpg", "txt"])] * 2
+
+
+@pytest.mark.parametrize("stray", ["README", "/etc/passwd", "../b.txt", ".hidden"])
+def test_what_is_no_part_of_a_sample_is_told_and_does_not_end_it(tmp_path, stray):
+    data = tar_bytes(("a.jpg", IMAGE), (stray, b"?"), ("a.txt", b"words"), ("c.jpg", IMAGE))
+    items = read(tmp_path, data)
+    assert [item.key for item in items if isinstance(item, Sample)] == ["a", "c"]
+    assert (items[0].caption, list(items[0].members)) == ("words", ["jpg", "txt"])
+    assert kinds(items)[1][0] == stray
+
+
+def test_stray_members_between_those_of_a_sample_are_not_held_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_BETWEEN", 10)
+    strays = [(f"stray{number}", b"?") for number in range(25)]
+    items = read(tmp_path, tar_bytes(("a.jpg", IMAGE), *strays, ("a.txt", b"late")))
+    assert [item.key for item in items] == ["a", *(name for name, _ in strays), "a"]
+    assert items[-1].kind == "repeated_key"
+
+
+def test_a_name_that_was_cut_at_an_earlier_dot_is_told_so(tmp_path):
+    items = read(tmp_path, tar_bytes(("22.5cm_a.jpg", IMAGE), ("p.left.jpg", IMAGE), ("q.seg.npy", IMAGE)))
+    assert kinds(items) == [("22", "no_image"), ("p", "no_image"), ("q", "no_image")]
+    assert "first dot of its name, here '22 . 5cm_a.jpg'" in items[0].reason and "'p . left.jpg'" in items[1].reason
+    assert "dot" not in items[2].reason

@@ -111,6 +111,37 @@ def test_captions_keys_and_reasons_are_shown_as_text(example):
     assert "{{ 7 * 7 }}" in text
 
 
+def test_what_steers_a_readers_view_is_shown_and_not_done():
+    steering = "a\x1b[2J\x00 \u202edesrever\x07\x9b"
+    rows = [
+        row(0, 0, 2, caption=steering, shard=steering, key=steering),
+        row(1, 0, 2, "dropped", reason="exact_image", kept_key="k0", caption=steering),
+        row(2, None, None, "unreadable", reason=f"cannot be read {steering}", key=steering, caption=None),
+    ]
+    table = table_of(rows)
+    text = render(summary_of(table, reasons={"exact_image": 1}), table, Pictures(histogram(np.empty(0)), [], {}))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert r"\x1b[2J\x00" in text and r"\u202edesrever" in text
+
+
+def test_the_recall_of_the_join_is_not_said_to_be_all_duplicates(example):
+    text = render(*example)
+    assert "of near pairs found" not in text and "recall of the search for pairs, not of copies" in text
+
+
+def test_the_curve_of_thresholds_begins_at_zero(example):
+    summary, table, pictures = example
+    sweep = [
+        {"threshold": threshold, "kept": kept, "dropped": 0, "groups": 0}
+        for threshold, kept in ((0.85, 231), (0.9, 241), (0.95, 251))
+    ]
+    text = render({**summary, "sweep": sweep}, table, pictures)
+    assert "Samples kept, from 0 to 251" in text
+    (line,) = re.findall(r'<polyline points="([^"]+)"', text)
+    heights = [330 - float(point.split(",")[1]) for point in line.split()]
+    assert heights == pytest.approx([320 * kept / 251 for kept in (231, 241, 251)], abs=0.01)
+
+
 def test_the_page_says_what_was_dropped_why_and_how_near(example):
     text = render(*example)
     for words in (

@@ -15,7 +15,7 @@ from curate.reading.images import decode_image
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
 from train.denoising.families.stable_diffusion import encode_captions
-from train.denoising.opening.checkpoints import unsupported
+from train.denoising.opening.checkpoints import check_scheduler, unsupported
 from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.sample_model.small import tiny_pipeline
 
@@ -324,3 +324,28 @@ def test_models_that_predict_the_image_or_are_distilled_cannot_be_trained():
     pipe.unet.register_to_config(time_cond_proj_dim=16)
     with pytest.raises(UserError, match="guidance scale as an input"):
         check_trainable(pipe, "it")
+
+
+def test_a_flow_matching_scheduler_is_refused_in_a_line(sample_model, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = tmp_path / "flow"
+    shutil.copytree(sample_model, folder)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="flow: FlowMatchEulerDiscreteScheduler has no noise schedule of betas"):
+        load_pipeline(str(folder))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_steps_that_a_scheduler_cannot_take_are_told_before_the_first(steps):
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    with pytest.raises(UserError, match=f"PNDMScheduler cannot take {steps} steps .*: take another number"):
+        check_scheduler(PNDMScheduler(), "model", steps)
+    check_scheduler(DDIMScheduler(), "model", steps)
+    check_scheduler(PNDMScheduler(), "model", 4)
+    with pytest.raises(UserError, match="cannot take 2000 steps"):
+        check_scheduler(DDIMScheduler(), "model", 2000)

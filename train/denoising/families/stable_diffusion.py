@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from train.denoising.conditioning import MASK, Conditioning
-from train.denoising.network import FLOAT16_GAIN, frozen, running_device
+from train.denoising.conditioning import GAIN, MASK, Conditioning
+from train.denoising.network import FLOAT16_GAIN, frozen, gained, running_device
 from train.denoising.predictions import Prediction
 from train.denoising.schedules import NoiseSchedule
 
@@ -164,7 +164,8 @@ class StableDiffusionDenoiser(torch.nn.Module):
             options["added_cond_kwargs"] = {IMAGE: images}
         if self._cross_attention_kwargs is not None:
             options["cross_attention_kwargs"] = self._cross_attention_kwargs
-        return self.unet(x_t, t, encoder_hidden_states=parts["embeds"], return_dict=False, **options)[0]
+        with gained(self.unet, parts[GAIN]) if GAIN in parts else contextlib.nullcontext():
+            return self.unet(x_t, t, encoder_hidden_states=parts["embeds"], return_dict=False, **options)[0]
 
     def predict(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Prediction:
         """The output in float32, in every space."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -54,6 +54,29 @@ def check_folder(path: Path, variant: str | None) -> None:
             raise UserError(f"{path}: {part} has weights of variant {there} alone: give --variant")
         if variant is not None and variant not in variants:
             raise UserError(f"{path}: {part} has no weights of variant {variant} (variants there: {there})")
+
+
+def check_scheduler(scheduler: Any, name: str, steps: int | None = None) -> None:
+    """Refuse a scheduler that no Stable Diffusion is drawn with, and one that cannot take so many steps.
+
+    Args:
+        scheduler: of diffusers; its timesteps are set where ``steps`` are given.
+        name: of the model or option that it comes from, for messages.
+        steps: denoising steps.
+
+    Raises:
+        UserError: it is for flow matching, or cannot take the steps.
+    """
+    kind = type(scheduler).__name__
+    if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "init_noise_sigma"):
+        raise UserError(f"{name}: {kind} has no noise schedule of betas (is it for flow matching?); {SUPPORTED}")
+    if steps is None:
+        return
+    try:
+        scheduler.set_timesteps(steps)
+    except Exception as error:  # whatever their arithmetic leads them to
+        other = "take another number, or another scheduler, as DDIMScheduler"
+        raise UserError(f"{name}: {kind} cannot take {steps} steps ({reason(error)}): {other}") from error
 
 
 def check_kind(name: str, index: Mapping[str, Any]) -> None:

@@ -15,7 +15,14 @@ import torch
 
 from afresh.errors import UserError, reason
 from train.denoising.opening.attention import Attention, set_attention
-from train.denoising.opening.checkpoints import SUPPORTED, check_file, check_folder, check_kind, unsupported
+from train.denoising.opening.checkpoints import (
+    SUPPORTED,
+    check_file,
+    check_folder,
+    check_kind,
+    check_scheduler,
+    unsupported,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -50,7 +57,7 @@ def load_pipeline(
 
     Raises:
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
-            kind than Stable Diffusion.
+            kind than Stable Diffusion, or its scheduler for flow matching.
     """
     import diffusers
     import transformers
@@ -91,6 +98,7 @@ def load_pipeline(
         raise UserError(f"{name_or_path}: cannot load the model: {why}") from error
     if (problem := unsupported(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config.hidden_size)) is not None:
         raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
+    check_scheduler(pipe.scheduler, name_or_path)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         from train.denoising.opening.adapters import fuse_lora

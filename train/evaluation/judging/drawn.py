@@ -27,7 +27,17 @@ class Drawn:
     images: Sequence[Image]
     captions: Sequence[str]
     """What each image was drawn for; images of one caption are its seeds."""
-    seconds_per_image: float = float("nan")
+    seconds_per_image: float | NDArray[np.float64] = float("nan")
+    """Of all images, or of each."""
+    fired: int | None = None
+    """How many of the images guidance corrected at some step; None without guidance, or where nobody counted."""
+
+    def same_images(self, other: Drawn) -> bool:
+        """Whether both hold the same pixels for the same captions of the same model, image by image."""
+        if (self.model, self.prompts, list(self.captions)) != (other.model, other.prompts, list(other.captions)):
+            return False
+        pairs = zip(self.images, other.images, strict=True)
+        return all(one.size == two.size and one.tobytes() == two.tobytes() for one, two in pairs)
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,8 @@ class Measured:
     """A table row, and what it rests on, image by image."""
 
     row: dict[str, Any]
-    similarity: NDArray[np.float32]
-    """``[n]`` to the nearest training image by the own embedder, on SSCD's scale."""
-    judged: NDArray[np.float32]
-    """``[n]`` to the nearest training image by the independent judge (cosine)."""
-    copied: NDArray[np.bool_]
-    """``[n]`` whether the independent judge counts the image as a copy."""
-    pixel: NDArray[np.float32]
-    """``[n]`` highest pixel correlation with a training image."""
+    images: dict[str, NDArray[Any]]
+    """``[n]`` by column, for the numbers that are made of single images; shares as booleans."""
 
 
 def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> Drawn:
@@ -64,6 +68,7 @@ def read_drawn(folder: str | Path, model: str, guidance: str, prompts: str) -> D
         images = [decode_image((folder / row["file"]).read_bytes()) for row in rows]
     except OSError as error:
         raise UserError(f"{folder}: an image of samples.parquet is missing ({error})") from None
-    seconds = float(np.mean([row["seconds"] for row in rows])) if rows else float("nan")
-    return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds)
+    seconds = np.array([row["seconds"] for row in rows], np.float64)
+    fired = None if guidance == "none" else sum(row["steps_fired"] > 0 for row in rows)
+    return Drawn(model, guidance, prompts, images, [row["prompt"] for row in rows], seconds, fired)
 

@@ -13,7 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from train.memorization.detection.roc import bootstrap_interval, roc_auc, roc_curve, tpr_at_fpr
 
+PIXEL_COPY = 0.9
+"""Correlation of 16 × 16 pixels above which an image counts as a pixel copy."""
 __all__ = [
+    "PIXEL_COPY",
     "bootstrap_interval",
     "copy_threshold",
     "frechet_distance",

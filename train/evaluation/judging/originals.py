@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
+from afresh.progress import get_logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = get_logger(__name__)
 
 
 def read_images(shards: Sequence[str]) -> tuple[list[Image], list[str]]:
@@ -32,16 +34,45 @@ def read_images(shards: Sequence[str]) -> tuple[list[Image], list[str]]:
     return list(images.values()), list(captions)
 
 
+def never_trained_on(held_out: Sequence[Image], training: Sequence[Image]) -> list[Image]:
+    """The held-out images without those that are training images, to the pixel: with them no image would be a copy, as
+    the judges' thresholds rest on images that are none.
+
+    Raises:
+        UserError: none, or one alone, is left.
+    """
+    from curate.reading.images import pixel_hash
+
+    known = {pixel_hash(image) for image in training}
+    left = [image for image in held_out if pixel_hash(image) not in known]
+    found = len(held_out) - len(left)
+    if found and len(left) < 2:
+        raise UserError(
+            f"held_out: {found} of {len(held_out)} images are training images: name shards that no model was trained on"
+        )
+    if found:
+        log.warning(f"held_out: {found} of {len(held_out)} images are training images, and are left out")
+    return left
+
+
 def read_originals(prompts: Sequence[Any]) -> dict[str, Image]:
     """The original image of every caption whose prompt names one."""
-    from curate.reading.images import ImageError, decode_image
-
     originals: dict[str, Image] = {}
     for prompt in prompts:
         if prompt.image is not None and prompt.caption not in originals:
-            try:
-                originals[prompt.caption] = decode_image(Path(prompt.image).read_bytes())
-            except (OSError, ImageError) as error:
-                raise UserError(f"{prompt.image}: the original of {prompt.caption!r}: {error}") from None
+            originals[prompt.caption] = read_image(prompt.image, prompt.caption)
     return originals
 
+
+def read_image(path: str | Path, caption: str) -> Image:
+    """One original.
+
+    Raises:
+        UserError: it is missing or no image; names the file and the caption.
+    """
+    from curate.reading.images import ImageError, decode_image
+
+    try:
+        return decode_image(Path(path).read_bytes())
+    except (OSError, ImageError) as error:
+        raise UserError(f"{path}: the original of {caption!r}: {reason(error)}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from afresh.files import write_atomic
 from train.evaluation.reporting.figure import STYLE, Cell, Figure, data_url, escaped, figure_html, percent
@@ -76,15 +77,22 @@ def draw_curves(path: Path, found: Mapping[str, Audit]) -> None:
             axis.plot(one.points, values.mean(axis=1), color=colour, linewidth=2.2, label=KINDS[kind])
             axis.set(xlabel="steps of the search", ylabel=name.replace("_", " "))
         loss = one.loss.reshape(-1, one.loss.shape[-1]).mean(axis=0)
-        width = min(LOSS_MEAN, len(loss))  # each step has noises and timesteps of its own
-        smooth = np.convolve(loss, np.full(width, 1 / width), mode="valid")
-        axes[2].plot(np.arange(len(smooth)) + width, smooth, color=colour, linewidth=2.2)
+        width, smooth = running_mean(loss)  # each step has noises and timesteps of its own
+        mark = "o" if len(smooth) == 1 else None  # of one point there is no line
+        axes[2].plot(np.arange(len(smooth)) + width, smooth, color=colour, linewidth=2.2, marker=mark)
     axes[0].axhline(MEMORIZED, color="#999", linewidth=0.8, linestyle=":")
     axes[0].legend(frameon=False, fontsize=8)
-    axes[2].set(xlabel="steps of the search", ylabel=f"diffusion loss, mean of {LOSS_MEAN} steps")
+    of_steps = f", mean of {width} steps" if width > 1 else ""
+    axes[2].set(xlabel="steps of the search", ylabel=f"diffusion loss{of_steps}")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     chart.savefig(path, format="png", metadata={"Software": None})
+
+
+def running_mean(loss: NDArray[np.floating]) -> tuple[int, NDArray[np.floating]]:
+    """Of how many steps at a time, and the means: :data:`LOSS_MEAN`, but no more than a quarter of a short search."""
+    width = max(1, min(LOSS_MEAN, len(loss) // 4))
+    return width, np.convolve(loss, np.full(width, 1 / width), mode="valid")
 
 
 def conclude(summary: Mapping[str, Any]) -> str:

@@ -8,6 +8,25 @@ from typing import Any
 
 from train.evaluation.reporting.figure import percent
 
+Row = Mapping[str, Any]
+JUDGES = {
+    "copied_share": "the judge",
+    "sscd_share": "SSCD",
+    "imagenet_copied_share": "the ImageNet judge",
+    "memorized_share": "the copy detector",
+    "pixel_copied_share": "pixels",
+}
+"""Columns of copies, and who speaks in them; the first that is at hand leads."""
+ALIGNMENT = {"alignment": ("alignment", 1), "clip_score": ("CLIP score", 1)}
+QUALITY = {"quality": ("Fréchet distance", -1), "fid": ("FID", -1), "imagenet_distance": ("Fréchet distance", -1)}
+
+
+def judges_of(rows: Sequence[Row]) -> dict[str, str]:
+    """:data:`JUDGES`, where the index is not the carried copy detector's with its embedder's name."""
+    embedder = rows[0].get("embedder", "copy-detector")
+    own = {} if embedder == "copy-detector" else {"memorized_share": f"{embedder}, the index’s embedder"}
+    return JUDGES | own
+
 
 def name_of(model: str, guidance: str) -> str:
     """How a setting is called in the report: ``raw model with AMG``."""
@@ -16,58 +35,72 @@ def name_of(model: str, guidance: str) -> str:
     return f"{model} with {guidance}" if guidance else model
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The shares of copies of the first kind of prompts, in one sentence."""
-    kind = rows[0]["prompts"]
-    shares = [
-        f"{name_of(row['model'], row['guidance'])} {percent(row['copied_share'])}"
-        for row in rows
-        if row["prompts"] == kind
-    ]
-    return (
-        f"Copies of training images among what is drawn for {PROMPTS.get(kind, kind)}, "
-        f"by a judge that nothing optimises: {', '.join(shares)}."
-    )
+def headline(rows: Sequence[Row]) -> str:
+    """The shares of copies of the first kind of prompts, in one sentence; empty where no judge looked for any."""
+    group = [row for row in rows if row["prompts"] == rows[0]["prompts"]]
+    judges = [(key, words) for key, words in judges_of(rows).items() if key in rows[0]]
+    if not judges:
+        return ""
+    (key, words), *_ = judges
+    shares = [f"{name_of(row['model'], row['guidance'])} {percent(row[key])}" for row in group]
+    kind = PROMPTS.get(rows[0]["prompts"], rows[0]["prompts"])
+    return f"Copies of training images among what is drawn for {kind}, by {words}: {', '.join(shares)}."
 
 
-def conclude(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def conclude(rows: Sequence[Row]) -> list[str]:
     """What the numbers say, in sentences; the first setting is what the others are compared with."""
-    sentences = []
-    kinds = list(dict.fromkeys(row["prompts"] for row in rows))
-    for kind in kinds:
+    sentences, judges = [], judges_of(rows) if rows else {}
+    for kind in dict.fromkeys(row["prompts"] for row in rows):
         first, *others = [row for row in rows if row["prompts"] == kind]
         words, base = PROMPTS.get(kind, kind), name_of(first["model"], first["guidance"])
+        for row in others:
+            if (twin := row.get("same_as")) is not None:
+                sentences.append(
+                    f"For {words}, the {name_of(row['model'], row['guidance'])} draws the very images of the "
+                    f"{name_of(row['model'], twin)}: guidance changed none of {row['images']}."
+                )
+        others = [row for row in others if row.get("same_as") is None]
         if kind == "held_out":
             for row in others:
-                alignment = _compared("alignment", first["alignment"], row["alignment"], 1)
-                quality = _compared("Fréchet distance", first["quality"], row["quality"], -1)
-                sentences.append(
-                    f"On {words}, never trained on, the {name_of(row['model'], row['guidance'])} has "
-                    f"{alignment} and {quality}, compared with the {base}."
-                )
+                if compared := _compared(first, row, ALIGNMENT) + _compared(first, row, QUALITY):
+                    sentences.append(
+                        f"On {words}, never trained on, the {name_of(row['model'], row['guidance'])} has "
+                        f"{' and '.join(compared)}, compared with the {base}."
+                    )
             continue
+        shares = [f"{percent(first[key])}|{judge}" for key, judge in judges.items() if key in first]
+        if not shares:
+            continue
+        (share, judge), *more = [one.split("|") for one in shares]
         sentences.append(
-            f"For {words}, {percent(first['copied_share'])} of what the {base} draws are copies of training "
-            f"images by the independent judge, and {percent(first['memorized_share'])} by the copy detector."
+            f"For {words}, {share} of what the {base} draws are copies of training images by {judge}"
+            + "".join(f", and {share} by {judge}" for share, judge in more)
+            + "."
         )
         for row in others:
-            name, alignment = name_of(row["model"], row["guidance"]), row["alignment"]
-            sentences.append(
-                f"The {name} copies {percent(row['copied_share'])} by the judge and "
-                f"{percent(row['memorized_share'])} by the copy detector; "
-                f"{_compared('alignment', first['alignment'], alignment, 1)}."
-            )
+            copies = [f"{percent(row[key])} by {judge}" for key, judge in judges.items() if key in row]
+            said = f"The {name_of(row['model'], row['guidance'])} copies {' and '.join(copies)}"
+            sentences.append("; ".join([said, *_compared(first, row, ALIGNMENT)]) + ".")
     return sentences
 
 
-def _compared(name: str, before: float, after: float, better: int) -> str:
+def _compared(first: Row, row: Row, columns: Mapping[str, tuple[str, int]]) -> list[str]:
+    """How the first of the columns that both rows have changes, in words; none where they have none."""
+    key = next((key for key in columns if first.get(key) is not None and row.get(key) is not None), None)
+    if key is None:
+        return []
+    (name, better), before, after = columns[key], first[key], row[key]
     if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
-        return f"{name} {number(after)}"
+        return [f"{name} {number(after)}"]
     change = (after - before) / abs(before)
     if abs(change) < 0.005:
-        return f"the same {name} ({number(after)})"
+        return [f"the same {name} ({number(after)})"]
     verdict = "better" if change * better > 0 else "worse"
-    return f"{100 * abs(change):.0f} % {verdict} {name} ({number(after)} against {number(before)})"
+    said = f"{100 * abs(change):.0f} % {verdict} {name} ({number(after)} against {number(before)})"
+    ends: list[Any] = [row.get(f"{key}{end}") for row in (first, row) for end in ("_low", "_high")]
+    if all(end is not None and math.isfinite(end) for end in ends) and ends[0] <= ends[3] and ends[2] <= ends[1]:
+        said += ", within the intervals"
+    return [said]
 
 
 def number(value: float) -> str:
@@ -80,7 +113,7 @@ def number(value: float) -> str:
 MODELS = {"raw": "raw model", "curated": "curated and filtered model"}
 
 
-GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG"}
+GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG", "amg-early": "early AMG"}
 
 
 PROMPTS = {"repeated": "repeated captions", "held_out": "held-out captions"}

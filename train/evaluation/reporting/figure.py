@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from afresh.errors import printable
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -45,7 +47,7 @@ def percent(share: float) -> str:
 
 def escaped(value: str) -> str:
     """Text for a page."""
-    return html.escape(str(value), quote=True)
+    return html.escape(printable(str(value)), quote=True)
 
 
 def figure_html(figure: Figure) -> str:
@@ -169,6 +171,7 @@ th { font-weight: 600; text-align: right; vertical-align: bottom; padding: 6px 1
   var(--line); line-height: 1.25; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 tr.kind td { font-weight: 600; padding-top: 18px; }
+tr.real td { color: var(--soft); } td span { display: block; font-size: 11px; font-weight: 400; color: var(--soft); }
 td.share { background: linear-gradient(to right, var(--bar) var(--share), transparent var(--share)); }
 td.best { color: var(--good); font-weight: 600; }
 dt { font-weight: 600; margin-top: 8px; } dd { margin: 0; max-width: 78ch; color: var(--soft); }

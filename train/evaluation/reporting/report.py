@@ -7,93 +7,24 @@ from the numbers, and the table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from afresh.files import write_atomic
-from train.evaluation.reporting.conclusions import PROMPTS, conclude, headline, name_of, number
+from train.evaluation.metrics.protocol import Column
+from train.evaluation.reporting.conclusions import JUDGES, PROMPTS, conclude, headline, name_of
 from train.evaluation.reporting.figure import STYLE, Cell, Figure, draw_figure, escaped, figure_html, percent
+from train.evaluation.reporting.tables import NOTE, cell, clear_best, parts, shown
 
 if TYPE_CHECKING:
     from train.evaluation.judging.drawn import Drawn, Measured
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the table."""
-
-    key: str
-    title: str
-    explanation: str
-    form: str = "number"
-    """``share`` (with a bar), ``number``, ``rank`` or ``seconds``."""
-    better: int = 0
-    """-1 where lower is better, 1 where higher is, 0 where neither."""
-
-
-COLUMNS = (
-    Column(
-        "memorized_share",
-        "memorized",
-        "Share of images whose nearest training image is above 0.5 by the copy detector, on SSCD’s scale. "
-        "Guidance steers by this detector, so under guidance it is no independent evidence.",
-        "share",
-        -1,
-    ),
-    Column(
-        "copied_share",
-        "copied (independent judge)",
-        "Share of images that a dual encoder which nothing optimises holds for copies: nearer to a training "
-        "image than 99 % of the held-out images are.",
-        "share",
-        -1,
-    ),
-    Column(
-        "pixel_copied_share",
-        "copied (pixels)",
-        "Share of images whose 16 × 16 pixels correlate above 0.9 with a training image.",
-        "share",
-        -1,
-    ),
-    Column(
-        "similarity",
-        "similarity",
-        "Mean similarity to the nearest training image, on SSCD’s scale.",
-        better=-1,
-    ),
-    Column(
-        "similarity_among_seeds",
-        "among seeds",
-        "Mean similarity of images drawn for one caption from different noises: a memorized caption draws one image.",
-        better=-1,
-    ),
-    Column(
-        "alignment",
-        "alignment",
-        "Mean cosine of image and caption in the dual encoder’s joint space.",
-        better=1,
-    ),
-    Column(
-        "retrieval_rank",
-        "caption rank",
-        "Median rank of the image’s own caption among all captions at hand, under the dual encoder.",
-        "rank",
-        -1,
-    ),
-    Column(
-        "quality",
-        "Fréchet distance",
-        "Fréchet distance to the held-out images on the dual encoder’s image features (not Inception’s; "
-        "comparable only between rows with equally many images of the same captions).",
-        better=-1,
-    ),
-    Column("seconds_per_image", "s / image", "Seconds per image on the machine that drew them.", "seconds", -1),
-)
+SAID = {"similarity": "similarity", "judged": "judge", "sscd": "SSCD", "imagenet": "ImageNet", "pixel": "pixels"}
+"""Numbers of an image that its cell in the figure tells, and what they are called there."""
 
 
 def story(
@@ -122,15 +53,20 @@ def story(
         rows.append(("originals", "", [Cell(originals.get(caption)) for caption in captions]))
     for one, result in chosen:
         first = {caption: i for i, caption in reversed(list(enumerate(one.captions)))}
+        judge = next((key for key in JUDGES if key in result.row), None)
         cells = []
         for caption in captions:
             i = first.get(caption)
             if i is None:
                 cells.append(Cell(None))
             else:
-                note = f"similarity {result.similarity[i]:.2f}, judge {result.judged[i]:.2f}"
-                cells.append(Cell(one.images[i], bool(result.copied[i]), note))
-        rows.append((name_of(one.model, one.guidance), f"{percent(result.row['copied_share'])} copied", cells))
+                said = [f"{words} {result.images[key][i]:.2f}" for key, words in SAID.items() if key in result.images]
+                copied = judge is not None and bool(result.images[judge][i])
+                cells.append(Cell(one.images[i], copied, ", ".join(said)))
+        remark = f"{percent(result.row[judge])} copied" if judge else ""
+        if (twin := result.row.get("same_as")) is not None:
+            remark += f"{', ' * bool(remark)}the images of {name_of(one.model, twin)}"
+        rows.append((name_of(one.model, one.guidance), remark, cells))
     return Figure(PROMPTS.get(prompts, prompts), captions, rows)
 
 
@@ -140,6 +76,8 @@ def write_report(
     figures: Sequence[Figure],
     *,
     title: str,
+    columns: Sequence[Column],
+    real: Sequence[Mapping[str, Any]] = (),
     settings: Mapping[str, Any] | None = None,
     links: Mapping[str, str] | None = None,
 ) -> Path:
@@ -149,9 +87,11 @@ def write_report(
 
     Args:
         out: folder.
-        rows: of the table (see :func:`~train.evaluation.judging.measuring.evaluate_images`).
+        rows: of the table (see :func:`~train.evaluation.metrics.measuring.evaluate_images`).
         figures: the first one leads the page.
         title: of the page.
+        columns: of the table; those that no row has are left out.
+        real: rows of the prompts' originals.
         settings: listed at the end.
         links: further files to point to, as ``{"what curation dropped": "curated/report.html"}``.
 
@@ -159,7 +99,8 @@ def write_report(
         Path of the page.
     """
     out = Path(out)
-    page = render(rows, figures, title=title, settings=settings or {}, links=links or {})
+    columns = shown(columns, rows)
+    page = render(rows, figures, title=title, columns=columns, real=real, settings=settings or {}, links=links or {})
     with write_atomic(out / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     if figures:
@@ -174,6 +115,8 @@ def render(
     figures: Sequence[Figure],
     *,
     title: str,
+    columns: Sequence[Column],
+    real: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
     links: Mapping[str, str],
 ) -> str:
@@ -202,15 +145,15 @@ def render(
                 parts.append("<h2>What the numbers say</h2><ul>")
                 parts += [f"<li>{escaped(sentence)}</li>" for sentence in sentences]
                 parts.append("</ul>")
-            parts += ["<h2>The table</h2>", _table(rows)]
+            parts += ["<h2>The table</h2>", _table(rows, real, columns)]
     if not figures:
-        parts += ["<h2>The table</h2>", _table(rows)]
+        parts += ["<h2>The table</h2>", _table(rows, real, columns)]
     if links:
         parts.append("<h2>More</h2><ul>")
         parts += [f'<li><a href="{escaped(href)}">{escaped(words)}</a></li>' for words, href in links.items()]
         parts.append("</ul>")
     parts.append("<details open><summary>How to read the columns</summary><dl>")
-    parts += [f"<dt>{escaped(c.title)}</dt><dd>{escaped(c.explanation)}</dd>" for c in COLUMNS]
+    parts += [f"<dt>{escaped(c.title)}</dt><dd>{escaped(c.explanation)}</dd>" for c in columns]
     parts.append("</dl></details>")
     if settings:
         parts.append("<details><summary>Settings</summary><dl>")
@@ -220,40 +163,30 @@ def render(
     return "\n".join(parts)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    parts = ['<div class="scroll"><table><thead><tr><th>setting</th>']
-    parts += [f'<th title="{escaped(column.explanation)}">{escaped(column.title)}</th>' for column in COLUMNS]
-    parts.append("</tr></thead><tbody>")
-    for kind in dict.fromkeys(row["prompts"] for row in rows):
-        group = [row for row in rows if row["prompts"] == kind]
+def _table(rows: Sequence[Mapping[str, Any]], real: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    lines = ['<div class="scroll"><table><thead><tr><th>setting</th>']
+    lines += [f'<th title="{escaped(column.explanation)}">{escaped(column.title)}</th>' for column in columns]
+    lines.append("</tr></thead><tbody>")
+    for kind, group, originals in parts(rows, real):
         counts = sorted({row["images"] for row in group if "images" in row})
         images = f", {'/'.join(map(str, counts))} images a row" if counts else ""
         words = PROMPTS.get(kind, kind)
-        parts.append(f'<tr class="kind"><td colspan="{len(COLUMNS) + 1}">{escaped(words + images)}</td></tr>')
-        best = {column.key: _best(group, column) for column in COLUMNS}
-        for row in group:
-            parts.append(f"<tr><td>{escaped(name_of(row['model'], row['guidance']))}</td>")
-            parts += [_td(row.get(column.key), column, best[column.key]) for column in COLUMNS]
-            parts.append("</tr>")
-    parts.append("</tbody></table></div>")
-    return "\n".join(parts)
+        lines.append(f'<tr class="kind"><td colspan="{len(columns) + 1}">{escaped(words + images)}</td></tr>')
+        best = {column.key: clear_best(group, column) for column in columns}
+        for i, row in enumerate([*group, *originals]):
+            of_real = "" if i < len(group) else ' class="real"'
+            lines.append(f"<tr{of_real}><td>{escaped(name_of(row['model'], row['guidance']))}</td>")
+            lines += [_td(row, column, i < len(group) and best[column.key][i]) for column in columns]
+            lines.append("</tr>")
+    lines.append(f'</tbody></table></div><p class="soft">{escaped(NOTE)}</p>')
+    return "\n".join(lines)
 
 
-def _best(group: Sequence[Mapping[str, Any]], column: Column) -> float | None:
-    """The best value of a column, where there is something to compare."""
-    values = [row[column.key] for row in group if row.get(column.key) is not None]
-    values = [value for value in values if math.isfinite(value)]
-    if len(set(values)) < 2 or not column.better:
-        return None
-    return max(values) if column.better > 0 else min(values)
-
-
-def _td(value: float | None, column: Column, best: float | None) -> str:
-    if value is None or not math.isfinite(value):
+def _td(row: Mapping[str, Any], column: Column, best: bool) -> str:
+    words, span = cell(row, column)
+    if words == "–":
         return "<td>–</td>"
-    kinds = ["share"] * (column.form == "share") + ["best"] * (best is not None and value == best)
+    kinds = ["share"] * (column.form == "share") + ["best"] * best
     kind = f' class="{" ".join(kinds)}"' if kinds else ""
-    if column.form == "share":
-        return f'<td{kind} style="--share: {100 * min(max(value, 0), 1):.1f}%">{percent(value)}</td>'
-    return f"<td{kind}>{f'{value:.0f}' if column.form == 'rank' else number(value)}</td>"
-
+    bar = f' style="--share: {100 * min(max(row[column.key], 0), 1):.1f}%"' if column.form == "share" else ""
+    return f"<td{kind}{bar}>{words}{f'<span>{span}</span>' if span else ''}</td>"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afresh.errors import UserError, reason
+from afresh.errors import NOTHING_LEFT, UserError, reason
 from curate.reading.images import ImageError, decode_scaled
 from curate.reading.samples import Sample, read_samples
 from train.finetune.config import Augmentation
@@ -77,7 +77,7 @@ class ImageReader:
 
         Raises:
             SampleError: it is not there any more, or is another one.
-            UserError: a remote store cannot be reached.
+            UserError: a remote store cannot be reached, or the machine has no files or memory left.
         """
         shard, place = self.shard_set.locate(row)
         url, batch = self.shard_set.urls[shard], self.shard_set.shard(shard)
@@ -92,6 +92,8 @@ class ImageReader:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
+            if error.errno in NOTHING_LEFT:
+                raise UserError(f"{url}: {reason(error)}; the same command goes on from here") from error
             raise SampleError(f"{url}: {reason(error)}") from error
         if len(data) < size:
             raise SampleError(f"{url}: the shard was cut after it was scanned")
@@ -189,7 +191,7 @@ class ImageLoader:
         if self.how.variants:
             visit %= self.how.variants
         try:
-            image = decode_scaled(data, DETAIL_TO_SPARE * max(size)).image
+            image = decode_scaled(data, DETAIL_TO_SPARE * max(size), max_pixels=self.shard_set.max_pixels).image
         except ImageError as error:
             raise SampleError(str(error)) from error
         if not self.varies:

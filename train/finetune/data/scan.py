@@ -14,13 +14,14 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from afresh.errors import UsageError, UserError
@@ -28,8 +29,8 @@ from afresh.files import digest, write_atomic
 from afresh.progress import get_logger
 from curate.decisions.sample_lists import listed_keys, refuse_missing
 from curate.engines.local import LocalEngine
-from curate.reading.images import ImageError, image_size
-from curate.reading.samples import BadSample, Sample, read_samples
+from curate.reading.images import MAX_PIXELS, ImageError, image_size
+from curate.reading.samples import BadSample, Sample, Shard
 from curate.reading.urls import expand_shards, fingerprint, shard_bytes, shard_names
 from train.finetune.config import FinetuneConfig, ShardGroup
 from train.finetune.data.together import together
@@ -39,12 +40,12 @@ if TYPE_CHECKING:
 
 
 log = get_logger(__name__)
-FORMAT = 1
+FORMAT = 3
 ALONE_BYTES = 1 << 28  # shards of less than this together are read faster than processes start
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),
-        pa.field("captions", pa.list_(pa.string())),
+        pa.field("captions", pa.list_(pa.string())),  # none: a scan's parts alone, of a sample that lacks one
         pa.field("weight", pa.float32()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
@@ -56,15 +57,8 @@ SCHEMA = pa.schema(
 
 
 def sample_captions(sample: Sample) -> tuple[str, ...]:
-    """The sample's caption and those that curation pooled from its dropped copies; ``("",)`` if it has none."""
-    captions = [sample.caption] if sample.caption else []
-    if "json" in sample.members:
-        try:
-            pooled = json.loads(sample.members["json"]).get("afresh", {}).get("captions", [])
-        except (ValueError, AttributeError):
-            pooled = []
-        captions += [text for text in pooled if isinstance(text, str) and text not in captions]
-    return tuple(captions) or ("",)
+    """What a sample may be trained on: its captions, or the empty one where it has that; none of none."""
+    return sample.captions or (() if sample.caption is None else ("",))
 
 
 class ShardSet:
@@ -81,6 +75,7 @@ class ShardSet:
         repeats: how often the samples of each shard stand in an epoch.
         counts: usable samples of each shard, ``[shards]`` int64.
         left_out: what stood in the shards and is no usable sample.
+        max_pixels: above which images are refused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,6 +87,7 @@ class ShardSet:
         self.fingerprints: list[list[str | int]] = about["fingerprints"]
         self.repeats: list[int] = about["repeats"]
         self.left_out: int = about["left_out"]
+        self.max_pixels: int = about["max_pixels"]
         self.counts = np.array(about["counts"], dtype=np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self.counts)])
         self.shard = lru_cache(maxsize=256)(self._reader.get_batch)  # a view of the mapped file
@@ -149,7 +145,9 @@ class _ScanTask:
     url: str
     name: str
     part: Path
+    caption_field: str
     weight_field: str | None
+    max_pixels: int
     excluded: frozenset[str]
 
 
@@ -158,8 +156,11 @@ def scan(
     path: Path,
     *,
     workers: int = 1,
+    caption_field: str = "",
     weight_field: str | None = None,
     exclude: str = "",
+    missing_caption: Literal["auto", "unreadable", "empty"] = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> ShardSet:
     """What the shards hold; read from ``path`` if a scan was written there before.
 
@@ -170,8 +171,11 @@ def scan(
         shards: paths, globs, brace ranges, folders or URLs, some perhaps with their repeats.
         path: of ``samples.arrow``, in the folder of the run.
         workers: processes that read the shards.
+        caption_field: field of a sample's json that holds its caption; empty for the usual places.
         weight_field: field of a sample's json with its weight in the loss; 1 where there is none.
         exclude: a list of samples to leave out (:mod:`curate.decisions.sample_lists`); empty for none.
+        missing_caption: what becomes of samples without a caption that can be read, as in ``curate dedup``.
+        max_pixels: images with more pixels are refused.
 
     Raises:
         UsageError: a pattern names nothing, a shard is given twice with different repeats, or the list of samples to
@@ -189,46 +193,99 @@ def scan(
     work = path.with_name(path.name + ".parts")
     work.mkdir(parents=True, exist_ok=True)
     parts = [
-        work / f"{digest([FORMAT, url, name, mark, weight_field, sorted(keys)])}.arrow"
+        work / f"{digest([FORMAT, url, name, mark, caption_field, weight_field, max_pixels, sorted(keys)])}.arrow"
         for url, name, mark, keys in zip(urls, names, fingerprints, excluded, strict=True)
     ]
     tasks = [
-        _ScanTask(url, name, part, weight_field, keys)
+        _ScanTask(url, name, part, caption_field, weight_field, max_pixels, keys)
         for url, name, part, keys in zip(urls, names, parts, excluded, strict=True)
         if not part.is_file()
     ]
     sizes = [shard_bytes(url) for url in urls]
     alone = None not in sizes and sum(size or 0 for size in sizes) < ALONE_BYTES
     LocalEngine(1 if alone else max(workers, 1)).map(_scan_shard, tasks, desc="scan")
-    counts, left_out, there = [], 0, []
-    for part in parts:
-        with pa.memory_map(str(part)) as source, pa.ipc.open_file(source) as reader:
-            counts.append(reader.get_batch(0).num_rows)
-            about_part = json.loads(reader.schema.metadata[b"afresh"])
-            left_out += about_part["left_out"]
-            there.append(set(about_part["excluded"]))
+    whole = [_Part.read(part) for part in parts]
     if exclude:
-        refuse_missing(exclude, names, excluded, there)
-    if not sum(counts):
+        refuse_missing(exclude, names, excluded, [part.excluded for part in whole])
+    if missing_caption == "unreadable" or (missing_caption == "auto" and any(part.captioned for part in whole)):
+        whole = [part.with_captions() for part in whole]
+    if not any(part.rows.num_rows for part in whole):
         shutil.rmtree(work)
         but = " and is not excluded" if exclude else ""
-        raise UserError(
-            f"{', '.join(map(str, shards))}: the shards hold no sample with an image that can be read{but}"
-        )
+        lost = sum(part.captionless for part in whole)
+        lost_captions = f"; {lost} lack nothing but a caption: --missing_caption empty takes them" if lost else ""
+        shown = ", ".join(map(str, shards))
+        raise UserError(f"{shown}: the shards hold no sample with an image that can be read{but}{lost_captions}")
     about = {
         "urls": urls,
         "names": names,
         "fingerprints": fingerprints,
         "repeats": list(repeats.values()),
-        "counts": counts,
-        "left_out": left_out,
+        "counts": [part.rows.num_rows for part in whole],
+        "left_out": sum(part.left_out for part in whole),
+        "max_pixels": max_pixels,
     }
-    with _writer(path, about) as writer:
-        for part in parts:
-            with pa.memory_map(str(part)) as source, pa.ipc.open_file(source) as reader:
-                writer.write_batch(reader.get_batch(0))
+    _join(whole, path, about)
     shutil.rmtree(work)
     return ShardSet(path)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The scan of a shard.
+
+    Attributes:
+        rows: a record batch of SCHEMA.
+        left_out: what is no usable sample.
+        excluded: keys of the list that stand there.
+        captioned: whether some sample has a caption, be it one that cannot be read.
+        captionless: samples that were left out for their caption alone.
+    """
+
+    rows: pa.RecordBatch
+    left_out: int
+    excluded: frozenset[str]
+    captioned: bool
+    captionless: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> _Part:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+            about = json.loads(reader.schema.metadata[b"afresh"])
+            rows = reader.get_batch(0).replace_schema_metadata(None)
+        return cls(rows, about["left_out"], frozenset(about["excluded"]), about["captioned"])
+
+    def with_captions(self) -> _Part:
+        """Only what has captions."""
+        has = pc.greater(pc.list_value_length(self.rows.column("captions")), 0)
+        lost = self.rows.num_rows - (pc.sum(has).as_py() or 0)
+        return replace(self, rows=self.rows.filter(has), left_out=self.left_out + lost, captionless=lost)
+
+    def trained_on(self) -> pa.RecordBatch:
+        """The rows, with the empty caption where there is none."""
+        captions = [texts or [""] for texts in self.rows.column("captions").to_pylist()]
+        place = self.rows.schema.get_field_index("captions")
+        return self.rows.set_column(place, SCHEMA.field("captions"), pa.array(captions, pa.list_(pa.string())))
+
+
+def _join(parts: Sequence[_Part], path: Path, about: dict[str, Any]) -> None:
+    """Write the scans of all shards as one; say how many samples have no caption."""
+    empty = 0
+    with _writer(path, about) as writer:
+        for part in parts:
+            rows = part.trained_on()
+            empty += pc.sum(pc.equal(rows.column("captions").flatten(), "")).as_py() or 0
+            writer.write_batch(rows)
+    if lost := sum(part.captionless for part in parts):
+        log.warning(
+            "%d samples have no caption that can be read, and are left out: missing_caption empty trains on them with "
+            "the empty one", lost,
+        )  # fmt: skip
+    if empty:
+        log.warning(
+            "%d of %d samples have no caption, and are trained on with the empty one (caption_field names the field of "
+            "the json that holds it)", empty, sum(about["counts"]),
+        )  # fmt: skip
 
 
 def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
@@ -241,8 +298,11 @@ def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
                 config.shards,
                 path,
                 workers=config.workers,
+                caption_field=config.caption_field,
                 weight_field=config.weight_field,
                 exclude=config.exclude,
+                missing_caption=config.missing_caption,
+                max_pixels=config.max_pixels,
             )
 
     together(accelerator, work)
@@ -295,12 +355,13 @@ def _warn_of_changes(shard_set: ShardSet, shards: Sequence[str | ShardGroup]) ->
 def _scan_shard(task: _ScanTask) -> None:
     """Write the record batch of one shard."""
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
-    left_out, excluded = 0, []
-    for item in read_samples(task.url, name=task.name):
+    left_out, excluded, captioned = 0, [], False
+    for item in Shard(task.url, task.name, task.caption_field).accounted():
         if item.key in task.excluded:
             excluded.append(item.key)
             continue
         if isinstance(item, Sample):
+            captioned = captioned or not item.captionless
             try:
                 row = _describe(item, task)
             except ImageError as error:
@@ -311,13 +372,13 @@ def _scan_shard(task: _ScanTask) -> None:
                 continue
         log.warning("%s: %s: %s (left out)", item.shard, item.key, item.reason)
         left_out += 1
-    with _writer(task.part, {"left_out": left_out, "excluded": excluded}) as writer:
+    with _writer(task.part, {"left_out": left_out, "excluded": excluded, "captioned": captioned}) as writer:
         writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
 
 
 def _describe(sample: Sample, task: _ScanTask) -> dict[str, Any]:
     data = sample.image
-    width, height = image_size(data)
+    width, height = image_size(data, max_pixels=task.max_pixels)
     weight = sample.number(task.weight_field) if task.weight_field else None
     if weight is not None and weight < 0:
         where = f"{sample.shard}: {sample.key}: {task.weight_field}"

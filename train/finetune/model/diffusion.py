@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afresh.errors import UsageError
+from train.denoising.opening.checkpoints import check_scheduler
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import generator
 
@@ -89,6 +90,7 @@ def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
     Raises:
         UsageError: a zero terminal SNR for a model that predicts ε: at ``ᾱ_T = 0`` its input is its target, and the
             image cannot be recovered from what it predicts (§3.2).
+        UserError: validation images cannot be drawn with it in so many steps.
     """
     from diffusers import DDIMScheduler
 
@@ -107,4 +109,7 @@ def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
         if "rescale_betas_zero_snr" not in scheduler.config:
             kind = DDIMScheduler
             changes["clip_sample"] = False  # DDIM's default, for pixels
-    return kind.from_config(scheduler.config, **changes) if changes else scheduler
+    chosen = kind.from_config(scheduler.config, **changes) if changes else scheduler
+    if config.validation.every:  # hours before the first image; on one of its own, since it sets the timesteps
+        check_scheduler(type(chosen).from_config(chosen.config), "validation.steps", config.validation.steps)
+    return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from afresh.errors import UsageError, UserError
-from afresh.files import digest, write_json
+from afresh.files import digest, read_json, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.config import DetectConfig
@@ -25,7 +26,7 @@ from train.prompts import Prompt, read_prompts
 
 SCORING = (
     "model", "revision", "variant", "model_config", "lora", "steps", "num_inference_steps", "seeds", "first_seed",
-    "scale", "signals", "form", "batch_size", "dtype",
+    "scale", "negative_prompt", "signals", "form", "batch_size", "dtype",
 )  # fmt: skip
 """The settings that scores depend on."""
 
@@ -65,6 +66,7 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
             num_inference_steps=config.num_inference_steps,
             seeds=np.array(first)[:, None] + np.arange(config.seeds),
             guidance_scale=config.scale,
+            negative_prompt=config.negative_prompt,
             signals=config.signals,
             form=config.form,
             batch_size=config.batch_size,
@@ -82,7 +84,12 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         scores = Scores.of(journal.done, scoring.timesteps, scoring.shared_evaluations)
         write_table(out, prompts, scores, outcomes)
 
-    summary = summarise(prompts, scores, outcomes, bootstrap=config.bootstrap)
+    calibrated: dict[str, Any] = {}
+    if config.calibrate:
+        timesteps, elements = pipe.scheduler.config.num_train_timesteps, math.prod(scoring.denoiser.shape)
+        calibrated = write_thresholds(config, prompts, scores, timesteps, elements)
+    known = {"magnitude": calibrated["threshold"]} if calibrated else score_threshold(config)
+    summary = summarise(prompts, scores, outcomes, bootstrap=config.bootstrap, known=known)
     summary |= {
         "out": config.out,
         "form": config.form,
@@ -90,8 +97,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         "num_inference_steps": config.num_inference_steps,
         "seconds_per_prompt": seconds / max(1, len(prompts) - before),
     }
-    if config.calibrate:
-        summary["calibrated"] = write_thresholds(config, prompts, scores, pipe.scheduler.config.num_train_timesteps)
+    if calibrated:
+        summary["calibrated"] = calibrated
     summary |= draw_charts(out, prompts, scores, config.seeds, judged="auc" in summary)
     write_json(out.with_suffix(".json"), summary)
     get_logger(__name__).info(f"wrote {out}")
@@ -185,17 +192,28 @@ def clean_prompts(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def write_thresholds(
-    config: DetectConfig, prompts: Sequence[Prompt], scores: Scores, train_timesteps: int
+    config: DetectConfig, prompts: Sequence[Prompt], scores: Scores, train_timesteps: int, elements: int
 ) -> dict[str, Any]:
     """Find the thresholds of ``config.calibrate``, write them with the model, and return them and their file."""
     clean = clean_prompts(prompts)
-    found = {"form": config.form, "false_positive_rate": config.calibrate, "prompts": len(clean)}
+    found: dict[str, Any] = {"form": config.form, "false_positive_rate": config.calibrate, "prompts": len(clean)}
     found |= calibrate(scores.magnitudes[clean], scores.timesteps, config.calibrate, train_timesteps)
     found |= {name: getattr(config, name) for name in ("steps", "num_inference_steps", "seeds", "scale")}
+    found |= {"against": config.negative_prompt, "elements": elements}
     folder = Path(config.model)
     path = folder / FILE if folder.is_dir() else Path(config.out).with_suffix(f".{FILE}")
     write_json(path, found)
     return {"threshold": found["threshold"], "file": str(path)}
+
+
+def score_threshold(config: DetectConfig) -> dict[str, float]:
+    """The model's calibrated threshold of the detection score, by ``magnitude``; none where it was found otherwise."""
+    path = Path(config.model) / FILE
+    found = read_json(path) if path.is_file() else {}
+    same = ("form", "steps", "num_inference_steps", "seeds", "scale")
+    if found.get("against", "") != config.negative_prompt or any(found.get(n) != getattr(config, n) for n in same):
+        return {}
+    return {"magnitude": float(found["threshold"])} if "threshold" in found else {}
 
 
 def repeated_captions(path: str, limit: int) -> list[Prompt]:

@@ -13,6 +13,7 @@ from afresh.errors import UserError
 from train.memorization.config import MEMORIZED
 from train.memorization.detection.roc import bootstrap_interval, roc_auc, tpr_at_fpr
 from train.memorization.scoring import Scores
+from train.memorization.thresholds import threshold_at_fpr
 from train.prompts import Prompt
 
 
@@ -54,9 +55,14 @@ def summarise(
     outcomes: NDArray[np.float32] | None = None,
     *,
     bootstrap: int = 1000,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Counts, the prompts that score highest, and how well each signal separates: with labels of both kinds by
-    label, and with outcomes by outcome, in ``by_outcome``.
+    """Counts, the prompts that score highest by any signal, what is high, and how well each signal separates: with
+    labels of both kinds by label, and with outcomes by outcome, in ``by_outcome``.
+
+    ``high`` has of each signal the ``threshold``, by what it was ``found``, and how many ``prompts`` reach it: that of
+    ``known`` (signal → the model's calibrated threshold), or else the one that 1 % of the prompts of label 0 reach. Of
+    a signal without either it says what to do.
 
     The two differ where a caption that was never trained on is near enough to a memorized one to draw its image
     (labelled 0, memorized in outcome), or a repeated caption draws something else. ``less_contradicted`` goes by
@@ -81,12 +87,23 @@ def summarise(
         }
         # 0 says that a prompt is known not to be memorized, which one that draws a copy is not.
         summary["less_contradicted"] = separation(values, np.where(contradicted, -1, labels), bootstrap=bootstrap)
-    first = next(iter(values))
+    summary["high"] = {name: high_of(column, labels, (known or {}).get(name)) for name, column in values.items()}
+    highest = [row for column in values.values() for row in np.argsort(-column, kind="stable")[:5].tolist()]
     summary["highest"] = [
-        {first: float(values[first][row]), "label": prompts[row].label, "caption": prompts[row].caption}
-        for row in np.argsort(-values[first], kind="stable")[:5]
+        {name: float(column[row]) for name, column in values.items()}
+        | {"label": prompts[row].label, "caption": prompts[row].caption}
+        for row in dict.fromkeys(highest)
     ]
     return summary
+
+
+def high_of(values: NDArray[np.float32], labels: NDArray[np.int64], known: float | None = None) -> Any:
+    """What is high of one signal; see :func:`summarise`."""
+    if known is None and not (labels == 0).any():
+        return "not known: add prompts of label 0 (negatives), or calibrate the model's magnitude (calibrate)"
+    threshold = threshold_at_fpr(values[labels == 0], 0.01) if known is None else known
+    found = "1 % of the prompts of label 0 reach it, at most" if known is None else "the model's calibrated threshold"
+    return {"threshold": threshold, "found": found, "prompts": int((values >= threshold).sum())}
 
 
 def separation(

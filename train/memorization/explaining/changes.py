@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from train.memorization.explaining.explanation import WORD, Explanation, Word
+from train.memorization.explaining.words import WORDS
 from train.memorization.scoring import score
 from train.memorization.signals.magnitude import Form
 
@@ -55,7 +56,8 @@ def suggest(
     """The magnitude of changed prompts, over the same steps and from the same noises as the explanation.
 
     Wen et al., §4.2, change the most significant tokens first. Here each of the first ``words`` is removed, and
-    replaced by entries of the tokenizer's vocabulary, drawn at random. As a control the least significant word is
+    replaced by common words, drawn at random (they take the released code's random tokens' place, many of which are no
+    words). As a control the least significant word is
     removed too: significance says what to change if that does less.
 
     Args:
@@ -74,9 +76,9 @@ def suggest(
     changes += [Change("removed", word.text, without(explanation.prompt, word), 0.0) for word in chosen]
     if chosen and len(ranked) > len(chosen):
         changes.append(Change("control", ranked[-1].text, without(explanation.prompt, ranked[-1]), 0.0))
-    others = vocabulary_words(pipe, explanation.prompt)
+    others = other_words(explanation.prompt)
     draw = np.random.default_rng(seed)
-    for word in chosen if others else []:
+    for word in chosen:
         for replacement in draw.choice(others, min(replacements, len(others)), replace=False).tolist():
             changes.append(Change("replaced", word.text, without(explanation.prompt, word, replacement), 0.0))
     changes = [change for change in changes if change.prompt]
@@ -95,12 +97,7 @@ def suggest(
     return [replace(change, magnitude=float(m)) for change, m in zip(changes, scores, strict=True)]
 
 
-def vocabulary_words(pipe: StableDiffusionPipeline, prompt: str) -> list[str]:
-    """The vocabulary's tokens of four letters and more that end a word, sorted, without the prompt's own words.
-
-    Most are words by themselves; some are endings of words, which a byte-pair vocabulary does not tell apart.
-    """
+def other_words(prompt: str) -> list[str]:
+    """Common words that are none of the prompt's own."""
     known = {word.casefold() for word in WORD.findall(prompt)}
-    words = {token.removesuffix("</w>") for token in pipe.tokenizer.get_vocab() if token.endswith("</w>")}
-    return sorted(word for word in words if len(word) > 3 and word.isascii() and word.isalpha() and word not in known)
-
+    return [word for word in WORDS if word not in known]

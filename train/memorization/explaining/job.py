@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,14 @@ import numpy as np
 from afresh.errors import UsageError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
+from train.denoising.families.registry import denoiser_of
 from train.denoising.opening.loading import open_pipeline
 from train.memorization.config import ExplainConfig
 from train.memorization.explaining.changes import suggest
+from train.memorization.explaining.explanation import Explanation
 from train.memorization.explaining.significance import explain
+from train.memorization.signals.magnitude import Form
+from train.memorization.thresholds import Thresholds, model_thresholds
 from train.prompts import Prompt, read_prompts
 
 
@@ -41,9 +46,9 @@ def run_explain(config: ExplainConfig) -> ExplainSummary:
 
     Returns:
         ``explanations``, one a prompt (:meth:`~train.memorization.explaining.explanation.Explanation.as_json`), each
-        with its ``changes``; the mean share of the magnitude that is left without the most and without the least
-        significant word, in ``left_without_most`` and ``left_without_least`` (over the prompts that have both); the
-        settings.
+        with its ``changes`` and whether it is ``memorized`` (:func:`judged`); the mean share of the magnitude that is
+        left without the most and without the least significant word, in ``left_without_most`` and
+        ``left_without_least`` (over the prompts that have both); the settings.
 
     Raises:
         UserError: the prompts or the model cannot be used.
@@ -73,9 +78,11 @@ def run_explain(config: ExplainConfig) -> ExplainSummary:
             **trajectory,
         )
     options: dict[str, Any] = {"words": config.words, "replacements": config.replacements, "instead": config.instead}
+    denoiser, thresholds = denoiser_of(pipe), model_thresholds(config.model)
     for explanation in progress(explanations, desc="changes", unit="prompts"):
         changes = suggest(pipe, explanation, **options, **trajectory)
-        rows.append(explanation.as_json() | {"changes": [vars(change) for change in changes]})
+        verdict = judged(explanation, thresholds, config.form, math.prod(denoiser.shape), denoiser.schedule.timesteps)
+        rows.append(explanation.as_json() | verdict | {"changes": [vars(change) for change in changes]})
     summary = ExplainSummary(
         explanations=rows,
         **_left(rows),
@@ -94,6 +101,25 @@ def run_explain(config: ExplainConfig) -> ExplainSummary:
         write_json(out.with_suffix(".json"), summary)
         get_logger(__name__).info(f"wrote {out}")
     return summary
+
+
+def judged(
+    explanation: Explanation, thresholds: Thresholds | None, form: Form, elements: int, timesteps: int
+) -> dict[str, Any]:
+    """Whether a prompt is memorized, by the model's calibrated threshold at the first step.
+
+    Returns:
+        ``memorized``, None where no threshold holds; ``first_magnitude``, averaged over the seeds, and the
+        ``first_threshold`` that it is compared with, in the explanation's form.
+    """
+    t, m = float(explanation.timesteps[0]), float(explanation.magnitudes[:, 0].mean())
+    limit, reached = None, None
+    if thresholds is not None and not thresholds.unlike("", elements):
+        reached = thresholds.reached(m, form, t, elements, timesteps)
+        limit = thresholds.at(t, timesteps)
+    if limit is not None and thresholds is not None and thresholds.form != form:
+        limit *= elements ** (0.5 if form == "l2" else -0.5)
+    return {"memorized": reached, "first_magnitude": m, "first_threshold": limit}
 
 
 def _read(config: ExplainConfig) -> list[Prompt]:

@@ -38,7 +38,7 @@ def terminal_view(row: Mapping[str, Any], *, colour: bool = False) -> str:
     specials = [(SPECIALS[kind], value, False) for kind, value in row["specials"].items()]
     width = max((len(name) for name, *_ in words + specials), default=0)
     largest = max((value for _, value, _ in words if value == value), default=0.0)
-    lines = [paint(BOLD, printable(row["prompt"])), f"magnitude {row['magnitude']:.3g}"]
+    lines = [paint(BOLD, printable(row["prompt"])), f"magnitude {row['magnitude']:.3g}; {verdict(row)}"]
     for name, value, strong in words:
         if value != value:
             lines.append(paint(SOFT, f"  {name:<{width}}  behind the model's token limit"))
@@ -52,6 +52,15 @@ def terminal_view(row: Mapping[str, Any], *, colour: bool = False) -> str:
     for name, change in changes:
         lines.append(f"  {change['magnitude']:8.3g} {_share(change, row):>6}  {name}: {printable(change['prompt'])}")
     return "\n".join(lines)
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Whether the prompt is memorized, in words."""
+    if row.get("memorized") is None:
+        return "whether it is memorized is not known: train detect --calibrate 0.01 finds this model's threshold"
+    numbers = f"{row['first_magnitude']:.3g} at the first step, the model's threshold there is"
+    numbers = f"{numbers} {row['first_threshold']:.3g}"
+    return f"{'memorized' if row['memorized'] else 'not memorized'} ({numbers})"
 
 
 def _bar(value: float, largest: float) -> str:
@@ -133,7 +142,7 @@ def _section(row: Mapping[str, Any]) -> list[str]:
         )
     parts += ["</div>", '<div class="specials">']
     parts += [f"<span>{SPECIALS[kind]}<small>{value:.3f}</small></span>" for kind, value in row["specials"].items()]
-    parts += ["</div>", "<table>"]
+    parts += ["</div>", f'<p class="soft">{_text(verdict(row)[:1].upper() + verdict(row)[1:])}.</p>', "<table>"]
     lines = [("as it is", row["prompt"], row["magnitude"], "100 %")]
     lines += [(_changed(c), c["prompt"], c["magnitude"], _share(c, row)) for c in _sorted(row["changes"])]
     highest = max(magnitude for *_, magnitude, _ in lines) or 1.0

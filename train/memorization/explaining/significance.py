@@ -134,10 +134,13 @@ def explain(
             numbers = [int(table[pair]) for pair in batch]
             follow = gradients_along(denoiser, cond, numbers, timesteps, guidance_scale, form)
             for step, (m, found) in enumerate(follow):
+                if bar is not None:
+                    bar.set_postfix_str(f"step {step + 1} of {steps}")
                 for i, pair in enumerate(batch):
                     magnitudes[(*pair, step)] = m[i].item()
                     significance[(*pair, step)] = found[i].cpu().numpy()
             if bar is not None:
+                bar.set_postfix_str("")
                 bar.update(len(batch))
 
     explanations = []

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from afresh.errors import UsageError
+from afresh.errors import UsageError, printable
+from afresh.progress import Progress
 from train.denoising.conditioning import Conditioning
 from train.denoising.families.registry import denoiser_of
 from train.memorization.neurons.blocking import gates
@@ -36,6 +37,7 @@ class FirstStep:
         seeds: of the initial noises.
         layers: whose neurons can be blocked.
         batch_size: images per UNet pass.
+        bar: told of each pass: a prompt's search takes many.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class FirstStep:
         *,
         layers: Mapping[str, nn.Module] | None = None,
         batch_size: int = 32,
+        bar: Progress | None = None,
     ):
         if len(set(seeds)) < 2:
             raise UsageError(f"seeds are {list(seeds)}: a score among seeds needs at least two")
@@ -56,6 +59,7 @@ class FirstStep:
         self.x_T = self.denoiser.noise(seeds)
         both = self.denoiser.encode(["", caption]).to(dtype=self.denoiser.dtype)
         self.empty, self.prompt = both[:1], both[1:]
+        self.caption, self.bar = caption, bar
         self.evaluations = 0
         self._unblocked: Tensor | None = None
 
@@ -68,6 +72,8 @@ class FirstStep:
             cond: of one image.
         """
         self.evaluations += len(rows)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.evaluations} evaluations for {printable(self.caption[:40])!r}")
         x = self.x_T[list(rows)]
         with gates(self.layers) as gate:
             if factors is not None:

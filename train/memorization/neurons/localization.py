@@ -117,7 +117,7 @@ def localize(
             searching for the fewest that meet the criterion; 0 searches.
         up_blocks: search the up blocks too, which the paper leaves out.
         batch_size: images per UNet pass.
-        bar: told of each prompt that is done.
+        bar: told of each prompt that is done, and of the evaluations on the way.
 
     Raises:
         UsageError: no prompt, or fewer than two seeds or clean captions.
@@ -131,7 +131,7 @@ def localize(
         threshold = localizer.calibrate(chosen, deviations)
     found = Localized(threshold)
     for caption in prompts:
-        found.prompts.append(localizer.find(caption, chosen, threshold))
+        found.prompts.append(localizer.find(caption, chosen, threshold, bar))
         if bar is not None:
             bar.update(1)
     return found
@@ -173,22 +173,24 @@ class Localizer:
             raise UsageError(f"number is {number}: expected 0 to {sum(self.sizes.values())}, the model's neurons")
         self.statistics = Statistics.of(activations(pipe, self.clean, self.layers))
 
-    def first_step(self, caption: str, seeds: Sequence[int]) -> FirstStep:
+    def first_step(self, caption: str, seeds: Sequence[int], bar: Progress | None = None) -> FirstStep:
         """The first step of a prompt."""
-        return FirstStep(self.pipe, caption, seeds, layers=self.layers, batch_size=self.batch_size)
+        return FirstStep(self.pipe, caption, seeds, layers=self.layers, batch_size=self.batch_size, bar=bar)
 
     def calibrate(self, seeds: Sequence[int], deviations: float = 1.0, bar: Progress | None = None) -> float:
         """``τ_mem``: the clean captions' mean score plus so many standard deviations; §3.1 takes one."""
         scores = []
         for caption in self.clean:
-            scores.append(float(self.first_step(caption, seeds).scores(self.criterion).max()))
+            scores.append(float(self.first_step(caption, seeds, bar).scores(self.criterion).max()))
             if bar is not None:
                 bar.update(1)
         return float(np.mean(scores) + deviations * np.std(scores))
 
-    def find(self, caption: str, seeds: Sequence[int], threshold: float) -> Localization:
-        """The neurons of one prompt: initial selection, then refinement."""
-        step = self.first_step(caption, seeds)
+    def find(
+        self, caption: str, seeds: Sequence[int], threshold: float, bar: Progress | None = None
+    ) -> Localization:
+        """The neurons of one prompt: initial selection, then refinement; ``bar`` is told of the evaluations."""
+        step = self.first_step(caption, seeds, bar)
         scores = step.scores(self.criterion)
         memorized = np.flatnonzero(scores > threshold)
         units = sum(self.sizes.values())

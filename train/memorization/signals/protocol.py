@@ -31,6 +31,9 @@ class Seen:
     latents; empty where no signal asked for it."""
     on_noise: bool = False
     """Whether this is the initial noise at a signal's :attr:`~Signal.noise_level` rather than a step."""
+    end_attention: Tensor | None = None
+    """``[n, h, w]``: the attention to the prompt's end token in the finest down blocks, at the last step scored; None
+    at the others, and where no signal has ``end_attention = True``, which need not be there otherwise."""
 
     @property
     def alpha_bar(self) -> float:

@@ -35,6 +35,7 @@ from train.memorization.signals.anisotropy import Anisotropy
 from train.memorization.signals.attention_entropy import AttentionEntropy
 from train.memorization.signals.consistency import Consistency
 from train.memorization.signals.magnitude import Form, MeanMagnitude
+from train.memorization.signals.masked_magnitude import MaskedMagnitude
 from train.memorization.signals.protocol import Signal
 
 SIGNALS: Mapping[str, Callable[[Form], Signal]] = {
@@ -45,6 +46,7 @@ SIGNALS: Mapping[str, Callable[[Form], Signal]] = {
     "joint_on_noise": JointOnNoise,
     "anisotropy": lambda form: Anisotropy(),
     "attention_entropy": lambda form: AttentionEntropy(),
+    "masked_magnitude": MaskedMagnitude,
 }
 """Name → how to make it, given the form of the magnitude."""
 MEMBERS = (

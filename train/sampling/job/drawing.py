@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from afresh.errors import UserError
-from afresh.progress import progress
+from afresh.progress import Progress, progress
 from train.memorization.neurons.blocking import blocked
 from train.memorization.neurons.files import read_neurons
 from train.sampling.config import SampleConfig
@@ -55,7 +55,7 @@ def draw_images(
             began = time.perf_counter()
             neurons = own[batch[0].prompt.caption] if config.neurons_of == "own" and own else together
             with blocked(pipe, neurons) if config.neurons else nullcontext():
-                drawn = _draw_batch(pipe, config, batch, guidance, rejection, never)
+                drawn = _draw_batch(pipe, config, batch, guidance, rejection, never, bar)
             seconds = (time.perf_counter() - began) / len(batch)
             images = [one.image for one in drawn if not one.withheld]
             nearest = iter(_nearest(index, embedder, images) if images else [])
@@ -65,6 +65,7 @@ def draw_images(
                     found["similarity"] = one.similarities[0]
                     found["judge_similarity"] = one.similarities[1] if len(one.similarities) > 1 else None
                 yield task, one.image, _record(config, opened, task, one, seconds, found)
+            bar.set_postfix_str("")
             bar.update(len(batch))
 
 
@@ -75,12 +76,13 @@ def _draw_batch(
     guidance: Sequence[Guidance],
     rejection: Rejection | None,
     never: NeverAbove | None,
+    bar: Progress,
 ) -> list[Accepted]:
     """The images of a batch, each from its seed, and again as rejection and the guarantee ask for."""
 
     def draw(rows: list[int], seeds: list[int], guidance: Sequence[Guidance]) -> Any:
         def pipeline(some: list[int], seeds: list[int]) -> GuidedOutput:
-            return _pipe(pipe, config, [batch[rows[i]].prompt.caption for i in some], seeds, guidance)
+            return _pipe(pipe, config, [batch[rows[i]].prompt.caption for i in some], seeds, guidance, bar)
 
         return rejection(pipeline, seeds) if rejection else pipeline(list(range(len(rows))), seeds)
 
@@ -99,7 +101,12 @@ def _pipe(
     prompts: list[str],
     seeds: list[int],
     guidance: Sequence[Guidance],
+    bar: Progress,
 ) -> GuidedOutput:
+    def told(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.set_postfix_str(f"{len(prompts)} more at step {i + 1} of {len(pipe.scheduler.timesteps)}")
+        return {}
+
     output = pipe(
         prompts,
         negative_prompt=[config.negative_prompt] * len(prompts),
@@ -109,6 +116,7 @@ def _pipe(
         width=config.width or None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         guidance=guidance,
+        callback_on_step_end=told,
     )
     assert isinstance(output, GuidedOutput)
     return output
@@ -165,7 +173,7 @@ def _record(
         "guidance": config.guidance,
         "steps": config.steps,
         "scale": config.scale,
-        "steps_fired": sum(bool(row["fired"]) for row in trace),
+        "steps_fired": len({row["number"] for row in trace if row["fired"]}),
         "max_similarity": max(watched, default=None),
         "magnitude": trace[0]["magnitude"] if trace else None,
         "memorized": trace[0]["memorized"] if trace else None,
@@ -177,11 +185,8 @@ def _record(
 
 def _memorized(row: dict[str, Any], opened: Opened) -> bool | None:
     """Whether the magnitude of a step reaches the model's calibrated threshold; None where there is no such."""
-    pipe, thresholds, m = opened.pipe, opened.thresholds, row["magnitude"]
-    limit = None if thresholds is None else thresholds.at(row["t"], pipe.scheduler.config.num_train_timesteps)
-    if limit is None or m is None:
+    m = row["magnitude"]
+    if opened.thresholds is None or m is None:
         return None
-    if thresholds.form == "rms":  # type: ignore[union-attr]
-        m = m / opened.elements**0.5
-    return m >= limit
-
+    timesteps = opened.pipe.scheduler.config.num_train_timesteps
+    return opened.thresholds.reached(m, "l2", row["t"], opened.elements, timesteps)

@@ -80,7 +80,7 @@ def draw_comparison(path: Path, heads: Sequence[tuple[str, str]], rows: Sequence
     deep = _rows_in_a_block(len(rows), block + BETWEEN, down)
     blocks = [rows[start : start + deep] for start in range(0, len(rows), deep)]
     width = 2 * MARGIN + len(blocks) * (block + BETWEEN) - BETWEEN
-    lines = wrapped(legend, int((width - 2 * MARGIN) / 9.2), 4).splitlines()
+    lines = wrapped(legend, int((width - 2 * MARGIN) / 9.2), 4).split("\n")
     height = MARGIN + HEAD + down * deep + 24 * len(lines) + MARGIN
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -97,7 +97,7 @@ def draw_comparison(path: Path, heads: Sequence[tuple[str, str]], rows: Sequence
                 draw.line((left, top - 5, left + block, top - 5), fill="#dddddd")
             text = wrapped(row.caption, 21, 5) if new else ""
             draw.multiline_text((left, top + 4), text, fill=INK, font=_font(19), spacing=6)
-            draw.text((left, top + 6 + 26 * len(text.splitlines())), row.detail, fill=SOFT, font=_font(16))
+            draw.text((left, top + 6 + 26 * (text.count("\n") + 1)), row.detail, fill=SOFT, font=_font(16))
             for x, cell in enumerate(row.cells):
                 _draw_cell(sheet, draw, left + CAPTION + x * across, top, cell)
     for i, line in enumerate(lines):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from afresh.progress import get_logger
 from train.denoising.coefficients import Coefficients
 from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import output_per_eps, to_eps
-from train.denoising.schedules import coefficients_at
+from train.denoising.schedules import NoiseSchedule, coefficients_at, refines_a_step
 from train.sampling.guidance import MIN_ALPHA_BAR, Guidance, Part, Run, Start, State, guide
 from train.sampling.trace import Trace
 
@@ -46,7 +47,8 @@ class GuidedLoop:
         t: Tensor,
         trace_tensors: bool = False,
     ) -> None:
-        if guidance and coefficients_at(scheduler, t) is None:
+        at = coefficients_at(scheduler, t)
+        if guidance and at is None:
             raise ValueError(f"guidance needs ᾱ_t, which {type(scheduler).__name__} does not have")
         self.scheduler, self.denoiser, self.run = scheduler, denoiser, run
         self.terms = list(guidance)
@@ -54,6 +56,7 @@ class GuidedLoop:
         self.trace = Trace()
         self._tensors = trace_tensors
         self._columns: dict[str, Any] = {}
+        self._refined, self._last = 0, (math.inf, at)  # evaluations that began no step, and where the last step began
         self._finite: list[tuple[float, Tensor, Tensor]] = []  # t, and of each image the model's output and the guided
 
     def prepare(
@@ -71,6 +74,9 @@ class GuidedLoop:
             latents: ``[n, c, h, w]`` as the scheduler keeps them.
             uncond, cond: of each image.
             prompts: of each image, where they are known.
+
+        Raises:
+            ValueError: a term that encodes other words comes after one that has changed the embeddings.
         """
         terms = [term for term in self.terms if hasattr(term, "prepare")]
         if not terms:
@@ -79,6 +85,7 @@ class GuidedLoop:
         at = coefficients_at(self.scheduler, t)
         assert at is not None  # the constructor saw to it
         noise = latents.float() * scale
+        schedule = NoiseSchedule(self.scheduler)
         start = Start(
             run=self.run,
             t=float(t),
@@ -89,7 +96,9 @@ class GuidedLoop:
             cond=cond,
             prompts=prompts,
             denoise=self._in_eps(t, latents.dtype, at, cond),
+            denoise_at=lambda s: self._in_eps(torch.tensor(s, device=t.device), latents.dtype, schedule.at(s), cond),
         )
+        embedded = ""  # the term that changed embeddings last
         for term in terms:
             change = term.prepare(start)
             if change is None:
@@ -102,7 +111,14 @@ class GuidedLoop:
             if change.cond is not None:
                 assert cond is not None
                 cond = cond.put(change.rows, change.cond)
-                start = replace(start, cond=cond)
+                if change.prompts is None:
+                    embedded = term.name
+                elif embedded:
+                    raise ValueError(
+                        f"{term.name} would put other words in the place of those that {embedded} has worked on: "
+                        f"let {term.name} act first"
+                    )
+                start = replace(start, cond=cond, prompts=change.prompts or start.prompts)
         return latents, cond
 
     def correct(
@@ -120,7 +136,7 @@ class GuidedLoop:
         """The model's output with the terms' corrections of ``ε̂``; images without one keep every bit.
 
         Args:
-            step: from 0.
+            step: of the evaluation, from 0.
             t: timestep.
             x_t: ``[n, c, h, w]``, as the model was given it.
             output_uncond, output_cond: the model's outputs; ``output_uncond`` is None without classifier-free guidance.
@@ -129,6 +145,8 @@ class GuidedLoop:
             guidance_scale: ``s_0``.
         """
         at = coefficients_at(self.scheduler, t)
+        refines = refines_a_step(self.scheduler) or (float(t), at) == self._last
+        self._refined, self._last = self._refined + refines, self._last if refines else (float(t), at)
         if at is None or at.alpha_bar < MIN_ALPHA_BAR:
             return self._watched(t, output, output)
         prediction_type = self.scheduler.config.prediction_type
@@ -150,6 +168,8 @@ class GuidedLoop:
             uncond=uncond,
             cond=cond,
             denoise=self._in_eps(t, dtype, at, cond),
+            refines=refines,
+            refined=self._refined,
         )
         eps_hat, parts, columns = guide(self.steps, state)
         if self._columns:  # of the preparation: beside the first step's own
@@ -206,9 +226,9 @@ def _finite(output: Tensor) -> Tensor:
 
 
 def _add(output: Tensor, parts: dict[str, Part], factor: float, channels: int) -> Tensor:
-    for rows, delta in parts.values():
-        changed = output[rows]
-        noise = (changed[:, :channels].float() + factor * delta).to(output.dtype)
-        output = output.index_put((rows,), torch.cat([noise, changed[:, channels:]], 1))
+    for part in parts.values():
+        changed = output[part.rows]
+        noise = (changed[:, :channels].float() + factor * part.delta).to(output.dtype)
+        output = output.index_put((part.rows,), torch.cat([noise, changed[:, channels:]], 1))
     return output
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
 from train.denoising.families.registry import denoiser_of
+from train.denoising.opening.checkpoints import check_scheduler
 from train.denoising.opening.loading import chosen_device, open_pipeline
-from train.memorization.thresholds import Thresholds, model_thresholds
+from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
-from train.sampling.similarity import check_embedder, check_not_empty
+from train.sampling.similarity import check_not_empty
 
 if TYPE_CHECKING:
     from curate.embed.protocol import Embedder
@@ -37,6 +38,7 @@ class Opened:
         """The guided pipeline; says which prompts are too long for it."""
         pipe = open_pipeline(self.config)
         guided = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(self.config, pipe))
+        check_scheduler(guided.scheduler, self.config.scheduler or self.config.model, self.config.steps)
         guided.set_progress_bar_config(disable=True)
         _say_what_is_cut(guided.tokenizer, self.prompts)
         return guided
@@ -53,8 +55,13 @@ class Opened:
 
     @cached_property
     def thresholds(self) -> Thresholds | None:
-        """The model's calibrated ones."""
-        return model_thresholds(self.config.model)
+        """The model's calibrated ones; None, and a warning, where magnitudes here are not to be compared with them."""
+        found = model_thresholds(self.config.model)
+        if found is None or not (why := found.unlike(self.config.negative_prompt, self.elements)):
+            return found
+        if is_main_process():
+            log.warning(f"{Path(self.config.model) / FILE}: {why}; no image is called memorized by its magnitude")
+        return None
 
     @cached_property
     def elements(self) -> int:
@@ -82,13 +89,13 @@ def open_index(path: str, embedder: str = "") -> tuple[TrainingIndex, Embedder]:
         UserError: no index there, an empty one, or it was built with another embedder.
     """
     from curate.embed.registry import load_embedder
-    from curate.index.training_index import TrainingIndex
+    from curate.index.training_index import TrainingIndex, refuse_other
 
     index = TrainingIndex.load(path)
     check_not_empty(index, path)
-    if embedder:
-        check_embedder(index, embedder)
-    return index, load_embedder(embedder or index.embedder)
+    loaded = load_embedder(embedder or index.embedder)
+    refuse_other(index, loaded, f"the index {path}")
+    return index, loaded
 
 
 def fingerprint(path: Path) -> str:

@@ -38,8 +38,10 @@ class GuidedOutput(StableDiffusionPipelineOutput):
     """The stock pipeline's output, and what happened on the way."""
 
     trace: list[dict[str, Any]] = field(default_factory=list)
-    """One row a step and image: ``image, step, t, alpha_bar, magnitude`` (raw L2; None without
-    classifier-free guidance), ``fired`` (names of the parts that changed ε̂), and the terms' own columns."""
+    """One row an evaluation and image: ``image, step`` (of the evaluation), ``number`` (of the step that it belongs to:
+    second-order schedulers evaluate twice a step), ``t, alpha_bar, magnitude`` (raw L2, against the negative prompt
+    where there is one) and ``scale`` (the effective guidance scale), both None without classifier-free guidance,
+    ``fired`` (names of the parts that changed ε̂), and the terms' own columns."""
 
 
 class GuidedStableDiffusion(StableDiffusionPipeline):

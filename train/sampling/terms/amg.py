@@ -9,6 +9,8 @@ Source: Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models" (CVPR 2024, 
     G_spe = − s_1 (ε(x_t,e_p) − ε(x_t,e_∅)),   s_1 = max(min(c_1 σ_t, s_0 − 1), 0)
     G_dup = − s_2 (ε(x_t,e_N) − ε(x_t,e_∅)),   s_2 = max(min(c_2 σ_t, s_0 − s_1 − 1), 0)
     G_sim = c_3 √(1−ᾱ_t) ∇_{x_t} σ_t
+
+Where other terms changed the guidance scale before it, their scale is its ``s_0``: 1 is what all together leave.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ class AMG:
             return None
         trace = _Columns(state.run.batch_size, self.threshold(t), self.similarity.raw_name)
         # Images being guided are measured at every step, the others at each k-th.
-        due = memory.guided | ~memory.measured | (state.step % config.every == 0)
+        due = memory.guided | ~memory.measured | (state.number % config.every == 0)
         rows = due.nonzero().flatten().to(state.x_t.device)
         if not len(rows):
             return Correction(columns=trace.values)
@@ -152,16 +154,18 @@ class AMG:
     def _despecification(self, state: State, image: _Guided) -> Part:
         """G_spe (eq. 14)."""
         assert state.eps_uncond is not None and self.config.floor is not None
-        image.s_1 = despecification_strength(image.sigma, state.guidance_scale, self.config.c_1, self.config.floor)
+        scale = state.scale[image.rows]
+        image.s_1 = despecification_strength(image.sigma, scale, self.config.c_1, self.config.floor)
         rows, s_1 = image.rows[image.s_1 > 0], image.s_1[image.s_1 > 0]
-        return Part(rows, -_broadcast(s_1) * (state.eps_cond[rows] - state.eps_uncond[rows]))
+        return Part(rows, -_broadcast(s_1) * (state.eps_cond[rows] - state.eps_uncond[rows]), -s_1)
 
     def _deduplication(self, state: State, image: _Guided, memory: _Memory, trace: _Columns) -> Part:
         """G_dup (eq. 16)."""
         assert state.eps_uncond is not None and state.uncond is not None
         config = self.config
         assert config.floor is not None
-        image.s_2 = deduplication_strength(image.sigma, state.guidance_scale, image.s_1, config.c_2, config.floor)
+        scale = state.scale[image.rows]
+        image.s_2 = deduplication_strength(image.sigma, scale, image.s_1, config.c_2, config.floor)
         acts = image.s_2 > 0
         rows, s_2 = image.rows[acts], image.s_2[acts]
         image.near_cond = state.uncond[image.rows]
@@ -179,7 +183,7 @@ class AMG:
         e_N = Conditioning.join([memory.encoded[caption] for caption in captions])
         image.near_cond = image.near_cond.put(acts.nonzero().flatten(), e_N)
         eps_near = self._near_noise(state, e_N, rows)
-        return Part(rows, -_broadcast(s_2) * (eps_near - state.eps_uncond[rows]))
+        return Part(rows, -_broadcast(s_2) * (eps_near - state.eps_uncond[rows]), -s_2)
 
     @staticmethod
     def _near_noise(state: State, e_N: Conditioning, rows: Tensor) -> Tensor:
@@ -208,7 +212,8 @@ class AMG:
         acts = (sigma > image.threshold) & torch.isfinite(norm) & (norm > 0)
         if config.normalise:
             factor = factor * torch.linalg.vector_norm(eps_hat.flatten(1), dim=1) / norm
-        return Part(image.rows[acts], _broadcast(factor[acts]) * gradient[acts])
+        no_text = torch.zeros_like(factor[acts])
+        return Part(image.rows[acts], _broadcast(factor[acts]) * gradient[acts], no_text)
 
     def _gradient(
         self, state: State, image: _Guided, eps_hat: Tensor, generator: torch.Generator
@@ -237,7 +242,7 @@ class AMG:
         if state.uncond is None:
             return eps_cond
         eps_uncond = state.denoise(x_t, state.uncond[image.rows].clone(), image.rows)
-        eps_hat = eps_uncond + _broadcast(state.guidance_scale - image.s_1) * (eps_cond - eps_uncond)
+        eps_hat = eps_uncond + _broadcast(state.scale[image.rows] - image.s_1) * (eps_cond - eps_uncond)
         if image.near_cond is not None and (image.s_2 > 0).any():
             eps_near = state.denoise(x_t, image.near_cond.clone(), image.rows)
             eps_hat = eps_hat - _broadcast(image.s_2) * (eps_near - eps_uncond)

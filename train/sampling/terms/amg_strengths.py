@@ -41,13 +41,13 @@ def schedule(config: AMGConfig) -> Callable[[float], float]:
     return lambda t: constant(t, b)
 
 
-def despecification_strength(sigma: Tensor, scale: float, c_1: float = 13.0, floor: float = 1.0) -> Tensor:
-    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13), with ``floor`` in the place of 1."""
+def despecification_strength(sigma: Tensor, scale: float | Tensor, c_1: float = 13.0, floor: float = 1.0) -> Tensor:
+    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13); ``floor`` stands for 1, ``scale`` (or ``[k]``) for ``s_0``."""
     return (c_1 * sigma).clamp(max=scale - floor).clamp(min=0)
 
 
 def deduplication_strength(
-    sigma: Tensor, scale: float, s_1: Tensor, c_2: float | None = None, floor: float = 1.0
+    sigma: Tensor, scale: float | Tensor, s_1: Tensor, c_2: float | None = None, floor: float = 1.0
 ) -> Tensor:
     """``s_2 = max(min(c_2 σ, s_0 − s_1 − 1), 0)`` (eq. 15); released: ``c_2 = (s_0 − s_1 − 1)/0.3``."""
     left = scale - s_1 - floor

@@ -3,7 +3,8 @@
 Source: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization" (CVPR 2025, arXiv
 2411.16738). With ``m_i = ‖ε(x_t, e_p) − ε(x_t, e_∅)‖₂`` at step i, the *dynamic transition point* is the first local
 minimum of ``m`` over the steps; it shows one step later, and from there on guidance is as usual. The *static* one is a
-timestep.
+timestep. An evaluation that refines a step (of Heun's method, say) or repeats a timestep is no step: its magnitude is
+compared with none, and it is guided as its step is.
 
 Before it the guidance scale is ``before``: 0 draws without the prompt, 1 with the prompt but without guidance (what the
 released script of the dynamic point does), a negative one is *opposite guidance*. The released script of opposite
@@ -49,7 +50,9 @@ class AttractionBasin:
             if state.eps_uncond is None:
                 raise ValueError("the attraction basin is one of classifier-free guidance: raise the scale above 1")
             outside = outside.to(state.x_t.device)
-            if c.until is not None:
+            if state.refines:
+                pass  # as its step began
+            elif c.until is not None:
                 outside = torch.full_like(outside, state.t * 1000 / run.train_timesteps < c.until)
             else:
                 seen.append(magnitude(state.eps_cond, state.eps_uncond))
@@ -57,8 +60,9 @@ class AttractionBasin:
                     outside = outside | (magnitude(state.eps_cond, state.eps_uncond, form=c.form) < least)
                 outside = outside | local_minimum(seen[-3:])
             rows = (~outside).nonzero().flatten()
-            delta = (c.before - state.guidance_scale) * (state.eps_cond[rows] - state.eps_uncond[rows])
-            return Correction({"basin": Part(rows, delta)}, {"inside": ~outside})
+            change = c.before - state.scale[rows]  # to that scale, whatever terms before this one left
+            delta = change.view(-1, 1, 1, 1) * (state.eps_cond[rows] - state.eps_uncond[rows])
+            return Correction({"basin": Part(rows, delta, change)}, {"inside": ~outside})
 
         return step
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from train.memorization.signals.magnitude import magnitude
 from train.sampling.config import NoiseConfig, configured, number
+from train.sampling.descent import descend
 from train.sampling.guidance import Change, Correction, Part, Run, Start, State, StepFunction
-from train.sampling.terms.descent import descend
 
 
 class NoiseAdjustment:
@@ -45,10 +45,11 @@ class NoiseAdjustment:
         delay = self.config.delay if self.config.method == "batch" else 0
 
         def step(state: State) -> Correction | None:
-            if state.step >= delay or state.eps_uncond is None:
+            if state.number >= delay or state.eps_uncond is None:
                 return None
             rows = torch.arange(run.batch_size, device=state.x_t.device)
-            return Correction({"delay": Part(rows, state.eps_uncond - state.eps_hat)})
+            delta = -state.scale.view(-1, 1, 1, 1) * (state.eps_cond - state.eps_uncond)
+            return Correction({"delay": Part(rows, delta, -state.scale)})
 
         return step
 

@@ -52,7 +52,7 @@ class RandomTokens:
             for image, text in enumerate(start.prompts)
         ]
         rows = torch.arange(start.run.batch_size, device=start.x_t.device)
-        return Change(rows, cond=start.run.encode_prompts(texts), columns={"prompt_drawn": texts})
+        return Change(rows, cond=start.run.encode_prompts(texts), prompts=texts, columns={"prompt_drawn": texts})
 
 
 def with_random_words(text: str, c: TokensConfig, tokenizer: Any, generator: torch.Generator) -> str:

@@ -17,6 +17,8 @@ from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.sampling.config import AMGConfig, SampleConfig, configured
 from train.sampling.guidance import Guidance
 from train.sampling.terms.amg import AMG
+from train.sampling.terms.anisotropy import AnisotropyMinimisation
+from train.sampling.terms.attention_masking import AttentionMasking
 from train.sampling.terms.basin import AttractionBasin
 from train.sampling.terms.initial_noise import NoiseAdjustment
 from train.sampling.terms.prompt_embedding import PromptMinimisation
@@ -34,6 +36,8 @@ SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
     "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
+    "anisotropy": lambda c: c.anisotropy,
+    "attention": lambda c: c.attention,
     "basin": lambda c: c.basin,
     "opposite": lambda c: replace(c.basin, before=-c.scale),
     "noise": lambda c: c.noise,
@@ -44,6 +48,8 @@ SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
 }
 TERMS: dict[str, Callable[[Any], Guidance]] = {
     "prompt": PromptMinimisation,
+    "anisotropy": AnisotropyMinimisation,
+    "attention": AttentionMasking,
     "basin": AttractionBasin,
     "opposite": AttractionBasin,
     "noise": NoiseAdjustment,
@@ -58,6 +64,8 @@ class Own:
     code: str
 
 
+# Terms that change the prompt's words, and terms that work on whatever words there are.
+WORDS, EMBEDDINGS = ("tokens", "numbers"), ("prompt", "anisotropy", "attention")
 INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
@@ -83,6 +91,13 @@ def names(guidance: str) -> list[str]:
             raise UsageError(f"--guidance {guidance}: {name!r} is not known; choose of {known}, or several joined by +")
     if len(set(found)) < len(found):
         raise UsageError(f"--guidance {guidance}: a name stands twice")
+    for later, name in enumerate(found):
+        changed = [before for before in found[:later] if before in EMBEDDINGS]
+        if name in WORDS and changed:
+            raise UsageError(
+                f"--guidance {guidance}: {name} would put other words in the place of those that {changed[0]} has "
+                f"worked on: write {name}+{changed[0]}"
+            )
     return found
 
 
@@ -133,7 +148,7 @@ def automatic(config: SampleConfig) -> list[tuple[str, str]]:
     """``(term, setting)`` of each setting that is used and ``auto``, checked against the model's thresholds.
 
     Raises:
-        UsageError: the model has none, or none of the setting's form.
+        UsageError: the model has none, none of the setting's form, or none against this negative prompt.
     """
     found = [AUTO[name] for name in names(config.guidance) if name in AUTO]
     found = [(term, name) for term, name in dict.fromkeys(found) if getattr(getattr(config, term), name) == "auto"]
@@ -144,6 +159,8 @@ def automatic(config: SampleConfig) -> list[tuple[str, str]]:
                 f"--{term}.{name} auto: {config.model} has no {FILE}; `train detect --calibrate 0.01` writes it, "
                 "or give a number"
             )
+        if why := thresholds.unlike(config.negative_prompt):
+            raise UsageError(f"--{term}.{name} auto: {Path(config.model) / FILE}: {why}; give a number")
         form = getattr(config, term).form
         if form != thresholds.form:
             raise UsageError(
@@ -160,7 +177,9 @@ def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: floa
         UsageError: nothing was calibrated at ``t``.
     """
     for term, name in automatic(config):
-        value = None if thresholds is None else thresholds.at(t, timesteps)
+        if thresholds is None:
+            raise UsageError(f"--{term}.{name} auto: the thresholds of {config.model} do not hold here: give a number")
+        value = thresholds.at(t, timesteps)
         if value is None:
             raise UsageError(
                 f"--{term}.{name} auto: nothing in {Path(config.model) / FILE} is for timestep {t:g}, the first here: "

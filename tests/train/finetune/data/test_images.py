@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 
+from afresh.errors import UserError
 from curate.sample_set import load_part, parts
 from tests.train.finetune.runs import log_lines, settings
 from train.finetune.config import Augmentation
 from train.finetune.data.augment import augment, draw
+from train.finetune.data.images import ImageReader, SampleError
 from train.finetune.data.order import generator
+from train.finetune.data.scan import scan
 from train.finetune.loop import run_finetune
 
 
@@ -37,6 +43,22 @@ def test_the_parts_of_the_sample_set_are_disjoint_and_whole():
     assert sizes == {"pretrain": 1146, "finetune": 300, "held_out": 460}
     assert not parts()["pretrain"] & parts()["finetune"]
     assert not parts()["held_out"] & (parts()["pretrain"] | parts()["finetune"])
+
+
+def test_a_machine_without_files_left_ends_the_run_and_a_lost_shard_does_not(shards, tmp_path, monkeypatch):
+    reader = ImageReader(scan([shards], tmp_path / "samples.arrow"))
+
+    def refuse(number: int):
+        def fail(self, shard):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(ImageReader, "_file", fail)
+        return reader.read(0)
+
+    with pytest.raises(UserError, match="Too many open files; the same command goes on from here"):
+        refuse(errno.EMFILE)
+    with pytest.raises(SampleError, match="No such file"):
+        refuse(errno.ENOENT)
 
 
 def test_cached_and_streamed_latents_train_alike(model, shards, tmp_path):

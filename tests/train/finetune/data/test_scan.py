@@ -18,7 +18,7 @@ from curate.reading.writing import write_shard
 from curate.sample_set import load_part
 from train.finetune.config import ShardGroup
 from train.finetune.data import scan as scan_module
-from train.finetune.data.scan import sample_captions, scan
+from train.finetune.data.scan import scan
 
 
 def image(width: int, height: int, **options) -> bytes:
@@ -35,7 +35,7 @@ def test_captions_pooled_by_curation_are_trained_on_too():
     sample = load_part("finetune")[0]
     pooled = {"afresh": {"duplicates": 2, "captions": ["another", sample.caption]}}
     members = {**sample.members, "json": json.dumps(pooled).encode()}
-    assert sample_captions(Sample(sample.shard, sample.key, members)) == (sample.caption, "another")
+    assert Sample(sample.shard, sample.key, members).captions == (sample.caption, "another")
 
 
 def test_a_scan_finds_keys_captions_sizes_and_where_each_image_lies(tmp_path, shards):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from afresh.errors import UsageError
+from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.denoising.schedules import NoiseSchedule
-from train.finetune.config import FilterConfig, FinetuneConfig
+from train.finetune.config import FilterConfig, FinetuneConfig, ValidationConfig
 from train.finetune.loop import run_finetune
 from train.finetune.model.diffusion import draw_randomness, sampling_scheduler
 
@@ -145,3 +145,11 @@ def test_a_run_with_noise_options_is_another_and_ends_the_same_each_time(model, 
         run_finetune(settings(model, shards, tmp_path / name, steps=2, **options))
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
     assert not same(weights(tmp_path / "one"), weights(tmp_path / "plain"))
+
+
+def test_steps_of_validation_images_that_the_scheduler_cannot_take_are_told_before_training():
+    scheduler = PNDMScheduler(**BETAS)
+    with pytest.raises(UserError, match="validation.steps: PNDMScheduler cannot take 3 steps"):
+        sampling_scheduler(scheduler, config(validation=ValidationConfig(every=5, steps=3)))
+    assert sampling_scheduler(scheduler, config(validation=ValidationConfig(every=5, steps=4))) is scheduler
+    assert scheduler.timesteps is None  # it was tried on another

@@ -1,0 +1,1 @@
+"""Protocols by name, and the published lists of memorized prompts that some of them take."""
