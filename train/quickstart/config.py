@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from curate.config import DedupConfig
+from train.evaluation.config import LocalizeConfig
 from train.finetune.config import FinetuneConfig
 from train.sampling.config import AMGConfig
 
@@ -39,9 +40,10 @@ class QuickstartConfig:
         model: pipeline folder to fine-tune; empty takes the carried sample model.
         mess: the duplicates that are planted.
         dedup: settings of the curation; shards and out are set by the job.
-        finetune: settings of both fine-tunings; model, shards and out are set by the job, and the raw one runs without
-            the filter.
+        finetune: settings of all fine-tunings; model, shards and out are set by the job, and the filter is that of
+            the third one.
         amg: settings of the guidance.
+        localize: settings of the search for neurons; its files are set by the job.
         held_out_captions: captions never trained on that images are drawn for.
         seeds: images per caption.
         steps: denoising steps.
@@ -59,6 +61,7 @@ class QuickstartConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(model="", out="", shards=[]))
     amg: AMGConfig = field(default_factory=AMGConfig)
+    localize: LocalizeConfig = field(default_factory=lambda: LocalizeConfig(model="", prompts="", out=""))
     held_out_captions: int = 64
     seeds: int = 2
     steps: int = 25

@@ -15,6 +15,7 @@ from afresh.errors import UsageError
 from curate.config import DedupConfig
 from curate.sample_set import load_part
 from train.denoising.opening.loading import sample_model_dir
+from train.evaluation.config import LocalizeConfig
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.quickstart.config import MessConfig, QuickstartConfig
 from train.quickstart.job import run_quickstart
@@ -30,6 +31,9 @@ def small(out: Path, **changes) -> QuickstartConfig:
         "mess": MessConfig(images=3, copies=6),
         "dedup": DedupConfig(image_embedder="copy-detector", threshold=0.8, workers=1),
         "finetune": finetune,
+        "localize": LocalizeConfig(
+            model="", prompts="", out="", criterion="magnitude", number=10, seeds=2, clean_captions=4
+        ),
         "held_out_captions": 4,
         "seeds": 2,
         "steps": 2,
@@ -73,7 +77,9 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
     settings = [(row["model"], row["guidance"], row["prompts"]) for row in summary["rows"]]
     assert settings == [
         (model, guidance, prompts)
-        for model, guidance in (("raw", "none"), ("raw", "amg"), ("curated", "none"))
+        for model, guidance in (
+            ("raw", "none"), ("raw", "amg"), ("blocked", "none"), ("curated", "none"), ("filtered", "none"),
+        )
         for prompts in ("repeated", "held_out")
     ]
     wanted = {
@@ -86,7 +92,9 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
     assert {"label_0_memorized", "label_1_not_memorized"} <= summary["detect"]["by_outcome"].keys()
     assert (tmp_path / "one" / "report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "one" / "summary.json").read_text())["rows"] == summary["rows"]
-    assert set(summary["seconds"]) == {"plant", "curate", "finetune_raw", "finetune_curated", "detect", "evaluate"}
+    assert set(summary["seconds"]) == {
+        "plant", "curate", "finetune_raw", "finetune_curated", "finetune_filtered", "detect", "localize", "evaluate",
+    }  # fmt: skip
 
     # A stage that is done is not repeated, one whose record is missing is, with the same result.
     model = tmp_path / "one" / "finetune_raw" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
