@@ -157,7 +157,12 @@ count_accelerators() {
   if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi
 }
 
-cpu_count() { getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
+# Cores that this machine, this shell's affinity and its control groups grant.
+cpu_count() {
+  local program='import sys; sys.path.insert(0, sys.argv[1]); from afresh.cores import cpu_count; print(cpu_count())'
+  [[ -x "$python" ]] && "$python" -c "$program" "$root" 2>/dev/null && return
+  env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
+}
 
 # `train finetune` from a config's line `job: train finetune`, quoted or not, perhaps with a comment.
 read_job() {
@@ -303,7 +308,11 @@ run_config() {
   [[ "$job" =~ ^(curate|train)\ [a-z]+$ ]] ||
     usage_error "$config: no line 'job: train VERB' or 'job: curate VERB' that says what to run"
 
-  if [[ -z "$dry_run" ]]; then install; fi
+  if [[ -z "$dry_run" ]]; then
+    install
+    # Mistakes are told before torch is loaded; and behind a launcher they would cost a traceback for each process.
+    "$python" -m "${job% *}" "${job#* }" --config "$config" ${rest[@]+"${rest[@]}"} --check_config >/dev/null
+  fi
   build_command "$job" --config "$config" ${rest[@]+"${rest[@]}"}
   if [[ -n "$dry_run" ]]; then
     printf '%q ' "${command[@]}" | sed 's/ $//'
@@ -311,11 +320,13 @@ run_config() {
     exit 0
   fi
   [[ -n "$launcher" ]] || exec "${command[@]}"
-  # A mistake costs a line here, and a traceback of each launcher there.
-  "$python" -m "${job% *}" "${job#* }" --config "$config" ${rest[@]+"${rest[@]}"} --check_config >/dev/null
   supervise
 }
 
+# How OpenMP's threads wait, here for the tests and for launchers; afresh/cores.py says why, and does it for every job.
+if [[ -z "${OMP_WAIT_POLICY+set}${GOMP_SPINCOUNT+set}${KMP_BLOCKTIME+set}" ]]; then
+  export GOMP_SPINCOUNT=1000 KMP_BLOCKTIME=0
+fi
 find_environment
 if [[ "${1:-}" == test ]]; then
   shift

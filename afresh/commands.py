@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 
 from afresh import __version__
 from afresh.configs import Options, Verb, did_you_mean, field_type, load, placeholder, read_config, takes_list
+from afresh.cores import share_the_machine
 from afresh.errors import UsageError, UserError, one_line, printable
 from afresh.progress import is_main_process
 from afresh.summaries import as_json, as_text
@@ -40,6 +41,7 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
         verbs: the package's verbs by name.
         argv: arguments after the program's name; ``sys.argv[1:]`` by default.
     """
+    share_the_machine()  # before anything loads torch
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = f"python -m {package}"
     try:
@@ -54,6 +56,8 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
             raise UsageError(f"unknown verb {name!r}{did_you_mean(name, verbs)}; {prog} --help lists the verbs")
         options = _split(verbs[name], argv[1:], f"{prog} {name}")
         config = read_config(package, name, verbs[name], options)
+        if verbs[name].check:
+            load(verbs[name].check)(config)
         if options.check:
             return 0
         with _stdout_kept_for_the_summary(options.json):

@@ -31,6 +31,8 @@ class Verb:
     Attributes:
         config: ``"module:Class"`` of a dataclass.
         job: ``"module:function"`` that takes the dataclass and returns a summary.
+        check: ``"module:function"`` that takes the dataclass and raises what can be seen to be wrong before the job's
+            own modules are loaded; empty where there is none.
         help: one line for the list of verbs.
         positionals: fields given by position, in order; at most one of them is a list.
     """
@@ -39,6 +41,7 @@ class Verb:
     job: str
     help: str
     positionals: tuple[str, ...] = ()
+    check: str = ""
 
 
 @dataclass

@@ -42,19 +42,38 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(temporary_name(path.name))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            reason = f"{os.strerror(error.errno)}; make room, and the same command goes on there"
-            raise UserError(f"{path} cannot be written: {reason}") from error
-        raise
+        with full_disk_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what writes ``path``: where there is no room for it, that is the error, and says where.
+
+    Raises:
+        UserError: the disk is full, or the user's share of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (number := _no_room(error)) is None:
+            raise
+        why = f"{os.strerror(number)}; make room, and the same command goes on there"
+        raise UserError(f"{path} cannot be written: {why}") from error
+
+
+def _no_room(error: BaseException) -> int | None:
+    """The system's number of a write that had no room; compiled writers tell it in their message alone."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return error.errno
+    return next((number for number in _NO_ROOM if f"(os error {number})" in str(error)), None)
 
 
 def decode_text(data: bytes) -> str:

@@ -11,20 +11,15 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from afresh.errors import UsageError, UserError, reason
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
-import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from afresh.cores import in_order
+from afresh.errors import UsageError, UserError, reason
 from afresh.files import digest, temporary_name, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +27,9 @@ if TYPE_CHECKING:
 
 
 REQUESTS = 16  # to a store at a time, where many small files are asked for
+_COPYING = threading.Lock()
+"""Held while files are copied here: threads that want the same ones wait for one copy, and fsspec's file system in
+memory gives all readers of a file one position in it."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +145,15 @@ class Store:
             versions = digest([version(*source) for source in sources])
         copies = cache_folder() / f"copy-{digest([self.at(name) for name in names])}"
         folder = copies / versions
-        for name, (files, path) in zip(names, sources, strict=True):
-            copy = folder / PurePosixPath(name).name
-            if not copy.is_file():
-                with self._answering(), write_atomic(copy) as temporary:  # which knows a full disk
-                    files.get_file(path, str(temporary))
-        for other in copies.iterdir():
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        with _COPYING:
+            for name, (files, path) in zip(names, sources, strict=True):
+                copy = folder / PurePosixPath(name).name
+                if not copy.is_file():
+                    with self._answering(), write_atomic(copy) as temporary:  # which knows a full disk
+                        files.get_file(path, str(temporary))
+            for other in copies.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
         return folder
 
     # ---------------------------------------------------------------------------------------------- writing

@@ -135,7 +135,7 @@ def script_steps(model: str, samples: list[Sample], config: FinetuneConfig) -> I
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True) if config.ema_decay else None
-    betas = (0.9, config.adam_beta2)
+    betas = (0.9, config.adam_beta2 or 0.999)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, eps=1e-8
     )

@@ -18,6 +18,7 @@ VERBS = {
         "train.finetune.config:FinetuneConfig",
         "train.finetune.loop:run_finetune",
         "fine-tune a Stable Diffusion's UNet, with or without the memorization filter",
+        check="train.finetune.checks:check_finetune",
     ),
     "verdicts": Verb(
         "train.finetune.config:VerdictsConfig",
@@ -29,31 +30,43 @@ VERBS = {
         "train.sampling.config:SampleConfig",
         "train.sampling.job.job:run_sample",
         "draw images for a file of prompts, with any guidance",
+        check="train.sampling.job.checks:check_sample",
     ),
     "detect": Verb(
         "train.memorization.config:DetectConfig",
         "train.memorization.detection.job:run_detect",
         "score prompts by how strongly the model has memorized them",
+        check="train.memorization.checks:check_detect",
     ),
     "localize": Verb(
         "train.evaluation.config:LocalizeConfig",
         "train.evaluation.localize:run_localize",
         "find the neurons behind memorized prompts, and show what blocking them does",
+        check="train.evaluation.checks:check_localize",
     ),
     "explain": Verb(
         "train.memorization.config:ExplainConfig",
         "train.memorization.explaining.job:run_explain",
         "say which words of a prompt its memorization hangs on, and what to change first",
+        check="train.memorization.checks:check_explain",
     ),
     "audit": Verb(
         "train.evaluation.config:AuditConfig",
         "train.evaluation.audit:run_audit",
         "try to bring training images back from a mitigated model, beside images that it never saw",
+        check="train.evaluation.checks:check_audit",
     ),
     "evaluate": Verb(
         "train.evaluation.config:EvaluateConfig",
         "train.evaluation.evaluate:run_evaluate",
         "compare models and guidances: copies, alignment, quality, time",
+        check="train.evaluation.checks:check_evaluate",
+    ),
+    "reports": Verb(
+        "train.evaluation.config:ReportsConfig",
+        "train.evaluation.reporting.index:run_reports",
+        "write one page that links every report below a folder",
+        positionals=("folder",),
     ),
 }
 

@@ -323,6 +323,16 @@ class TrainingIndex:
         )
 
 
+def check_index(where: str | Path) -> None:
+    """See that an index is there, without reading it; a URL is not asked.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if "://" not in str(where):
+        index_folder(where)
+
+
 def refuse_other(
     index: TrainingIndex, embedder: Known, where: str = "the index", option: str = "the embedder"
 ) -> None:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UserError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from curate.reading.images import ImageError, decode_image, stack_images
 from train.denoising.opening.loading import open_pipeline
+from train.evaluation.checks import check_audit, images_to_audit
 from train.evaluation.config import AuditConfig
 from train.evaluation.judging.metrics import PIXEL_COPY, thumbnails
 from train.evaluation.reporting.audit_report import draw_curves, figure_of, render, write_rows
@@ -28,7 +29,7 @@ from train.memorization.config import MEMORIZED
 from train.memorization.detection.roc import bootstrap_interval, roc_auc
 from train.memorization.neurons.blocking import blocked
 from train.memorization.neurons.files import read_neurons
-from train.prompts import Prompt, read_prompts
+from train.prompts import Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,10 +55,8 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         UsageError: options that do not go together.
         UserError: an input is missing or does not fit.
     """
-    _check(config)
-    chosen = {kind: prompts for kind, prompts in _chosen(config).items() if prompts}
-    if not chosen.get("training"):
-        raise UserError(f"{config.prompts}: no row of label 1 or without label has an image to bring back")
+    check_audit(config)
+    chosen = images_to_audit(config)
     if "control" not in chosen:
         log.warning("no control: without images never trained on, nobody can tell what the search draws by itself")
     originals = {kind: [_read_image(prompt) for prompt in prompts] for kind, prompts in chosen.items()}
@@ -140,41 +139,6 @@ def compared(found: Mapping[str, Audit], *, bootstrap: int = 1000) -> dict[str, 
 def row_correlation(drawn: Sequence[Image], originals: Sequence[Image]) -> NDArray[np.float32]:
     """Plain correlation ``[n]`` of each drawn image with its original at 16 × 16 pixels."""
     return (thumbnails(stack_images(drawn, SIDE)) * thumbnails(stack_images(originals, SIDE))).sum(axis=1)
-
-
-def _check(config: AuditConfig) -> None:
-    for option, least in (
-        ("images", 0),
-        ("search_steps", 1),
-        ("noises", 1),
-        ("restarts", 1),
-        ("measure_every", 1),
-        ("seeds", 1),
-        ("first_seed", 0),
-        ("search_seed", 0),
-        ("steps", 1),
-        ("batch_size", 1),
-        ("bootstrap", 0),
-    ):
-        if getattr(config, option) < least:
-            raise UsageError(f"{option} is {getattr(config, option)}: expected at least {least}")
-    if not config.learning_rate > 0:
-        raise UsageError(f"learning_rate is {config.learning_rate}: expected more than 0")
-
-
-def _chosen(config: AuditConfig) -> dict[str, list[Prompt]]:
-    """The prompts with images: those to attack, and the control."""
-    prompts = read_prompts(config.prompts)
-    chosen = {
-        "training": [prompt for prompt in prompts if prompt.label != 0],
-        "control": [prompt for prompt in prompts if prompt.label == 0],
-    }
-    if config.control:
-        chosen["control"] = read_prompts(config.control)
-    chosen = {kind: [prompt for prompt in some if prompt.image is not None] for kind, some in chosen.items()}
-    if config.control and not chosen["control"]:
-        raise UserError(f"{config.control}: no row has an image")
-    return {kind: some[: config.images or None] for kind, some in chosen.items()}
 
 
 def _read_image(prompt: Prompt) -> Image:

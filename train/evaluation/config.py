@@ -7,6 +7,17 @@ from typing import Literal
 
 
 @dataclass
+class ReportsConfig:
+    """One page that links every report below a folder.
+
+    Args:
+        folder: of runs, drawings, curations; the page is its ``index.html``.
+    """
+
+    folder: str = ""
+
+
+@dataclass
 class EvaluateConfig:
     """Sample every setting of a protocol file or a preset and compare them in one table and one figure.
 

@@ -88,7 +88,7 @@ def sampling_jobs(
         UsageError: settings that do not go together.
     """
     from train.sampling.config import AMGConfig, SampleConfig
-    from train.sampling.job.settings import check_settings
+    from train.sampling.job.checks import check_guidance, check_options
 
     try:
         amg = AMGConfig(**protocol.amg)  # type: ignore[arg-type]
@@ -112,7 +112,8 @@ def sampling_jobs(
                 dtype=config.dtype,
                 device=config.device,
             )
-            check_settings(job)
+            check_options(job)
+            check_guidance(job)
             jobs[setting.model, setting.guidance, kind] = job
     return jobs
 

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afresh.errors import UsageError, UserError
+from afresh.errors import UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
 from afresh.runs import refuse_other_settings
 from train.denoising.network import network_of
 from train.denoising.opening.loading import open_pipeline
 from train.evaluation.blocking import draw_and_compare
+from train.evaluation.checks import REMOVED, check_edited, check_localize, prompts_to_localize
 from train.evaluation.config import LocalizeConfig
 from train.memorization.neurons.localization import Localization, Localized, Localizer
 from train.memorization.neurons.value_neurons import Neurons, count, value_layers, widths
 from train.memorization.neurons.weights import save_rows, zero_rows
-from train.prompts import Prompt, read_prompts
+from train.prompts import Prompt
 from train.sampling.pipelines.session import fingerprint
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ SEARCH = (
     "criterion", "threshold", "deviations", "number", "up_blocks", "dtype",
 )  # fmt: skip
 """Settings that decide which neurons are found."""
-REMOVED = "removed_rows.safetensors"
 log = get_logger(__name__)
 
 
@@ -57,23 +57,8 @@ def run_localize(config: LocalizeConfig) -> dict[str, Any]:
         UserError: an input is missing or does not fit.
     """
     out = Path(config.out)
-    if out.suffix != ".json":
-        raise UsageError(f"out is {config.out!r}: expected a file that ends in .json")
-    for option, least in (("seeds", 2), ("first_seed", 0), ("image_seeds", 1), ("clean_captions", 2), ("others", 0)):
-        if getattr(config, option) < least:
-            raise UsageError(f"--{option} is {getattr(config, option)}: it is at least {least}")
-    if config.threshold < 0 or (config.criterion == "similarity" and config.threshold >= 1):
-        raise UsageError(f"--threshold is {config.threshold}: a similarity is between 0 and 1, a magnitude above 0")
-    everything = read_prompts(config.prompts)
-    prompts = list({prompt.caption: prompt for prompt in everything if prompt.label != 0}.values())
-    clean = read_prompts(config.clean) if config.clean else [prompt for prompt in everything if prompt.label == 0]
-    clean = clean[: config.clean_captions]
-    if not prompts:
-        raise UserError(f"{config.prompts}: every prompt has label 0, so there is none to localize")
-    if len(clean) < 2:
-        raise UsageError("--clean is needed: a file of captions that are not memorized (or prompts of label 0)")
-    if config.edited_model:
-        check_edited(Path(config.edited_model))
+    check_localize(config)
+    prompts, clean = prompts_to_localize(config)
     settings = {name: getattr(config, name) for name in SEARCH} | {"weights": fingerprint(Path(config.model))}
     for name in ("prompts", "clean"):
         settings[name] = fingerprint(Path(settings[name])) if settings[name] else ""
@@ -157,16 +142,6 @@ def _search(
                 write_json(out, content | {"unfinished": number < len(prompts)})
             bar.update(1)
     return found, spent / len(prompts)
-
-
-def check_edited(folder: Path) -> None:
-    """See that an edited model can be written there, or was already.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / REMOVED).is_file():
-        raise UserError(f"{folder}: holds something else already: choose another --edited_model")
 
 
 def write_edited(pipe: StableDiffusionPipeline, neurons: Neurons, folder: Path) -> None:

@@ -179,10 +179,11 @@ class FinetuneConfig:
         model_config: of a single file: a pipeline folder of its architecture, for the configs, tokenizer and scheduler
             that a single file lacks; null asks the hub for those of the checkpoint's kind.
         out: folder of the run: ``model/`` (the result), ``checkpoints/``, ``validation/``, ``log.jsonl``,
-            ``verdicts.parquet``, ``filter.json`` (the thresholds), ``summary.json``.
+            ``report.html`` (the run on a page, at each checkpoint), ``verdicts.parquet``, ``filter.json`` (the
+            thresholds), ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n}``.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
-        steps: optimizer steps.
+        steps: optimizer steps. A run, finished or not, goes on to more of them under ``lr_schedule: constant``.
         batch_size: samples a process takes in one forward pass.
         gradient_accumulation: forward passes per optimizer step.
         auto_batch_size: when memory runs out, take half the batch_size and twice the gradient_accumulation, and go on
@@ -191,17 +192,18 @@ class FinetuneConfig:
             smaller batch when it is started again.
         optimizer: adamw, adafactor, adamw8bit, lion, lion8bit (bitsandbytes), prodigy (prodigyopt; takes learning_rate
             1), or a class by its dotted name, as in ``torch.optim.SGD``.
-        optimizer_args: further arguments of the optimizer.
+        optimizer_args: further arguments of the optimizer; they win over what stands here, ``lr`` over learning_rate.
         learning_rate: peak.
         lr_schedule: shape after the warm-up.
         lr_cycles: of cosine_restarts.
         lr_power: of polynomial.
         warmup_steps: linear warm-up.
-        adam_beta2: second-moment decay, of optimizers that have betas.
+        adam_beta2: second of the optimizer's betas; null takes its own (0.999 of AdamW's, 0.99 of Lion's).
         weight_decay: of optimizers that have one.
         max_grad_norm: gradient clipping; 0 switches it off.
         max_bad_steps: stop after so many steps in a row whose loss or gradient is not finite. Such a step changes
-            nothing, and the log names its samples.
+            nothing, and the log names its samples. A step of fp16 whose gradient overflows lowers the loss scale; in a
+            row with others it counts too.
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
         ema_device: where the average is kept; cpu spares the GPU a copy of the weights, for a transfer every step.
         snr_gamma: weigh timesteps by Min-SNR-γ (5 is usual); 0 weighs all alike.
@@ -239,7 +241,8 @@ class FinetuneConfig:
         shuffle_shards: shards that are shuffled together.
         filter: which samples of a batch are left out.
         checkpoint_every: steps between checkpoints; 0 saves one only on a signal.
-        keep_checkpoints: how many are kept.
+        keep_checkpoints: how many are kept; of a finished run the last one, from which more ``steps`` go on. 0 keeps
+            one while it trains, and none afterwards.
         log_every: steps between lines of the log.
         license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
@@ -267,7 +270,7 @@ class FinetuneConfig:
     lr_cycles: int = 1
     lr_power: float = 1.0
     warmup_steps: int = 0
-    adam_beta2: float = 0.999
+    adam_beta2: float | None = None
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     max_bad_steps: int = 5

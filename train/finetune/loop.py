@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,17 +33,26 @@ from train.finetune.caches.texts import cache_texts
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
-from train.finetune.filter.filter import MemorizationFilter
-from train.finetune.filter.settings import chosen_thresholds, reference_samples
+from train.finetune.filter.settings import make_filter
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.model.loss import min_snr_weights, squared_errors, weighted_loss
+from train.finetune.model.loss import counted, min_snr_weights, squared_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
-from train.finetune.preparation import begin, check_config, make_accelerator, publish, resolve_precision
+from train.finetune.preparation import (
+    begin,
+    check_config,
+    keeps_final_state,
+    make_accelerator,
+    publish,
+    resolve_precision,
+    say_what_has_no_effect,
+)
+from train.finetune.report import write_report
 from train.finetune.state.average import Average
 from train.finetune.state.checkpoint import (
     Stateful,
     collect_state,
+    keep_last,
     list_checkpoints,
     load_latest,
     remove_partial,
@@ -63,8 +71,8 @@ from train.finetune.state.memory import (
 )
 from train.finetune.state.optimizer import learning_rate, make_optimizer, set_learning_rate
 from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
-from train.finetune.state.stop import StopOnSignal
 from train.finetune.validation import Validation, send_images
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,6 +92,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             is not finite several times in a row.
     """
     check_config(config)
+    say_what_has_no_effect(config)
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     out = Path(config.out)
     while True:
@@ -163,16 +172,9 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         with accelerator.autocast():
             return model.predict_unconditional(x_t, t)
 
-    memorization = MemorizationFilter(
-        config.filter,
-        schedule,
-        predict_unconditional,
-        len(shard_set),
-        config.seed,
-        chosen_thresholds(config.filter, config.model),
-        reference_samples(config.filter, shard_set),
-        together=accelerator.is_fsdp2,
-    )
+    nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
+    samples = world * nominal  # and on all of them
+    memorization = make_filter(config, schedule, predict_unconditional, shard_set, samples, accelerator.is_fsdp2)
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
@@ -201,8 +203,6 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
             validation = Validation(config.validation, device, accelerator.autocast)
-    nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
-    samples = world * nominal  # and on all of them
     began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
@@ -223,10 +223,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 input_perturbation=config.input_perturbation,
             )
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
+            readable = batch.weight > 0
             x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
+            x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
-            readable = batch.weight > 0
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
@@ -237,7 +238,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                     output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
                 )
                 weights = batch.weight * kept
-                errors = squared_errors(output, schedule.target(x_0, noise, t))
+                errors = squared_errors(counted(output, weights), schedule.target(x_0, noise, t))
                 losses = errors * min_snr_weights(schedule.snr(t), schedule.space, config.snr_gamma)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
@@ -254,27 +255,28 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             optimizer.step()
             moved = not accelerator.optimizer_step_was_skipped  # fp16's overflow: the loss scale is lowered instead
         optimizer.zero_grad()
-        counts.add(moved, bad)
+        overflow = totals.kept > 0 and not bad and not moved  # of fp16
+        counts.add(moved, bad or overflow)
         bands.add(totals)
         if moved:
             average.update(counts.updates)
         step += 1
 
         names: list[str] = []
-        if bad:
+        if bad or (overflow and counts.bad_in_a_row >= config.max_bad_steps):
             names = ["/".join(shard_set.ids[row]) for row in suspects.rows(accelerator)]
             log.warning("step %d skipped: the loss or its gradient is not finite with %s", step, ", ".join(names[:8]))
             if counts.bad_in_a_row >= config.max_bad_steps:
                 raise UserError(
-                    f"the loss was not finite at {counts.bad_in_a_row} steps in a row, last at step {step} with "
-                    f"{', '.join(names[:8])}: lower learning_rate or set mixed_precision to no"
+                    f"the loss or its gradient was not finite at {counts.bad_in_a_row} steps in a row, last at step "
+                    f"{step} with {', '.join(names[:8])}: lower learning_rate or set mixed_precision to no"
                 )
         meter.add(samples)
         if writer is not None and (step % config.log_every == 0 or step == config.steps or bad):
             line = {
                 "step": step,
                 "loss": totals.loss / world * samples / max(totals.kept, 1),
-                "loss_by_band": bands.take(),
+                "loss_by_band": bands.take() if step % config.log_every == 0 else bands.means(),
                 "learning_rate": learning_rate(step - 1, config),
                 "grad_norm": grad_norm,
                 "kept": int(totals.kept),
@@ -297,10 +299,12 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                     images = validation.draw(out / "validation" / f"step-{step:06d}", pipe)
                     send_images(accelerator.trackers, images, step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
-        if totals.asked or due:
+        last = step == config.steps and keeps_final_state(config)
+        if totals.asked or due or last:
             state = collect_state(parts)  # by every process: the weights may be spread over them
             if accelerator.is_main_process:
                 save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
+                write_report(config, shard_set, memorization.table, step, None)
             accelerator.wait_for_everyone()
         if totals.asked:
             bar.close()
@@ -308,6 +312,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             accelerator.end_training()
             return {"steps": step, "stopped": True, "model": None}
     bar.close()
+    if not counts.updates and accelerator.is_main_process:
+        log.warning("none of the %d steps changed the weights: the model is what it was", step)
 
     replaced = accelerator.reduce(torch.tensor(faults.count, device=device), reduction="sum")
     average.copy_to_parameters()
@@ -329,7 +335,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         size = config.resolution or model.size
         write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space)
         write_json(out / "summary.json", summary)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_report(config, shard_set, memorization.table, step, summary)
+        keep_last(checkpoints, int(keeps_final_state(config)))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary

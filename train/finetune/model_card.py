@@ -208,6 +208,7 @@ def _data(training: Training) -> str:
 def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     processes = summary.get("processes", 1)
     batch = config.batch_size * config.gradient_accumulation * processes
+    peak = config.optimizer_args.get("lr", config.learning_rate)
     made_of = f"batch {config.batch_size} × accumulation {config.gradient_accumulation} × processes {processes}"
     facts = [
         ("base model", _code(training.base)),
@@ -216,7 +217,7 @@ def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any
         ("steps", f"{summary['steps']:,}"),
         ("samples per step", f"{batch:,} ({made_of})"),
         ("samples seen", f"{summary['samples_seen']:,}"),
-        ("learning rate", f"{config.learning_rate:g}, {config.lr_schedule}, {config.warmup_steps:,} steps of warm-up"),
+        ("learning rate", f"{peak:g}, {config.lr_schedule}, {config.warmup_steps:,} steps of warm-up"),
         ("optimizer", _code(config.optimizer)),
         ("precision", config.mixed_precision),
         ("empty captions", f"{config.caption_dropout:.0%}"),

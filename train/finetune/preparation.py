@@ -12,16 +12,16 @@ import torch
 
 from afresh.errors import UsageError
 from afresh.files import write_json
-from afresh.progress import get_logger
+from afresh.progress import get_logger, is_main_process
 from afresh.runs import claim
 from curate.decisions.sample_lists import ids_digest
+from train.finetune.checks import check_finetune
 from train.finetune.config import FinetuneConfig
-from train.finetune.filter.settings import check_filter
 from train.finetune.hub import check_hub, push_model
+from train.finetune.state.checkpoint import list_checkpoints
 from train.finetune.state.log import check_trackers
-from train.finetune.state.optimizer import find_optimizer
+from train.finetune.state.optimizer import find_optimizer, learning_rate
 from train.finetune.state.sharding import check_parallel, shard_on_cpu
-from train.finetune.validation import check_validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,40 +46,29 @@ def publish(out: Path, config: FinetuneConfig, summary: dict[str, Any]) -> dict[
 
 
 def check_config(config: FinetuneConfig) -> None:
-    """Raise :class:`UsageError` for what can be seen to be wrong before anything is loaded."""
-    counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "lr_cycles", "max_bad_steps")
-    for name in (*counts, "learning_rate"):
-        if getattr(config, name) <= 0:
-            raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("snr_gamma", "noise_offset", "input_perturbation", "lr_power", "max_grad_norm"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    for name in ("ema_decay", "caption_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    if config.cache_text and config.train_text_encoder:
-        raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
-    words = config.random_words
-    if words.number < 0 or not 0 <= words.share <= 1:
-        raise UsageError(f"random_words: number must be 0 or more and share lie in [0, 1], not {words}")
-    if words.number and config.cache_text:
-        raise UsageError("random_words: a caption has other words at every visit; set cache_text to false")
-    lora = config.lora
-    for name in ("rank", "alpha"):
-        if getattr(lora, name) < 0:
-            raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
-    if not 0 <= lora.dropout < 1:
-        raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
-    if lora.rank and not lora.targets:
-        raise UsageError("lora.targets is empty: name the layers that get adapters")
-    if lora.rank and lora.dropout and config.filter.policy != "off":
-        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
-    check_filter(config.filter, config.model)
+    """Raise :class:`UsageError` for what can be seen to be wrong before the model is loaded."""
+    check_finetune(config)
     find_optimizer(config.optimizer)
     check_trackers(config.trackers)
-    check_validation(config.validation)
     if config.push_to_hub:
         check_hub(config.push_to_hub)
+
+
+def say_what_has_no_effect(config: FinetuneConfig) -> None:
+    """Warn of settings that the run is too short for."""
+    if not is_main_process():
+        return
+    if config.warmup_steps > config.steps:
+        log.warning(
+            "warmup_steps is %d, and the run has %d steps: the learning rate never reaches its peak, and ends at %.3g",
+            config.warmup_steps,
+            config.steps,
+            learning_rate(config.steps - 1, config),
+        )
+    if config.validation.every > config.steps:
+        log.warning(
+            "validation.every is %d, and the run has %d steps: no image is drawn", config.validation.every, config.steps
+        )
 
 
 def make_accelerator(config: FinetuneConfig) -> Accelerator:
@@ -120,15 +109,62 @@ def resolve_precision(name: str) -> Any:
 
 
 def begin(out: Path, config: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Claim the folder for this configuration; the summary of the run if it is finished already."""
+    """Claim the folder for this configuration; the summary of the run if it is finished already.
+
+    A run may be given other ``steps`` than before, where those that were made do not depend on them.
+
+    Raises:
+        UsageError: the folder was begun with other settings, or cannot have other steps.
+    """
     run = dataclasses.asdict(config) | {"processes": accelerator.num_processes, "fsdp": accelerator.is_fsdp2}
     for free in FREE:
         run.pop(free)
     if config.exclude:
         run["exclude"] = ids_digest(config.exclude)
-    claim(out, run)
-    if (out / "summary.json").is_file() and (out / "model" / "model_index.json").is_file():
-        log.info("%s is finished already", out)
-        return json.loads((out / "summary.json").read_text())
+    begun = out / "run.json"
+    steps = json.loads(begun.read_text())["steps"] if begun.is_file() else config.steps
+    claim(out, run | {"steps": steps})
+    if steps != config.steps:
+        check_other_steps(out, config, steps)
+        log.info("%s goes on to step %d, after the %d that it was begun with", out, config.steps, steps)
+        write_json(begun, run)
+    summary = out / "summary.json"
+    if summary.is_file() and (out / "model" / "model_index.json").is_file():
+        found = json.loads(summary.read_text())
+        if found["steps"] == config.steps:
+            log.info("%s is finished already", out)
+            return found
+        summary.unlink()
     return None
+
+
+def keeps_final_state(config: FinetuneConfig) -> bool:
+    """Whether a finished run leaves the state from which more steps go on: where these are exact."""
+    return config.keep_checkpoints > 0 and config.lr_schedule == "constant"
+
+
+def check_other_steps(out: Path, config: FinetuneConfig, before: int) -> None:
+    """See that a run of ``before`` steps may have ``config.steps``: that those made are the ones that it would make.
+
+    All else that a step does follows from its number alone; the learning rate may follow from the number of all.
+
+    Raises:
+        UsageError: it may not; says why, and what to do.
+    """
+    change = f"{out}: steps cannot become {config.steps}, after {before}"
+    if config.lr_schedule != "constant":
+        raise UsageError(
+            f"{change}: with lr_schedule {config.lr_schedule} every step's learning rate follows from the number of "
+            f"all steps, so those made so far would have been others; start another run with --model {out / 'model'} "
+            "and another --out"
+        )
+    made = [step for step, _ in list_checkpoints(out / "checkpoints")]
+    finished = (out / "summary.json").is_file()
+    if finished and before not in made:
+        raise UsageError(
+            f"{change}: the state after the last step was not kept (keep_checkpoints 0); start another run with "
+            f"--model {out / 'model'} and another --out"
+        )
+    if made and config.steps < max(made):
+        raise UsageError(f"{change}: {max(made)} are made already; choose another --out")
 

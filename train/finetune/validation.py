@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from afresh.errors import UsageError
 from afresh.files import write_atomic
 from train.finetune.config import ValidationConfig
 
@@ -27,18 +26,6 @@ if TYPE_CHECKING:
 
 
 TOGETHER = 4  # images drawn in one batch: bounds memory, and changes no image
-
-
-def check_validation(config: ValidationConfig) -> None:
-    """Raise :class:`UsageError` for options that do not go together."""
-    if config.every < 0:
-        raise UsageError(f"validation.every must be 0 or more, not {config.every}")
-    if config.every and not config.prompts:
-        raise UsageError("validation.every needs validation.prompts: texts to draw")
-    if config.every and config.steps <= 0:
-        raise UsageError(f"validation.steps must be positive, not {config.steps}")
-    if config.guidance != "none" and not config.index:
-        raise UsageError(f"validation.guidance {config.guidance} needs validation.index: the output of curate dedup")
 
 
 class Validation:

@@ -24,9 +24,9 @@ class DetectConfig:
         prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged. Or what
             ``curate dedup`` wrote (its folder, its index, or the URL of one): the captions that occur most often in the
             training set.
-        out: Parquet file to write, one row a prompt and seed; a summary (.json) and, with labels, a chart
-            (.png) are written beside it, over several steps also the trajectories (.trajectories.png). While it runs,
-            scores stand in .rows.jsonl, from where a run that was killed goes on.
+        out: Parquet file to write, one row a prompt and seed; a summary (.json), a page (.html) and, with labels, a
+            chart (.png) are written beside it, over several steps also the trajectories (.trajectories.png). While it
+            runs, scores stand in .rows.jsonl, from where a run that was killed goes on.
         negatives: prompt file of prompts known not to be memorized, added with label 0; prompts without a label then
             have label 1, as those of published lists of memorized prompts.
         limit: most captions taken from a curation's output.

@@ -26,6 +26,7 @@ from train.denoising.conditioning import Conditioning
 from train.denoising.families.registry import denoiser_of
 from train.denoising.families.stable_diffusion import end_positions
 from train.denoising.predictions import Prediction
+from train.memorization.checks import check_scored_steps
 from train.memorization.cross_attention import as_map, end_share, finest_down_layers, recorded_attention
 from train.memorization.signals.magnitude import Form
 from train.memorization.signals.protocol import Seen, Signal
@@ -186,7 +187,7 @@ class Scoring:
     ) -> None:
         table = np.arange(seeds) if isinstance(seeds, int) else np.asarray(seeds, np.int64)
         self.seeds = np.broadcast_to(table, (len(prompts), table.shape[-1]))
-        check(steps, num_inference_steps, batch_size)
+        check_scored_steps(steps, num_inference_steps, batch_size)
         if self.seeds.size == 0:
             raise UsageError("nothing to score: there must be at least one prompt and one seed")
         self.signals = find_signals(signals, form, self.seeds.shape[1])
@@ -338,14 +339,6 @@ class Scoring:
 def needs_unconditional(signals: Sequence[Signal]) -> bool:
     """Whether one of them reads the prediction without a prompt."""
     return any(signal.unconditional for signal in signals)
-
-
-def check(steps: int, num_inference_steps: int, batch_size: int) -> None:
-    """Raise ``UsageError`` where a number is out of range."""
-    if not 1 <= steps <= num_inference_steps:
-        raise UsageError(f"steps is {steps}: expected 1 to num_inference_steps, which is {num_inference_steps}")
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}: expected at least 1")
 
 
 def mean_attention(maps: Tensor) -> Tensor:

@@ -11,14 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from afresh.errors import UsageError
-from train.memorization.signals.magnitude import Form
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.memorization.signals.magnitude import Form
 
 BANDS = 10
 """Timestep bands of equal width that magnitudes are told apart by: of 1,000 timesteps [0, 100), [100, 200), …"""
@@ -117,10 +120,14 @@ class Thresholds:
 
     def tensor(self) -> torch.Tensor:
         """``[BANDS]`` float32, infinite where nothing is judged."""
+        import torch
+
         return torch.tensor([math.inf if one is None else one for one in self.by_band], dtype=torch.float32)
 
     def at(self, t: float, timesteps: int = 1000) -> float | None:
         """The threshold at timestep ``t`` in [0, ``timesteps``); None where nothing is judged."""
+        import torch
+
         return self.by_band[int(timestep_band(torch.tensor([t]), timesteps))]
 
 
@@ -177,6 +184,8 @@ def calibrate(
         ``threshold`` of a prompt's detection score (the mean over its steps and seeds), and ``by_band``, those of
         single magnitudes; None in bands that no step falls in.
     """
+    import torch
+
     bands = timestep_band(torch.from_numpy(timesteps), train_timesteps).numpy()
     return {
         "threshold": threshold_at_fpr(magnitudes.mean(axis=2).mean(axis=1), fpr),

@@ -109,6 +109,15 @@ def workers_of(launcher: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
+def wait_for_torch(process: int) -> None:
+    """Until a process loads torch: it has begun, and is far from its first step."""
+    for _ in range(6000):
+        if "libtorch" in Path(f"/proc/{process}/maps").read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"process {process} does not load torch")
+
+
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     while process.poll() is None:
         path = out / "log.jsonl"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from afresh.errors import UsageError, UserError
+from curate.reading.writing import write_shard
+from curate.sample_set import load_part
 from tests.train.finetune.runs import launch, log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import FilterConfig, FinetuneConfig, RandomWords, ValidationConfig
@@ -150,19 +154,89 @@ def test_two_processes_whose_loss_is_not_finite_stop_together_and_name_the_sampl
 
 
 def test_a_gradient_that_is_not_finite_is_a_bad_step_too(model, shards, tmp_path, monkeypatch):
-    from train.finetune import loop
-
-    weigh, count = loop.weighted_loss, iter(range(1000))
-
-    def steep(losses, weights, nominal):  # finite, with an infinite slope
-        loss = weigh(losses, weights, nominal)
-        return loss + (loss - loss.detach()).abs().sqrt() if next(count) == 1 else loss
-
-    monkeypatch.setattr(loop, "weighted_loss", steep)
+    spoil_gradients(monkeypatch, {1})
     summary = run_finetune(settings(model, shards, tmp_path / "run", max_grad_norm=0.0))
     lines = log_lines(tmp_path / "run")
     assert summary["skipped_steps"] == 1 and len(lines[1]["not_finite"]) == 4
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "run").values())
+
+
+def test_a_sample_of_weight_zero_whose_latents_are_not_finite_spoils_nothing(model, tmp_path, monkeypatch):
+    from train.finetune import loop
+
+    shards = tmp_path / "shards"
+    members = [(sample.key, dict(sample.members)) for sample in load_part("finetune")[:4]]
+    notes = [json.dumps({"weight": float(number != 2)}).encode() for number in range(4)]
+    shards.mkdir()
+    weighed = [(key, own | {"json": note}) for (key, own), note in zip(members, notes, strict=True)]
+    write_shard(str(shards / "0.tar"), weighed)
+    sample, nan = loop.sample_posterior, float("nan")
+
+    def spoiled(moments, posterior, factor):  # as a VAE's in half precision
+        x_0 = sample(moments, posterior, factor)
+        rows.append(len(x_0))
+        return torch.where(weight_zero[:, None, None, None], nan, x_0)
+
+    rows: list[int] = []
+    changes = {"steps": 1, "weight_field": "weight", "caption_dropout": 0.0}
+    config = settings(model, str(shards), tmp_path / "run", **changes)
+    run_finetune(dataclasses.replace(config, out=str(tmp_path / "plain")))
+    found = ShardSet(tmp_path / "plain" / "samples.arrow")
+    order = SampleOrder(found.counts, config.shuffle_shards, config.seed)
+    weight_zero = torch.tensor([order.at(position)[0] == 2 for position in range(4)])
+    monkeypatch.setattr(loop, "sample_posterior", spoiled)
+    assert run_finetune(config)["skipped_steps"] == 0 and rows == [4] and weight_zero.sum() == 1
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+def with_loss_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scale the loss on the CPU as fp16 has it on a GPU: an overflow skips the step and halves the scale."""
+    from train.finetune import loop
+
+    plain = loop.make_accelerator
+
+    def scaled(config):
+        accelerator = plain(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", scaled)
+
+
+def spoil_gradients(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """An infinite slope at some forward passes, counted from 0, where the loss is finite."""
+    from train.finetune import loop
+
+    weigh, count = loop.weighted_loss, iter(range(1000))
+
+    def steep(losses, weights, nominal):
+        loss = weigh(losses, weights, nominal)
+        return loss + (loss - loss.detach()).abs().sqrt() if next(count) in calls else loss
+
+    monkeypatch.setattr(loop, "weighted_loss", steep)
+
+
+def test_gradients_that_overflow_at_every_step_of_fp16_stop_the_run(model, shards, tmp_path, monkeypatch):
+    with_loss_scaling(monkeypatch)
+    spoil_gradients(monkeypatch, set(range(100)))
+    with pytest.raises(UserError, match="gradient was not finite at 3 steps in a row, last at step 3"):
+        run_finetune(settings(model, shards, tmp_path / "run", steps=12, max_bad_steps=3))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_single_overflows_of_fp16_lower_the_scale_and_the_run_goes_on(model, shards, tmp_path, monkeypatch, capsys):
+    with_loss_scaling(monkeypatch)
+    spoil_gradients(monkeypatch, {0, 1, 3, 4})
+    summary = run_finetune(settings(model, shards, tmp_path / "run", steps=6, max_bad_steps=3))
+    assert summary["skipped_steps"] == 4
+    assert "not finite" not in capsys.readouterr().err
+
+
+def test_a_run_that_changed_nothing_says_so(model, shards, tmp_path, monkeypatch, capsys):
+    with_loss_scaling(monkeypatch)
+    spoil_gradients(monkeypatch, {0, 1})
+    run_finetune(settings(model, shards, tmp_path / "run", steps=2))
+    assert "none of the 2 steps changed the weights" in capsys.readouterr().err
 
 
 def test_half_precision_that_the_machine_has_not_is_named(model, shards, tmp_path, monkeypatch):

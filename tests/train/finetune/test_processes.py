@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from tests.train.finetune.runs import (
     same,
     settings,
     wait_for_step,
+    wait_for_torch,
     weights,
     workers_of,
 )
@@ -163,6 +165,35 @@ def test_a_signal_to_launch_sh_saves_after_the_step_and_ends_with_success(model,
         assert "the same command goes on from there" in finish(process)
         before, (done, _) = done, load_latest(tmp_path / "run" / "checkpoints")
         assert done == len(log_lines(tmp_path / "run")) > before
+
+
+def trainers_below(shell: int) -> list[int]:
+    """The processes that a launcher below ``launch.sh`` has started to train."""
+    found = []
+    for launcher in workers_of(shell):
+        try:
+            if "torch.distributed.run" in Path(f"/proc/{launcher}/cmdline").read_text():
+                found += workers_of(launcher)
+        except OSError:  # gone
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_launch_sh_while_two_processes_start_saves_after_the_first_step(model, shards, tmp_path, sent):
+    config = settings(model, shards, tmp_path / "run", steps=100_000, batch_size=1)
+    process = launch_sh(config, "--processes", "2")
+    while len(workers := trainers_below(process.pid)) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    for worker in workers:
+        wait_for_torch(worker)
+    process.send_signal(sent)
+    assert "stopped after step 1 of" in finish(process)
+    step, _ = load_latest(tmp_path / "run" / "checkpoints")
+    assert step == len(log_lines(tmp_path / "run")) == 1
 
 
 SPREAD = {"ema_decay": 0.9, "train_text_encoder": True, "filter": FilterConfig("every_step", threshold=2.6)}

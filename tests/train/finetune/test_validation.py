@@ -14,9 +14,10 @@ from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
+from train.finetune.checks import check_validation
 from train.finetune.config import ValidationConfig
 from train.finetune.loop import run_finetune
-from train.finetune.validation import Validation, check_validation
+from train.finetune.validation import Validation
 
 PROMPTS = ["grinning face", "red apple"]
 

@@ -266,5 +266,5 @@ def test_wrong_requests_are_named(model, prompts, tmp_path):
     with pytest.raises(UserError, match="text.txt: no row has an image"):
         run_audit(config(control=str(tmp_path / "text.txt")))
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UserError, match="1.png: cannot be read"):
+    with pytest.raises(UserError, match="1.png: the image of .* is missing"):
         run_audit(config())

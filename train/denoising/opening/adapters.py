@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UsageError, UserError, reason
+from train.denoising.opening.files import ADAPTERS, adapter_options
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from train.denoising.opening.config import LoRAConfig
 
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+WEIGHTS = ADAPTERS
+"""The name of a saved file of adapters."""
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 """Names of a CLIP text encoder's attention weights."""
 
@@ -113,17 +115,7 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
         UserError: there is no such file, it does not fit the pipeline, or peft is not installed.
     """
     require_peft()
-    path = Path(source)
-    options: dict[str, Any] = {"use_safetensors": True}
-    if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-        if WEIGHTS not in files and len(files) != 1:
-            raise UserError(f"{source}: expected {WEIGHTS}, or one .safetensors file; found {len(files)}")
-        options["weight_name"] = WEIGHTS if WEIGHTS in files else files[0]
-    elif path.is_file() and path.suffix != ".safetensors":
-        raise UserError(f"{source}: adapters are read from safetensors only")
-    elif path.suffix == ".safetensors" and not path.is_file():
-        raise UserError(f"{source}: no such LoRA file")
+    options = adapter_options(source)
     try:
         pipe.load_lora_weights(str(source), **options)
         adapted = [name for name in ("unet", "text_encoder") if getattr(getattr(pipe, name), "peft_config", None)]

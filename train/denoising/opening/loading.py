@@ -15,14 +15,8 @@ import torch
 
 from afresh.errors import UserError, reason
 from train.denoising.opening.attention import Attention, set_attention
-from train.denoising.opening.checkpoints import (
-    SUPPORTED,
-    check_file,
-    check_folder,
-    check_kind,
-    check_scheduler,
-    unsupported,
-)
+from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
+from train.denoising.opening.files import SUPPORTED, check_kind, check_model, is_single_file
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -59,6 +53,8 @@ def load_pipeline(
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
             kind than Stable Diffusion, or its scheduler for flow matching.
     """
+    check_model(name_or_path, variant)  # before anything else is imported
+
     import diffusers
     import transformers
 
@@ -69,14 +65,12 @@ def load_pipeline(
     from diffusers import StableDiffusionPipeline
 
     path = Path(name_or_path)
-    is_file = path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    is_file = is_single_file(path)
     options: dict[str, Any] = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     if is_file:
         check_file(path)
         options |= {"config": model_config}
     else:
-        if path.is_dir():
-            check_folder(path, variant)
         options |= {"revision": revision, "variant": variant, "use_safetensors": True}
     try:
         if is_file:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from afresh.files import full_disk_named, write_atomic
 from afresh.progress import get_logger
 from train.finetune.data.images import Fault
 
@@ -33,14 +34,15 @@ class FaultLog:
             whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["position"] < start]
             self.count = len(kept)
-            path.write_text("".join(kept), "utf-8")
+            with write_atomic(path) as temporary:
+                temporary.write_text("".join(kept), "utf-8")
 
     def add(self, faults: Sequence[Fault]) -> None:
         """Append them; each shard is named once on stderr."""
         if not faults:
             return
         self.count += len(faults)
-        with self.path.open("a", encoding="utf-8") as file:
+        with full_disk_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(fault)) + "\n" for fault in faults)
         for fault in faults:
             if fault.shard not in self._named:

@@ -122,6 +122,11 @@ def in_memory(
     return stored
 
 
+def gigabytes(size: float) -> str:
+    """A size in bytes as ``1,234.5 GB``; below one, with as many digits as it takes to be no zero."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e9:.3g} GB"
+
+
 def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str, unit: str) -> list[Stored]:
     """All parts, mapped from files in ``folder``; those that are missing are computed by whoever comes first.
 
@@ -136,7 +141,7 @@ def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str,
     missing = [number for number, one in enumerate(stored) if one is None]
     need, free = sum(2 * int(parts[number].starts[-1]) for number in missing), shutil.disk_usage(folder).free
     if need > free:
-        raise UserError(f"{folder}: {name} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        raise UserError(f"{folder}: {name} needs {gigabytes(need)}, and {gigabytes(free)} are free")
     with _counting(compute, name, unit, sum(parts[number].rows for number in missing)) as count:
         while missing:
             before = len(missing)

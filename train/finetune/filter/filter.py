@@ -20,11 +20,12 @@ from torch import Tensor
 
 from afresh.errors import UserError
 from afresh.files import write_json
-from afresh.progress import get_logger
+from afresh.progress import get_logger, is_main_process
 from train.finetune.config import FilterConfig
 from train.finetune.filter.calibration import ENOUGH, MagnitudeQuantiles
 from train.finetune.filter.evidence import Evidence
 from train.finetune.filter.policies import caption_key, filter_weights, is_judged
+from train.finetune.filter.share import DroppedShare, what_to_change
 from train.finetune.filter.table import VerdictTable
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
 
@@ -43,7 +44,7 @@ class MemorizationFilter:
     processes decide as one with the same batches would.
 
     Args:
-        policy: the settings.
+        policy: the settings, with a calibration's lengths in numbers (``settings.with_lengths``).
         schedule: brings the model's output to ε-space.
         predict_unconditional: ``(x_t, t) →`` the model's output under the empty caption, without gradients.
         samples: how many samples the shard set has.
@@ -78,8 +79,11 @@ class MemorizationFilter:
             self.thresholds = thresholds.tensor()
             self.watched = self.thresholds.isfinite()
         elif policy.policy != "off":
-            self.quantiles = MagnitudeQuantiles(how.quantile, how.per_band, how.window)
-        self.evidence = Evidence(how.window, how.quantile, how.release) if policy.evidence == "window" else None
+            self.quantiles = MagnitudeQuantiles(how.quantile, how.per_band, how.window or 0)
+        self.evidence = None
+        if self.quantiles is not None and policy.evidence == "window" and how.window:
+            self.evidence = Evidence(how.window, how.quantile, how.release)
+        self.share = DroppedShare(policy.most_dropped)
         self._records: list[Tensor] = []
 
     # -------------------------------------------------------------------------------------------- in each micro-step
@@ -187,6 +191,8 @@ class MemorizationFilter:
         if self.policy.expires:
             self._remember(keys.tolist(), judged.tolist(), reached.tolist())
         self.table.record(rows, bands, magnitudes, reached, left_out.bool())
+        if step >= self.policy.warmup_steps and self.thresholds.isfinite().any():
+            self._watch_share(len(rows), int(left_out.sum()), step)
         if self.quantiles is not None and step >= self.policy.warmup_steps:
             unique = torch.ones_like(judged) if self.reference is None else self.reference[rows]
             used = judged & unique
@@ -196,6 +202,18 @@ class MemorizationFilter:
                 at, scores = at[known], torch.special.ndtri(shares[known])
                 self.evidence.add(keys[at].tolist(), scores, unique[at].tolist(), step)
             self._calibrate(bands[used], magnitudes[used], step)
+
+    def _watch_share(self, visits: int, dropped: int, step: int) -> None:
+        if self.share.add(visits, dropped) and is_main_process():  # all processes see the same
+            log.warning(
+                "step %d: the filter leaves out %.0f %% of the latest %.0f visits, more than filter.most_dropped "
+                "(%.0f %%): %s",
+                step + 1,
+                100 * self.share.dropped / self.share.visits,
+                self.share.visits,
+                100 * self.share.most,
+                what_to_change(self.policy),
+            )
 
     def _remember(self, keys: list[int], judged: list[bool], reached: list[bool]) -> None:
         """Keep the verdicts of a step's visits, in the order of positions, and let older ones expire."""
@@ -248,6 +266,7 @@ class MemorizationFilter:
             "against": torch.tensor([*self.against.items()], dtype=torch.int64).view(-1, 2),
             "thresholds": self.thresholds,
             "watched": self.watched,
+            "share": self.share.state_dict(),
         }
         if self.quantiles is not None:
             state["magnitudes"] = self.quantiles.counts
@@ -260,6 +279,7 @@ class MemorizationFilter:
         self.table.load_state_dict(state["table"])
         self.against = dict(state["against"].tolist())
         self.thresholds, self.watched = state["thresholds"].clone(), state["watched"].clone()
+        self.share.load_state_dict(state["share"])
         if self.quantiles is not None:
             self.quantiles.counts.copy_(state["magnitudes"])
         if self.evidence is not None:
@@ -273,8 +293,10 @@ class MemorizationFilter:
             ids: ``(shard, key)`` of each row.
         """
         self.table.write(out / "verdicts.parquet", ids)
-        summary: dict[str, Any] = {"samples_seen": int(self.table.seen.sum()), **self.table.totals()}
+        seen, totals = int(self.table.seen.sum()), self.table.totals()
+        summary: dict[str, Any] = {"samples_seen": seen, **totals}
         if self.policy.policy != "off":
+            summary["dropped_share"] = round(totals["dropped"] / max(seen, 1), 3)
             found: dict[str, Any] = {"form": self.policy.form, "by_band": self.by_band()}
             if self.quantiles is not None:
                 how = self.policy.calibrate

@@ -1,51 +1,64 @@
-"""The filter's settings, checked, and what they name: thresholds, reference samples, the steps of a calibration."""
+"""What the filter's settings name, in a run: reference samples, the length of a calibration, the filter itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from afresh.errors import UsageError
-from train.finetune.config import FilterConfig
+from afresh.progress import get_logger, is_main_process
+from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.filter.calibration import ENOUGH, unique_samples
-from train.memorization.thresholds import BANDS, FILE, Thresholds, read_thresholds
+from train.finetune.filter.checks import chosen_thresholds
+from train.finetune.filter.filter import MemorizationFilter
+from train.memorization.thresholds import BANDS
 
 if TYPE_CHECKING:
+    from train.denoising.schedules import NoiseSchedule
     from train.finetune.data.scan import ShardSet
 
+log = get_logger(__name__)
 LEAST_STEPS = 50
 """Of a calibration whose length is not set: with fewer, few captions of the set were met."""
 
 
-def check_filter(policy: FilterConfig, model: str) -> None:
-    """Raise :class:`UsageError` for settings out of range, and thresholds that cannot be found."""
-    how = policy.calibrate
-    for name, value, least in (
-        ("min_timestep", policy.min_timestep, 0),
-        ("k", policy.k, 1),
-        ("expires", policy.expires, 0),
-        ("warmup_steps", policy.warmup_steps, 0),
-        ("calibrate.steps", how.steps, 0),
-        ("calibrate.window", how.window or 0, 0),
-    ):
-        if value < least:
-            raise UsageError(f"filter.{name} must be {least} or more, not {value}")
-    if policy.threshold is not None and how.steps:
-        raise UsageError("filter.threshold and filter.calibrate.steps exclude each other: leave one of them out")
-    if policy.evidence == "window" and policy.policy != "off" and (policy.threshold is not None or how.window == 0):
-        raise UsageError("filter.evidence window needs filter.calibrate.window, and no filter.threshold beside it")
-    if not 0 < policy.most_dropped <= 1:
-        raise UsageError(f"filter.most_dropped must lie in (0, 1], not {policy.most_dropped}")
-    if policy.evidence == "window" and not 0 < how.release <= how.quantile:
-        raise UsageError(f"filter.calibrate.release must lie in (0, quantile], not {how.release}")
-    if not 0 < how.quantile < 1:
-        raise UsageError(f"filter.calibrate.quantile must lie in (0, 1), not {how.quantile}")
-    chosen_thresholds(policy, model)
+def make_filter(
+    config: FinetuneConfig,
+    schedule: NoiseSchedule,
+    predict_unconditional: Callable[[Tensor, Tensor], Tensor],
+    shard_set: ShardSet,
+    samples: int,
+    together: bool,
+) -> MemorizationFilter:
+    """The filter of a run; says so where the run is too short for it to act.
+
+    Args:
+        config: of the run.
+        schedule: see :class:`~train.finetune.filter.filter.MemorizationFilter`, also for those not named here.
+        predict_unconditional: as there.
+        shard_set: what is trained on.
+        samples: of an optimizer step, on all processes.
+        together: as there.
+    """
+    reference = reference_samples(config.filter, shard_set)
+    unique = 1.0 if reference is None else float(reference.float().mean())
+    policy = with_lengths(config.filter, samples * (1 - config.caption_dropout) * unique)
+    thresholds = chosen_thresholds(policy, config.model)
+    before = policy.warmup_steps + (policy.calibrate.steps if thresholds is None else 0)
+    if policy.policy != "off" and before >= config.steps and is_main_process():
+        log.warning(
+            "the filter never acts: it starts after %d steps (filter.warmup_steps and the calibration), and the run "
+            "has %d: raise steps, or set a smaller filter.%s",
+            before,
+            config.steps,
+            "warmup_steps" if policy.warmup_steps >= config.steps else "calibrate.steps",
+        )
+    size, seed = len(shard_set), config.seed
+    return MemorizationFilter(policy, schedule, predict_unconditional, size, seed, thresholds, reference, together)
 
 
 def reference_samples(policy: FilterConfig, shard_set: ShardSet) -> Tensor | None:
@@ -72,28 +85,3 @@ def with_lengths(policy: FilterConfig, captioned: float) -> FilterConfig:
     steps = how.steps or max(LEAST_STEPS, math.ceil(2 * ENOUGH / max(judged, 1e-6)))
     window = 2 * steps if how.window is None else how.window
     return dataclasses.replace(policy, calibrate=dataclasses.replace(how, steps=steps, window=window))
-
-
-def chosen_thresholds(policy: FilterConfig, model: str) -> Thresholds | None:
-    """The thresholds that the settings name; None where they are to be calibrated, or nothing is judged.
-
-    Args:
-        policy: the filter's settings.
-        model: that training starts from; ``auto`` looks in its folder.
-
-    Raises:
-        UsageError: there is no such file, its form is another one, or a number is out of range.
-    """
-    if policy.policy == "off" or policy.threshold is None:
-        return None
-    if not isinstance(policy.threshold, str):
-        try:
-            return Thresholds.of(policy.threshold, policy.form)
-        except UsageError as error:
-            raise UsageError(f"filter.{error}") from None
-    path = Path(model) / FILE if policy.threshold == "auto" else Path(policy.threshold)
-    thresholds = read_thresholds(path)
-    if thresholds.form != policy.form:
-        raise UsageError(f"{path} has thresholds of the form {thresholds.form}, but filter.form is {policy.form}")
-    return thresholds
-

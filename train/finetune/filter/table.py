@@ -73,6 +73,19 @@ class VerdictTable:
             "samples_dropped_at_least_once": int((self.dropped > 0).sum()),
         }
 
+    def most_dropped(self, at_most: int) -> list[tuple[int, int, float | None]]:
+        """``(row, visits left out, mean magnitude)`` of the samples that were left out most often, most of all first.
+
+        The magnitude is None where a sample was left out by another one's verdict alone.
+        """
+        often, places = self.dropped[: self.used].topk(min(at_most, self.used))
+        rows = torch.isin(self.place, places[often > 0].int()).nonzero()[:, 0]
+        at = self.place[rows].long()
+        judged, sums = self.judged_by_band[at].sum(dim=1), self.magnitude_by_band[at].sum(dim=1)
+        means = [total / count if count else None for total, count in zip(sums.tolist(), judged.tolist(), strict=True)]
+        found = zip(rows.tolist(), self.dropped[at].tolist(), means, strict=True)
+        return sorted(found, key=lambda one: (-one[1], one[0]))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to store in a checkpoint."""
         names = ("reached", "dropped", "judged_by_band", "magnitude_by_band")

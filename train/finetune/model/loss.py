@@ -15,6 +15,19 @@ def squared_errors(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
 
 
+def counted(output: Tensor, weights: Tensor) -> Tensor:
+    """The same output, whose gradient reaches only the samples that count.
+
+    A weight of 0 alone does not stop what is not finite: backwards, 0 times infinity is NaN.
+
+    Args:
+        output: ``[n, …]`` of the model.
+        weights: ``[n]``, 0 where a sample does not count.
+    """
+    counts = (weights > 0).view(-1, *[1] * (output.dim() - 1))
+    return torch.where(counts, output, output.detach())
+
+
 def min_snr_weights(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Min-SNR-γ weights (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023).
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from afresh.files import full_disk_named
 from train.denoising.conditioning import Conditioning
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
 from train.denoising.opening.adapters import add_lora, save_lora
@@ -78,7 +79,14 @@ class Model:
 
         Adapters go to the folder ``lora`` beside it first; the pipeline is the base as it was, in full precision, with
         them added. The denoiser cannot be used any more after that.
+
+        Raises:
+            UserError: the disk is full.
         """
+        with full_disk_named(folder):
+            self._save(folder)
+
+    def _save(self, folder: Path) -> None:
         pipe = self.pipe
         pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
         if self._fused is not None:

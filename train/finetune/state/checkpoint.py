@@ -7,13 +7,14 @@ A checkpoint is one file, ``checkpoints/step-000500.pt``, of tensors and numbers
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from afresh.errors import UserError
+from afresh.errors import UserError, reason
 from afresh.files import write_atomic
 from afresh.progress import get_logger
 
@@ -60,16 +61,36 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     path = folder / f"step-{step:06d}.pt"
     try:
         with write_atomic(path) as temporary:
-            torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        reason = str(error).partition("\n")[0]  # torch's goes on with a stack of C++ frames
+            _save(state, temporary)
+    except (OSError, UserError) as error:
+        why = reason(error.__cause__ or error)
         raise UserError(
-            f"{path}: the checkpoint could not be written: {reason}; make room, and the same command goes on from "
+            f"{path}: the checkpoint could not be written: {why}; make room, and the same command goes on from "
             f"{f'step {older[-1][0]}' if (older := list_checkpoints(folder)) else 'the beginning'}"
         ) from error
     for _, old in list_checkpoints(folder)[: -max(keep, 1)]:
         old.unlink()
     return path
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """``torch.save``, with the system's own error: torch's writer of files says where it stood, not what went wrong."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or OSError(str(error).partition("\n")[0]) from error
+
+
+def keep_last(folder: Path, keep: int) -> None:
+    """Leave of a finished run's checkpoints the newest, or nothing where ``keep`` is 0."""
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    for _, old in list_checkpoints(folder)[:-1]:
+        old.unlink()
 
 
 def remove_partial(folder: Path) -> None:

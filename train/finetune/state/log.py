@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from afresh.errors import UsageError
-from afresh.files import to_json
+from afresh.files import full_disk_named, to_json, write_atomic
 from train.memorization.thresholds import BANDS, timestep_band
 
 if TYPE_CHECKING:
@@ -158,10 +158,14 @@ class LossBands:
         self.counts = [a + b for a, b in zip(self.counts, totals.band_counts, strict=True)]
 
     def take(self) -> list[float | None]:
-        """The means, None for a band without samples; starts anew."""
-        means = [loss / count if count else None for loss, count in zip(self.losses, self.counts, strict=True)]
+        """The means; starts anew."""
+        means = self.means()
         self._restart()
         return means
+
+    def means(self) -> list[float | None]:
+        """The means, None for a band without samples."""
+        return [loss / count if count else None for loss, count in zip(self.losses, self.counts, strict=True)]
 
     def state_dict(self) -> dict[str, list[float]]:
         """What a checkpoint stores."""
@@ -222,7 +226,8 @@ class RunLog:
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
         kept = [line for line in self._lines() if json.loads(line)["step"] <= start]
-        path.write_text("".join(kept))
+        with write_atomic(path) as temporary:
+            temporary.write_text("".join(kept))
 
     def _lines(self) -> Iterator[str]:
         if self.path.is_file():
@@ -231,8 +236,8 @@ class RunLog:
                     yield line
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
+        """Append one line. Raises ``UserError`` where the disk is full."""
+        with full_disk_named(self.path), self.path.open("a") as file:
             file.write(json.dumps(to_json(line)) + "\n")
 
 

@@ -48,8 +48,8 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
 def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for.
 
-    ``learning_rate``, ``weight_decay`` and ``adam_beta2`` reach every optimizer that takes ``lr``, ``weight_decay`` and
-    ``betas``; ``optimizer_args`` come last and win.
+    ``learning_rate`` and ``weight_decay`` reach every optimizer that takes ``lr`` and ``weight_decay``, ``adam_beta2``
+    where it is set one that takes ``betas``; ``optimizer_args`` come last and win.
 
     Args:
         trained: parameters.
@@ -63,7 +63,7 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig
     kind = find_optimizer(config.optimizer)
     takes = inspect.signature(kind).parameters
     arguments: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if "betas" in takes:
+    if "betas" in takes and config.adam_beta2 is not None:
         default = takes["betas"].default
         arguments["betas"] = (default[0] if isinstance(default, tuple) else 0.9, config.adam_beta2)
     arguments = {name: value for name, value in arguments.items() if name in takes}
@@ -76,6 +76,11 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig
         raise UsageError(f"optimizer {config.optimizer}: {error} (optimizer_args)") from error
 
 
+def peak_learning_rate(config: FinetuneConfig) -> float:
+    """The learning rate that the schedule scales: ``lr`` of ``optimizer_args``, or else ``learning_rate``."""
+    return float(config.optimizer_args.get("lr", config.learning_rate))
+
+
 def learning_rate(step: int, config: FinetuneConfig) -> float:
     """The learning rate at an optimizer step: linear warm-up, then the schedule; a pure function of the step.
 
@@ -83,8 +88,9 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
     ``1 − s`` (linear), ``(1 − s)^lr_power`` (polynomial), ``(1 + cos πs)/2`` (cosine), and with n = ``lr_cycles`` equal
     cycles ``(1 + cos(π (ns mod 1)))/2`` (cosine_restarts; Loshchilov and Hutter, ICLR 2017).
     """
+    peak = peak_learning_rate(config)
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return peak * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     if config.lr_schedule == "constant":
         shape = 1.0
@@ -96,7 +102,7 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
         shape = (1 + math.cos(math.pi * done)) / 2
     else:
         shape = (1 + math.cos(math.pi * (config.lr_cycles * done % 1.0))) / 2 if done < 1 else 0.0
-    return config.learning_rate * shape
+    return peak * shape
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

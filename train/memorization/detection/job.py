@@ -15,11 +15,13 @@ from afresh.errors import UsageError, UserError
 from afresh.files import digest, read_json, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.opening.loading import chosen_device, open_pipeline
+from train.memorization.checks import check_detect, is_curation
 from train.memorization.config import DetectConfig
 from train.memorization.detection.charts import draw_chart, draw_trajectories
 from train.memorization.detection.journal import open_journal, write_table
+from train.memorization.detection.page import write_scores_page
 from train.memorization.detection.separation import labels_of, read_outcomes, summarise
-from train.memorization.scoring import Scores, Scoring, check
+from train.memorization.scoring import Scores, Scoring
 from train.memorization.signals.registry import find_signals, identities
 from train.memorization.thresholds import FILE, calibrate
 from train.prompts import Prompt, read_prompts
@@ -44,7 +46,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
         UserError: the prompts or the model cannot be used, or what a killed run left belongs to other settings.
     """
     out = Path(config.out)
-    check_settings(config)
+    check_detect(config)
+    find_signals(config.signals, config.form, config.seeds)
     prompts = gather_prompts(config)
     if config.calibrate:
         clean_prompts(prompts)  # so that a file without any is refused at once
@@ -100,27 +103,11 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
     if calibrated:
         summary["calibrated"] = calibrated
     summary |= draw_charts(out, prompts, scores, config.seeds, judged="auc" in summary)
+    summary["page"] = str(out.with_suffix(".html"))
+    write_scores_page(out.with_suffix(".html"), config.model, prompts, scores, summary)
     write_json(out.with_suffix(".json"), summary)
     get_logger(__name__).info(f"wrote {out}")
     return summary
-
-
-def check_settings(config: DetectConfig) -> None:
-    """Refuse what cannot be scored before anything is read.
-
-    Raises:
-        UserError: a setting is out of its range, or signals do not go together with the others.
-    """
-    if Path(config.out).suffix != ".parquet":
-        raise UsageError(f"out is {config.out!r}: expected a file that ends in .parquet")
-    if config.seeds < 1:
-        raise UsageError(f"seeds is {config.seeds}: expected at least 1")
-    if not 0 <= config.calibrate < 1:
-        raise UsageError(f"calibrate is {config.calibrate}: expected a share in [0, 1)")
-    if config.calibrate and "magnitude" not in config.signals:
-        raise UsageError("calibrate finds a threshold of the magnitude: add it to signals")
-    check(config.steps, config.num_inference_steps, config.batch_size)
-    find_signals(config.signals, config.form, config.seeds)
 
 
 def draw_charts(
@@ -161,7 +148,7 @@ def gather_prompts(config: DetectConfig) -> list[Prompt]:
     Raises:
         UserError: a file or an index cannot be used.
     """
-    if Path(config.prompts).is_dir() or "://" in config.prompts:
+    if is_curation(config.prompts):
         prompts = repeated_captions(config.prompts, config.limit)
     else:
         prompts = read_prompts(config.prompts)

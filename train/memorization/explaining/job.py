@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from afresh.errors import UsageError
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.families.registry import denoiser_of
 from train.denoising.opening.loading import open_pipeline
+from train.memorization.checks import prompts_to_explain
 from train.memorization.config import ExplainConfig
 from train.memorization.explaining.changes import suggest
 from train.memorization.explaining.explanation import Explanation
 from train.memorization.explaining.significance import explain
 from train.memorization.signals.magnitude import Form
 from train.memorization.thresholds import Thresholds, model_thresholds
-from train.prompts import Prompt, read_prompts
 
 
 class ExplainSummary(dict[str, Any]):
@@ -55,7 +54,7 @@ def run_explain(config: ExplainConfig) -> ExplainSummary:
     """
     from train.memorization.explaining.page import render
 
-    prompts = _read(config)
+    prompts = prompts_to_explain(config)
     first = [config.first_seed if prompt.seed is None else prompt.seed for prompt in prompts]
     seeds = np.array(first)[:, None] + np.arange(config.seeds)
     pipe = open_pipeline(config)
@@ -120,21 +119,6 @@ def judged(
     if limit is not None and thresholds is not None and thresholds.form != form:
         limit *= elements ** (0.5 if form == "l2" else -0.5)
     return {"memorized": reached, "first_magnitude": m, "first_threshold": limit}
-
-
-def _read(config: ExplainConfig) -> list[Prompt]:
-    if bool(config.prompt) == bool(config.prompts):
-        raise UsageError("train explain needs either --prompt or --prompts")
-    if config.instead and not config.prompt:
-        raise UsageError("--instead goes with --prompt, not with a file of prompts")
-    if config.out and Path(config.out).suffix != ".html":
-        raise UsageError(f"out is {config.out!r}: expected a file that ends in .html")
-    for option, least in (("seeds", 1), ("steps", 1), ("words", 0), ("replacements", 0), ("batch_size", 1)):
-        if getattr(config, option) < least:
-            raise UsageError(f"{option} is {getattr(config, option)}: expected at least {least}")
-    if config.steps > config.num_inference_steps:
-        raise UsageError(f"steps is {config.steps}: there are {config.num_inference_steps} (num_inference_steps)")
-    return [Prompt(config.prompt)] if config.prompt else read_prompts(config.prompts)
 
 
 def _left(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,8 @@ its elements:
 
     m̃ = (1/T) Σ_t ‖a ∘ (ε(x_t, e_p) − ε(x_t, e_∅))‖₂ / ((1/N) Σ_i a_i)
 
-A mask of one value gives the magnitude itself.
+A mask of one value gives the magnitude itself. The division by the mask's mean is taken from that wish; it was not held
+against the paper's own formula.
 """
 
 from __future__ import annotations

@@ -8,18 +8,14 @@ images out and meet in the files too (:mod:`train.sampling.job.shares`).
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError, UserError
 from afresh.progress import get_logger
-from train.prompts import read_prompts
 from train.sampling.config import SampleConfig
 from train.sampling.job import shares
+from train.sampling.job.checks import check_sample, prompts_to_draw, settings_of_each
 from train.sampling.job.comparison import write_comparison
 from train.sampling.job.folder import Folder
-from train.sampling.job.settings import check_settings
 from train.sampling.pipelines.session import Opened
 
 log = get_logger(__name__)
@@ -45,21 +41,8 @@ def run_sample(config: SampleConfig) -> dict[str, Any]:
         UserError: an input is missing or does not fit; ``out`` holds images of other settings; another process stopped
             writing.
     """
-    compared = bool(config.compare)
-    if compared and config.guidance != "none":
-        raise UsageError("--compare names the guidances: leave --guidance out, or put it among them")
-    if len(set(config.compare)) < len(config.compare):
-        raise UsageError(f"--compare {','.join(config.compare)}: a guidance stands twice")
-    configs = [config]
-    if compared:
-        names = [name or "none" for name in config.compare]
-        configs = [replace(config, guidance=n, out=str(Path(config.out) / n), compare=[]) for n in names]
-    for one in configs:
-        check_settings(one)
-    prompts = read_prompts(config.prompts)
-    for prompt in prompts:
-        if compared and prompt.image is not None and not prompt.image.is_file():
-            raise UserError(f"{prompt.image}: the training image of {prompt.caption!r} is missing")
+    check_sample(config)
+    configs, prompts = settings_of_each(config), prompts_to_draw(config)
     opened = Opened(config, prompts)
     folders = [Folder.begin(one, prompts) for one in configs]
     for folder in folders:
@@ -75,7 +58,7 @@ def run_sample(config: SampleConfig) -> dict[str, Any]:
     for folder in folders:
         folder.write()
     summaries = [folder.summary() for folder in folders]
-    if not compared:
+    if not config.compare:
         return summaries[0]
     return write_comparison(config, prompts, folders, summaries)
 

@@ -1,4 +1,4 @@
-"""What decides an image beside its prompt and seed, as one digest; and options that do not go together."""
+"""What decides an image beside its prompt and seed, as one digest."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from afresh.errors import UsageError
 from train.memorization.neurons.files import read_neurons
 from train.sampling.config import SampleConfig
 from train.sampling.pipelines.session import fingerprint
 from train.sampling.terms import registry
-
-
-def check_settings(config: SampleConfig) -> None:
-    for option, least in (("seeds", 1), ("steps", 1), ("batch_size", 1), ("first_seed", 0), ("tries", 1)):
-        if getattr(config, option) < least:
-            raise UsageError(f"--{option} is {getattr(config, option)}: it is at least {least}")
-    registry.check(config)
-    registry.automatic(config)
-    if registry.needs_index(config.guidance) and not config.index:
-        raise UsageError(f"--guidance {config.guidance} needs --index: the output folder of curate dedup")
-    if config.embedder and not config.index:
-        raise UsageError("--embedder needs --index")
-    if config.never_above is not None and not config.index:
-        raise UsageError("--never_above needs --index: the output folder of curate dedup")
-    if config.never_above is not None and not -1 <= config.never_above <= 1:
-        raise UsageError(f"--never_above is {config.never_above}: similarities lie between -1 and 1")
-    if config.judge_index and config.never_above is None:
-        raise UsageError("--judge_index is of --never_above: give that too")
 
 
 def settings_digest(config: SampleConfig) -> str:

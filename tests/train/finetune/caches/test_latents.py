@@ -159,7 +159,7 @@ def test_a_disk_that_takes_no_more_is_an_error_and_leaves_no_half_file(tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob(".tmp*"))
     huge = Part("huge", np.array([0, 10**15]))
-    with pytest.raises(UserError, match="needs 2000000.0 GB"):
+    with pytest.raises(UserError, match="needs 2,000,000.0 GB"):
         on_disk(tmp_path, [huge], lambda *_: None, name="cache_latents", unit="x")
 
 

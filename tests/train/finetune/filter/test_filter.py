@@ -16,8 +16,10 @@ from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step, weights
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import Calibration, FilterConfig
+from train.finetune.filter.calibration import ENOUGH
 from train.finetune.filter.filter import MemorizationFilter
 from train.finetune.filter.policies import filter_weights, in_turn, is_judged
+from train.finetune.filter.settings import with_lengths
 from train.finetune.filter.table import VerdictTable
 from train.finetune.loop import run_finetune
 from train.finetune.state.log import Tally
@@ -39,7 +41,7 @@ class OneNumber:
     def __init__(self, policy: FilterConfig, samples: int = 8, thresholds: Thresholds | None = None, **options) -> None:
         schedule = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(eps=output))
         self.asked: list[int] = []
-        if thresholds is None and not policy.calibrate.steps:
+        if thresholds is None and policy.threshold is not None:
             thresholds = Thresholds.of(policy.threshold, policy.form)
         self.filter = MemorizationFilter(policy, schedule, self.unconditional, samples, 0, thresholds, **options)
         self.step = 0
@@ -164,6 +166,47 @@ def test_an_image_that_cannot_be_read_is_no_evidence():
     assert judge.filter.table.totals() == {"judged": 1, "dropped": 1, "samples_dropped_at_least_once": 1}
 
 
+# ------------------------------------------------------------------------------------- too much, or nothing at all
+
+
+def test_a_calibration_whose_length_is_left_to_the_run_gives_each_threshold_enough_magnitudes():
+    plain, noisy = FilterConfig("every_step"), FilterConfig("noisy_one_in_k", k=4)
+    for policy, captioned, share in ((plain, 1.0, 0.1), (plain, 7.2, 0.1), (noisy, 0.9, 0.1 / 4), (plain, 400.0, 0.1)):
+        how = with_lengths(policy, captioned).calibrate
+        assert captioned * share * how.steps >= 2 * ENOUGH and how.steps >= 50 and how.window == 2 * how.steps
+    together = dataclasses.replace(noisy, calibrate=Calibration(per_band=False))
+    assert with_lengths(together, 0.9).calibrate.steps == pytest.approx(40 / (0.9 * 0.2 / 4), abs=1)
+    given = dataclasses.replace(plain, calibrate=Calibration(steps=7, window=0))
+    assert with_lengths(given, 1.0) == given
+
+
+def test_a_filter_that_leaves_out_more_than_it_is_meant_to_says_so_at_once_and_once(capsys):
+    def said(policy: FilterConfig, dropped: int) -> list[str]:
+        judge, lines = OneNumber(policy, 1000), []
+        for _ in range(40):
+            judge(range(10), [3.0] * dropped + [1.0] * (10 - dropped))
+            lines.append(capsys.readouterr().err)
+        return lines
+
+    fixed = FilterConfig("every_step", threshold=2.0, most_dropped=0.3)
+    lines = said(fixed, dropped=7)
+    assert "leaves out 70 % of the latest" in lines[1] + lines[2] and "leave filter.threshold out" in "".join(lines)
+    assert sum(map(bool, lines)) == 1
+    assert not any(said(fixed, dropped=3))
+    assert not any(said(dataclasses.replace(fixed, most_dropped=0.8), dropped=7))
+
+
+def test_what_was_said_of_the_share_is_not_said_again_after_a_stop(capsys):
+    policy = FilterConfig("every_step", threshold=2.0)
+    judge, again = OneNumber(policy), OneNumber(policy)
+    judge([0, 1, 2, 3], [3.0] * 4)
+    judge([0, 1, 2, 3], [3.0] * 4)
+    assert "more than filter.most_dropped" in capsys.readouterr().err
+    again.filter.load_state_dict(judge.filter.state_dict())
+    again([0, 1, 2, 3], [3.0] * 4)
+    assert not capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------- the record
 
 
@@ -250,7 +293,7 @@ def test_a_filter_that_drops_nothing_gives_the_same_weights_as_none(model, shard
 
 def test_the_first_steps_calibrate_the_filter_the_same_in_every_run(model, shards, tmp_path):
     # 20 samples of a random model: the median of all bands, so that about half are left out afterwards.
-    how = FilterConfig("every_step", calibrate=Calibration(steps=8, quantile=0.5, per_band=False))
+    how = FilterConfig("every_step", calibrate=Calibration(steps=8, quantile=0.5, per_band=False, window=0))
     for name in ("one", "two"):
         run_finetune(settings(model, shards, tmp_path / name, steps=16, batch_size=8, learning_rate=1e-6, filter=how))
     lines = log_lines(tmp_path / "one")
@@ -266,6 +309,29 @@ def test_the_first_steps_calibrate_the_filter_the_same_in_every_run(model, shard
     with pytest.raises(UsageError, match="form l2, but filter.form is rms"):
         other = FilterConfig("every_step", threshold=str(tmp_path / "one" / "filter.json"), form="rms")
         run_finetune(settings(model, shards, tmp_path / "other", filter=other))
+
+
+def test_a_filter_without_a_threshold_leaves_a_clean_set_in(model, shards, tmp_path, capsys):
+    # 20 different samples and a model that never saw them; 2.0, the published scale, is below all of their magnitudes.
+    changes = {"steps": 80, "batch_size": 8, "learning_rate": 1e-6, "log_every": 80}
+    summary = run_finetune(settings(model, shards, tmp_path / "found", filter=FilterConfig("every_step"), **changes))
+    assert 0 < summary["dropped"] < 0.2 * summary["judged"] and 0 < summary["dropped_share"] < 0.15
+    assert "most_dropped" not in capsys.readouterr().err
+    by_hand = FilterConfig("every_step", threshold=2.0)
+    summary = run_finetune(settings(model, shards, tmp_path / "by_hand", filter=by_hand, **changes | {"steps": 6}))
+    assert summary["dropped"] > 0.6 * summary["judged"]
+    assert "leave filter.threshold out" in capsys.readouterr().err
+
+
+def test_a_run_that_is_too_short_for_its_warm_ups_says_so(model, shards, tmp_path, capsys):
+    late = FilterConfig("every_step", threshold=1e9, warmup_steps=2)
+    run_finetune(settings(model, shards, tmp_path / "late", steps=2, warmup_steps=4, filter=late))
+    said = capsys.readouterr().err
+    assert "warmup_steps is 4, and the run has 2 steps" in said and "smaller filter.warmup_steps" in said
+    run_finetune(settings(model, shards, tmp_path / "found", steps=2, filter=FilterConfig("every_step")))
+    assert "starts after 112 steps" in capsys.readouterr().err
+    run_finetune(settings(model, shards, tmp_path / "right", steps=2, warmup_steps=2))
+    assert "warmup" not in capsys.readouterr().err
 
 
 def test_a_calibration_that_saw_too_little_says_what_to_change(model, shards, tmp_path):
@@ -341,7 +407,10 @@ def test_two_processes_reach_the_verdicts_of_one(model, shards, tmp_path):
         (FilterConfig("every_step", threshold=[1.0, None]), "one a timestep band"),
         (FilterConfig("one_in_k", k=0), "filter.k"),
         (FilterConfig("every_step", calibrate=Calibration(steps=5, quantile=1.0)), "quantile"),
-        (FilterConfig("every_step", evidence="window", calibrate=Calibration(steps=5)), "calibrate.window"),
+        (FilterConfig("every_step", evidence="window", calibrate=Calibration(window=0)), "calibrate.window"),
+        (FilterConfig("every_step", evidence="window", threshold=2.0), "no filter.threshold beside it"),
+        (FilterConfig("every_step", threshold=2.0, calibrate=Calibration(steps=5)), "exclude each other"),
+        (FilterConfig("every_step", most_dropped=0.0), "filter.most_dropped"),
     ],
 )
 def test_settings_of_the_filter_out_of_range_are_named(model, shards, tmp_path, policy, word):

@@ -11,7 +11,7 @@ from afresh.errors import UsageError
 from tests.train.finetune.runs import log_lines, same, settings, stop_after, weights
 from train.finetune.config import FinetuneConfig
 from train.finetune.loop import run_finetune
-from train.finetune.state.optimizer import find_optimizer, learning_rate, make_optimizer
+from train.finetune.state.optimizer import OPTIMIZERS, find_optimizer, learning_rate, make_optimizer
 
 
 def config(**changes) -> FinetuneConfig:
@@ -61,6 +61,32 @@ def test_adamw_gets_the_settings_and_further_arguments_win():
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.9, 0.95), 0.2)
     group = made(optimizer_args={"betas": [0.5, 0.6], "amsgrad": True}).param_groups[0]
     assert (group["betas"], group["amsgrad"]) == ((0.5, 0.6), True)
+
+
+class Lion(torch.optim.SGD):
+    """An optimizer with betas that are not Adam's."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.betas = betas
+
+
+def test_each_optimizer_has_its_own_betas_unless_one_is_set(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "lion", f"{__name__}.Lion")
+    assert made(optimizer="lion").betas == (0.9, 0.99)
+    assert made(optimizer="lion", adam_beta2=0.95).betas == (0.9, 0.95)
+    assert made(optimizer="lion", adam_beta2=0.95, optimizer_args={"betas": [0.8, 0.9]}).betas == (0.8, 0.9)
+    assert made().param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_learning_rate_among_the_further_arguments_wins_at_every_step(model, shards, tmp_path):
+    settings_ = config(learning_rate=1.0, optimizer_args={"lr": 0.5}, steps=10, warmup_steps=2, lr_schedule="linear")
+    assert [learning_rate(step, settings_) for step in (0, 2, 6)] == pytest.approx([0.25, 0.5, 0.25])
+    run_finetune(settings(model, shards, tmp_path / "named", steps=2, learning_rate=1e-3))
+    run_finetune(
+        settings(model, shards, tmp_path / "given", steps=2, learning_rate=1e30, optimizer_args={"lr": 1e-3})
+    )
+    assert same(weights(tmp_path / "named"), weights(tmp_path / "given"))
 
 
 def test_any_torch_optimizer_is_taken_by_its_dotted_name_with_the_settings_that_it_has():

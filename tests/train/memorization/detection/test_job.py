@@ -18,6 +18,7 @@ import pytest
 
 from afresh.errors import UsageError, UserError
 from curate.index.training_index import TrainingIndex
+from tests.afresh.test_pages import Parts
 from train.memorization.config import DetectConfig
 from train.memorization.detection.job import run_detect
 
@@ -54,6 +55,9 @@ def test_the_job_writes_rows_and_judges_labels(model, tmp_path):
     assert 0 <= summary["tpr_at_1pct_fpr"]["magnitude"] <= 1
     assert json.loads((tmp_path / "scores.json").read_text())["auc"] == summary["auc"]
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    page = Parts((tmp_path / "scores.html").read_text(encoding="utf-8"))
+    assert all(row["caption"] in page.words for row in rows) and "not memorized" in page.words
+    assert [link[:11] for link in page.links] == ["data:image/"] * 2
 
     again = tmp_path / "again.parquet"
     config.out = str(again)
@@ -140,7 +144,7 @@ def test_every_signal_has_its_columns_its_judgement_and_its_curve(model, tmp_pat
     for name in ("s.png", "s.trajectories.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "p.jsonl", "s.json", "s.parquet", "s.png", "s.trajectories.png",
+        "p.jsonl", "s.html", "s.json", "s.parquet", "s.png", "s.trajectories.png",
     ]  # fmt: skip
 
 
@@ -204,7 +208,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(model, tmp_path, caps
     assert "4 of 40 prompts are scored already" in capsys.readouterr().err
     assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     for summary in summaries:
-        for name in ("seconds_per_prompt", "out", "chart", "trajectories"):
+        for name in ("seconds_per_prompt", "out", "chart", "page", "trajectories"):
             del summary[name]
     assert summaries[0] == summaries[1]
     assert not journal.exists()
@@ -242,12 +246,13 @@ def test_rows_of_other_settings_prompts_or_models_are_not_taken_over(model, tmp_
 
 def test_the_job_names_what_is_wrong(model, tmp_path):
     (tmp_path / "p.txt").write_text("a")
+    prompts, out = str(tmp_path / "p.txt"), str(tmp_path / "s.parquet")
     with pytest.raises(UsageError, match="ends in .parquet"):
-        run_detect(DetectConfig(model, str(tmp_path / "p.txt"), str(tmp_path / "s.csv")))
+        run_detect(DetectConfig(model, prompts, str(tmp_path / "s.csv")))
     with pytest.raises(UsageError, match="add it to signals"):
-        run_detect(DetectConfig(model, "p", str(tmp_path / "s.parquet"), calibrate=0.1, signals=["consistency"]))
+        run_detect(DetectConfig(model, prompts, out, calibrate=0.1, signals=["consistency"]))
     with pytest.raises(UsageError, match="at least 2 seeds"):
-        run_detect(DetectConfig(model, "p", str(tmp_path / "s.parquet"), seeds=1, signals=["consistency"]))
+        run_detect(DetectConfig(model, prompts, out, seeds=1, signals=["consistency"]))
     with pytest.raises(UsageError, match="steps is 51"):  # before anything is read
         run_detect(DetectConfig("no-model", "no-prompts", str(tmp_path / "s.parquet"), steps=51))
     with pytest.raises(UserError, match="no-model"):

@@ -310,7 +310,8 @@ def test_names_stand_for_settings_and_several_combine():
     ],
 )
 def test_unknown_names_and_missing_indexes_are_named(options, words, tmp_path):
-    config = SampleConfig("nowhere", "nowhere", str(tmp_path), **options)
+    (tmp_path / "prompts.txt").write_text("a red apple")
+    config = SampleConfig("nowhere", str(tmp_path / "prompts.txt"), str(tmp_path / "out"), **options)
     with pytest.raises(UserError, match=words):
         run_sample(config)
 

@@ -6,16 +6,33 @@ import os
 import signal
 from typing import Any, Self
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # not on Windows
+_early: list[int] = []
+
+
+def listen() -> None:
+    """Take SIGTERM and SIGUSR1 from now on, for the run that is being started: it saves and stops after its first step.
+
+    Loading takes a while, and a signal that comes then would end the process at once.
+    """
+    for number in SIGNALS:
+        try:
+            signal.signal(number, lambda number, frame: _early.append(number))
+        except ValueError:  # not the main thread: a caller's own loop decides
+            return
+
 
 class StopOnSignal:
     """Within its block, SIGTERM and SIGUSR1 are a wish (``asked``) that the loop grants at the end of its step.
 
     So is the file that ``AFRESH_STOP_FILE`` names, once it is there: ``launch.sh`` passes its own signals on that way,
-    past launchers that would end the processes over them. It works from before the block.
+    past launchers that would end the processes over them. It works from before the block, and so do signals where
+    :func:`listen` was called; a wish is granted once.
     """
 
     def __init__(self) -> None:
-        self._signalled = False
+        self._signalled = bool(_early)
+        _early.clear()
         self._file = os.environ.get("AFRESH_STOP_FILE", "")
         self._before: dict[int, Any] = {}
 
@@ -25,13 +42,13 @@ class StopOnSignal:
         return self._signalled or bool(self._file) and os.path.exists(self._file)
 
     def __enter__(self) -> Self:
-        for name in ("SIGTERM", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+        for number in SIGNALS:
             try:
-                if number is not None:
-                    self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread: a caller's own loop decides
-                pass
+                break
+        self._signalled |= bool(_early)  # what came since
+        _early.clear()
         return self
 
     def _ask(self, *_: object) -> None:

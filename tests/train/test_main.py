@@ -1,0 +1,31 @@
+"""How a process ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import atexit, sys, types
+sys.modules["torch.distributed"] = types.ModuleType("torch.distributed")
+from train.__main__ import end
+class Last:
+    def __del__(self):
+        print("taken apart", flush=True)
+kept = Last()
+atexit.register(lambda: print("at exit"))
+print("said", end=" ")
+end(3)
+"""
+
+
+@pytest.mark.parametrize(("processes", "rest"), [("2", "said at exit\n"), ("1", "said at exit\ntaken apart\n")])
+def test_one_of_several_processes_keeps_its_code_and_words_and_is_not_taken_apart(processes, rest):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": processes}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (3, rest)

@@ -1,0 +1,148 @@
+"""The files of a model and of adapters, seen before anything heavy is loaded: what is missing, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from afresh.errors import UsageError, UserError, reason
+from afresh.files import read_json
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+WEIGHTED = ("unet", "vae", "text_encoder")
+SUPPORTED = "Stable Diffusion 1.x and 2.x (text to image, latents alone into the UNet) can be used here"
+KINDS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "GuidedStableDiffusion",
+)
+"""Pipeline classes that share Stable Diffusion's parts; what their UNet takes is checked apart."""
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers saves adapters."""
+
+
+def check_openable(config: Any) -> None:
+    """See what can be seen of the model, the adapters and the device that a job's settings name.
+
+    A name that is no path is taken for one of the hub, which is not asked.
+
+    Args:
+        config: with ``model`` and ``device``, ``variant`` and ``lora``, as ``loading.open_pipeline`` takes it.
+
+    Raises:
+        UserError: names what is missing, cut short or of another kind.
+    """
+    check_model(config.model, config.variant)
+    if config.lora:
+        adapter_options(config.lora)
+    if config.device not in ("auto", "cpu"):
+        check_device(config.device)
+
+
+def check_model(name: str, variant: str | None = None) -> None:
+    """See that a model is whole by its files' names and headers, where it is a local one.
+
+    Raises:
+        UserError: names what is missing, cut short or of another kind.
+    """
+    path = Path(name)
+    if path.is_dir():
+        check_folder(path, variant)
+    elif is_single_file(path):
+        check_header(path)
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the hub's are `name` or `owner/name`
+        raise UserError(f"{name}: there is no such model folder")
+
+
+def check_device(name: str) -> None:
+    """See that torch can put a tensor on a device.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name}: cannot be used here ({reason(error)}): take auto or cpu") from error
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether a path means a checkpoint in one file, there or not."""
+    return path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def check_folder(path: Path, variant: str | None) -> None:
+    """See that a diffusers directory has every part, and weights of the variant as safetensors.
+
+    Raises:
+        UserError: names what is missing, and what is there in its place.
+    """
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: not a pipeline folder (it has no model_index.json)")
+    check_kind(str(path), read_json(path / "model_index.json"))
+    missing = [part for part in PARTS if not (path / part).is_dir() or not any((path / part).iterdir())]
+    if missing:
+        raise UserError(f"{path}: the model folder lacks {', '.join(missing)}: restore or re-export it")
+    for part in WEIGHTED:
+        files = [file.name for file in (path / part).glob("*.safetensors")]
+        variants = {name.split(".")[1].split("-")[0] for name in files if name.count(".") > 1}
+        there = ", ".join(sorted(variants)) or "none"
+        plain = any(name.count(".") == 1 for name in files)
+        if not files:
+            pickles = [*(path / part).glob("*.bin")]
+            found = f" but {pickles[0].name}: pickles are never loaded" if pickles else ""
+            raise UserError(f"{path}: {part} has no safetensors weights{found}; re-export it as safetensors")
+        if variant is None and not plain:
+            raise UserError(f"{path}: {part} has weights of variant {there} alone: give --variant")
+        if variant is not None and variant not in variants:
+            raise UserError(f"{path}: {part} has no weights of variant {variant} (variants there: {there})")
+
+
+def check_kind(name: str, index: Mapping[str, Any]) -> None:
+    """Refuse a ``model_index.json`` of another kind of pipeline (Stable Diffusion XL, Flux, …) by its name."""
+    kind = index.get("_class_name", "none")
+    if kind not in KINDS:
+        raise UserError(f"{name}: a model of the kind {kind}; {SUPPORTED}")
+
+
+def check_header(path: Path) -> dict[str, list[int]]:
+    """See that a single file is whole safetensors; the shapes in its header by name.
+
+    Raises:
+        UserError: it is missing, a pickle, or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: pickles are never loaded, since they can run code; convert it to safetensors")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def adapter_options(source: str | Path) -> dict[str, Any]:
+    """How diffusers is told where adapters lie: a file, a folder that holds one, or a hub name.
+
+    Raises:
+        UserError: there is no such file, or it is no safetensors.
+    """
+    path = Path(source)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        if ADAPTERS not in files and len(files) != 1:
+            raise UserError(f"{source}: expected {ADAPTERS}, or one .safetensors file; found {len(files)}")
+        options["weight_name"] = ADAPTERS if ADAPTERS in files else files[0]
+    elif path.is_file() and path.suffix != ".safetensors":
+        raise UserError(f"{source}: adapters are read from safetensors only")
+    elif path.suffix == ".safetensors" and not path.is_file():
+        raise UserError(f"{source}: no such LoRA file")
+    return options
