@@ -110,7 +110,7 @@ def prepare(folder: Path, experiment: Experiment, number: int) -> None:
         samples = [sample for sample in read_samples(str(shard)) if isinstance(sample, Sample)]
         write_shard(str(folder / "captions" / shard.name), [(s.key, with_captions(s)) for s in samples])
     samples = load_part("finetune")
-    rows = zip(chosen_rows(len(samples), mess), copies_of(mess), strict=True)
+    rows = zip(chosen_rows(samples, mess), copies_of(mess), strict=True)
     write_json(folder / "ready.json", {samples[row].caption: copies for row, copies in rows})
 
 

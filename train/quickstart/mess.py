@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,26 @@ from curate.embed.edits import EDITS, Edit
 from curate.reading.images import decode_image
 from curate.reading.samples import Sample
 from curate.reading.writing import write_shard
-from curate.sample_set import load_part
+from curate.sample_set import load_part, look_alikes
 from train.quickstart.config import MessConfig, QuickstartConfig
 
 COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
 
 
-def chosen_rows(n: int, mess: MessConfig) -> list[int]:
+def chosen_rows(samples: Sequence[Sample], mess: MessConfig) -> list[int]:
     """The rows that are repeated: of one random order of all rows, the stretch that belongs to the set's number.
 
     Sets of different numbers share no row as long as there are enough rows, so that what was chosen on one can be
-    reported on another.
+    reported on another. Look-alikes are never among them.
     """
-    order = np.random.default_rng(0).permutation(n)
+    order = np.random.default_rng(0).permutation(standing_alone(samples))
     start = mess.set * mess.images
-    return sorted(order.take(range(start, start + min(mess.images, n)), mode="wrap").tolist())
+    return sorted(order.take(range(start, start + min(mess.images, len(order))), mode="wrap").tolist())
+
+
+def standing_alone(samples: Sequence[Sample]) -> list[int]:
+    """The rows of the samples that are no look-alikes: of these a copy, or its absence, can be told."""
+    return [row for row, sample in enumerate(samples) if sample.key not in look_alikes()]
 
 
 def copies_of(mess: MessConfig) -> list[int]:
@@ -48,7 +54,7 @@ def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[st
         ``(key, members)`` of the raw set in a random order, and the rows of ``samples`` that were repeated.
     """
     rng = np.random.default_rng(mess.seed)
-    repeated = chosen_rows(len(samples), mess)
+    repeated = chosen_rows(samples, mess)
     raw = [(sample.key, dict(sample.members)) for sample in samples]
     for row, copies in zip(repeated, copies_of(mess), strict=False):
         sample = samples[row]
@@ -83,7 +89,8 @@ def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
     write_shard(str(out / "held_out" / "000000.tar"), [(s.key, dict(s.members)) for s in held_out])
 
     rng = np.random.default_rng(config.mess.seed + 1)
-    chosen = sorted(rng.choice(len(held_out), config.held_out_captions, replace=False).tolist())
+    alone = standing_alone(held_out)
+    chosen = sorted(rng.choice(alone, config.held_out_captions, replace=False).tolist())
     prompts = {
         "repeated": [(samples[row], 1) for row in repeated],
         "held_out": [(held_out[row], 0) for row in chosen],
@@ -93,7 +100,7 @@ def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
         with write_atomic(out / "prompts" / f"{kind}.jsonl") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
     lines = [prompt_line(sample, label, out) for sample, label in prompts["repeated"]]
-    lines += [prompt_line(sample, 0, out) for sample in held_out]
+    lines += [prompt_line(held_out[row], 0, out) for row in alone]
     with write_atomic(out / "prompts" / "detect.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return {"samples": len(raw), "planted": len(raw) - len(samples), "repeated": len(repeated)}

@@ -6,7 +6,8 @@ What is fine-tuned on and what is held out has to stand alone: an image that ano
 a model copied it. An image is distinct when the 16 × 16 pixels of every other carried image and of every rendition
 (``train.sample_model.renditions``), of its own caption or of another, correlate with it by less than 0.85; the limit
 above which an image counts as a pixel copy is 0.9. Of the distinct ones 460 are held out and 300 fine-tuned on,
-dealt out at random (seed 0) in equal shares of each Unicode category; all others are pretrained on.
+dealt out at random (seed 0) in equal shares of each Unicode category; all others are pretrained on. After the copy
+detector's training, ``train.sample_model.look_alikes`` adds what that one confuses.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from curate.embed.copy_detector import CopyDetector
 from curate.reading.images import decode_image, stack_images
-from curate.sample_set import PARTS, load_part
+from curate.sample_set import PARTS, load_part, look_alikes, parts
 from train.evaluation.judging.metrics import thumbnails
+from train.sample_model.look_alikes import look_alikes_of
 from train.sample_model.split import DISTINCT, SIZES, deal, nearest_other
 
 
@@ -38,10 +40,19 @@ def test_what_is_fine_tuned_on_and_held_out_stands_alone_in_the_carried_set():
     samples = [sample for part in PARTS for sample in load_part(part)]
     images = thumbnails(stack_images([decode_image(sample.image) for sample in samples], 64))
     highest = nearest_other(images, np.empty((0, images.shape[1]), np.float32))
-    alone = [len(load_part("pretrain")) <= row for row in range(len(samples))]
-    assert (highest[alone] < DISTINCT).all()
-    assert (highest[~np.array(alone)] > DISTINCT).sum() > 500
+    pretrained = len(load_part("pretrain"))
+    assert (highest[pretrained:] < DISTINCT).all()
+    assert (highest[:pretrained] > DISTINCT).sum() > 500
     categories = {part: [json.loads(s.members["json"])["category"] for s in load_part(part)] for part in SIZES}
     for category in set(categories["finetune"]):
         shares = [categories[part].count(category) / len(categories[part]) for part in SIZES]
         assert abs(shares[0] - shares[1]) < 0.02
+
+
+def test_what_the_copy_detector_takes_for_another_image_is_listed():
+    samples = {part: load_part(part) for part in PARTS}
+    found = set(look_alikes_of(CopyDetector.load().eval(), samples, drawings=samples["pretrain"][:1]))
+    assert len(found) > 20 and found <= look_alikes()
+    assert not look_alikes() & {sample.key for sample in samples["pretrain"]}
+    left = {part: len(keys - look_alikes()) for part, keys in parts().items()}
+    assert left["finetune"] >= 10 * 24 and left["held_out"] >= 400

@@ -44,7 +44,7 @@ class DualEncoderJudge:
             "alignment_of_real",
             "of real images",
             "Alignment as a share of what the real images of the same captions earn, the originals that the prompts "
-            "name. The carried dual encoder was trained on none of the images that the quickstart repeats or holds out; "
+            "name. The carried dual encoder was trained on none of those that the quickstart repeats or holds out; "
             "images that a judge was trained on earn more.",
             "share",
             1,
