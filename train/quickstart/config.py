@@ -48,6 +48,7 @@ class QuickstartConfig:
         seeds: images per caption.
         steps: denoising steps.
         scale: classifier-free guidance scale.
+        detect_held_out: captions never trained on that ``train detect`` tells the repeated ones from.
         detect_seeds: trajectories per caption that ``train detect`` watches on the raw model.
         detect_steps: denoising steps that it watches.
         outcome_steps: denoising steps of the images that tell which captions draw a training image.
@@ -66,6 +67,7 @@ class QuickstartConfig:
     seeds: int = 2
     steps: int = 25
     scale: float = 5.0
+    detect_held_out: int = 128
     detect_seeds: int = 4
     detect_steps: int = 5
     outcome_steps: int = 10

@@ -100,9 +100,12 @@ def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
         with write_atomic(out / "prompts" / f"{kind}.jsonl") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
     lines = [prompt_line(sample, label, out) for sample, label in prompts["repeated"]]
-    lines += [prompt_line(held_out[row], 0, out) for row in alone]
-    with write_atomic(out / "prompts" / "detect.jsonl") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    # detect.jsonl has all that can be told apart; the quickstart's own detection takes fewer, for the time
+    few = sorted(rng.choice(alone, min(config.detect_held_out, len(alone)), replace=False).tolist())
+    for name, negatives in (("detect", alone), ("detect_few", few)):
+        with write_atomic(out / "prompts" / f"{name}.jsonl") as temporary:
+            rows = [prompt_line(held_out[row], 0, out) for row in negatives]
+            temporary.write_text("".join(lines + rows), encoding="utf-8")
     return {"samples": len(raw), "planted": len(raw) - len(samples), "repeated": len(repeated)}
 
 

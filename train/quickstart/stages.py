@@ -65,7 +65,7 @@ def _finetune(settings: FinetuneConfig, model: str, shards: Path, out: Path) -> 
 def detect(config: QuickstartConfig) -> dict[str, Any]:
     """``detect``: the raw model's scores of the captions, judged by label and by what each caption draws."""
     out = Path(config.out)
-    raw, prompts = str(out / "finetune_raw" / "model"), str(out / "prompts" / "detect.jsonl")
+    raw, prompts = str(out / "finetune_raw" / "model"), str(out / "prompts" / "detect_few.jsonl")
     drawn = str(out / "detect" / "drawn")
     # What each caption draws, to judge the scores by outcome too: as many images as the evaluation draws, since one
     # noise is too few to say that a caption draws no copy.

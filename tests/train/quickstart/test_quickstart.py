@@ -113,7 +113,7 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
 
 def test_the_sample_model_is_a_small_pipeline_that_diffusers_alone_loads_and_draws_with(tmp_path):
     files = [path for path in sample_model_dir().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
     code = (
         "import sys; from diffusers import StableDiffusionPipeline as P; import torch\n"
         f"p = P.from_pretrained({str(sample_model_dir())!r}, safety_checker=None, dtype=torch.float32)\n"
