@@ -37,6 +37,7 @@ def small(out: Path, **changes) -> QuickstartConfig:
         "held_out_captions": 4,
         "seeds": 2,
         "steps": 2,
+        "detect_held_out": 8,
         "detect_seeds": 1,
         "detect_steps": 1,
         "outcome_steps": 2,
