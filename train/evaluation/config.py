@@ -162,6 +162,8 @@ class Protocol:
         scale: classifier-free guidance scale.
         loras: adapters by the name of the model that they are added to, as ``{tuned: DIR}``; a model may stand under
             several names, with and without.
+        neurons: files of ``train localize`` by the name of a model, as ``{blocked: F.json}``: each prompt of the file
+            is drawn without its own neurons, and every other prompt with all.
         columns: captions that the figure shows.
         amg: AMG's settings, by field of AMGConfig.
         preset: a preset whose keys these replace.
@@ -183,6 +185,7 @@ class Protocol:
     steps: int = 50
     scale: float = 7.5
     loras: dict[str, str] = field(default_factory=dict)
+    neurons: dict[str, str] = field(default_factory=dict)
     columns: int = 8
     amg: dict[str, object] = field(default_factory=dict)
     preset: str = ""

@@ -96,7 +96,7 @@ def detect(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def localize(config: QuickstartConfig) -> dict[str, Any]:
-    """``blocked``: the raw model without the neurons behind the repeated captions."""
+    """``neurons.json``: the neurons of the raw model that each repeated caption's copy hangs on."""
     out = Path(config.out)
     settings = dataclasses.replace(
         config.localize,
@@ -105,7 +105,6 @@ def localize(config: QuickstartConfig) -> dict[str, Any]:
         clean=str(out / "prompts" / "held_out.jsonl"),
         out=str(out / "neurons.json"),
         report=False,
-        edited_model=str(out / "blocked"),
     )
     return run_localize(settings)
 
@@ -115,7 +114,7 @@ def evaluate(config: QuickstartConfig) -> dict[str, Any]:
     protocol = {
         "models": {
             "raw": "finetune_raw/model",
-            "blocked": "blocked",
+            "blocked": "finetune_raw/model",
             "curated": "finetune_curated/model",
             "filtered": "finetune_filtered/model",
         },
@@ -126,6 +125,7 @@ def evaluate(config: QuickstartConfig) -> dict[str, Any]:
             {"model": "curated", "guidance": "none"},
             {"model": "filtered", "guidance": "none"},
         ],
+        "neurons": {"blocked": "neurons.json"},
         "prompts": {"repeated": "prompts/repeated.jsonl", "held_out": "prompts/held_out.jsonl"},
         "index": "curated",
         "training": ["raw"],
