@@ -3,8 +3,8 @@
 A neuron by which a prompt's magnitude grows may carry that prompt's image, or what all captions need. Its
 *sensitivity* tells the two apart: ``s_n = (E ‖∂ε(x_t, e_c; g)/∂g_n‖²)^½`` over clean captions c, noises and timesteps,
 where ``g_n`` is the factor on the neuron's output. To first order blocking a set N changes a clean caption's prediction
-by ``(Σ s_n²)^½``, if the changes of different neurons are unrelated, and lowers the magnitude by ``Σ ∂m/∂g_n``; so the
-sets that give most for what they cost take the neurons in the order of ``∂m/∂g_n / s_n²``.
+by at most ``Σ s_n``, and lowers the magnitude by ``Σ ∂m/∂g_n``; so the sets that give most for what they cost take the
+neurons in the order of ``∂m/∂g_n / s_n``.
 
 The norm of the whole Jacobian's column is estimated without computing it (Hutchinson): with r of independent standard
 normals, ``E_r (∂⟨r, ε⟩/∂g_n)² = ‖∂ε/∂g_n‖²``. One backward pass gives it for all neurons.
@@ -64,8 +64,8 @@ def sensitivity(
 
 
 def per_cost(slopes: NDArray[np.float32], sensitivity: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What blocking each neuron gains for what it costs: ``∂m/∂g_n / s_n²``, ``[units]``.
+    """What blocking each neuron gains for what it costs: ``∂m/∂g_n / s_n``, ``[units]``.
 
     A neuron that costs next to nothing is taken to cost a tenth of the median, so that none leads by a division by 0.
     """
-    return slopes / np.square(np.maximum(sensitivity, 0.1 * np.median(sensitivity)))
+    return slopes / np.maximum(sensitivity, 0.1 * np.median(sensitivity))
