@@ -38,6 +38,8 @@ from train.memorization.signals.magnitude import magnitude
 from train.memorization.signals.registry import SIGNALS
 from train.prompts import read_prompts
 from train.sampling import GuidedStableDiffusion
+from train.sampling.config import SampleConfig
+from train.sampling.job.job import run_sample
 
 SETTINGS = ((1, 1), (1, 4), (5, 4))
 """Steps and seeds."""
@@ -112,6 +114,24 @@ def trace_share(pipe: Any, captions: Sequence[str], steps: int, scale: float) ->
         train.sampling.trace.magnitude = magnitude
 
 
+def drawn(run: Path, settings: dict[str, Any]) -> Path:
+    """What the raw model draws for every caption, as the quickstart draws it for some; drawn once."""
+    folder = run / "detect" / "drawn_all"
+    run_sample(
+        SampleConfig(
+            model=str(run / "finetune_raw" / "model"),
+            prompts=str(run / "prompts" / "detect.jsonl"),
+            out=str(folder),
+            index=str(run / "curated"),
+            seeds=settings["seeds"],
+            steps=settings["outcome_steps"],
+            scale=settings["scale"],
+            batch_size=settings["batch_size"],
+        )
+    )
+    return folder
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,7 +146,7 @@ def main() -> None:
     scale = args.scale or settings["scale"]
     prompts = read_prompts(args.run / "prompts" / "detect.jsonl")
     captions, labels = [prompt.caption for prompt in prompts], labels_of(prompts)
-    outcomes = read_outcomes(args.run / "detect" / "drawn", prompts)
+    outcomes = read_outcomes(drawn(args.run, settings), prompts)
     clean = ~((labels == 0) & (outcomes > MEMORIZED))
     torch.set_num_threads(1)
     pipe = load_pipeline(str(args.run / "finetune_raw" / "model"))

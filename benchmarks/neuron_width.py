@@ -38,6 +38,7 @@ from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
 from train.memorization.config import MEMORIZED
 from train.memorization.neurons.localization import Localizer
+from train.memorization.neurons.selectivity import per_cost
 from train.memorization.neurons.value_neurons import Mask, activations, value_layers
 from train.prompts import read_prompts
 from train.sampling.pipelines.session import open_index
@@ -142,7 +143,8 @@ def measure(pipe: Any, run: Path, width: int) -> dict[str, Any]:
     repeated = [prompt.caption for prompt in prompts if prompt.label == 1]
     held_out = [prompt.caption for prompt in prompts if prompt.label == 0]
     judge = Measure(*open_index(str(run / "curated")))
-    localizer = Localizer(pipe, held_out, up_blocks=True)
+    localizer = Localizer(pipe, held_out[1::2], up_blocks=True)  # what selectivity goes by is not measured below
+    held_out = held_out[::2]
     inner = ~np.concatenate([np.full(size, "up_blocks" in name) for name, size in localizer.sizes.items()])
 
     def memorized(masks: Mask | None) -> float:
@@ -168,6 +170,7 @@ def measure(pipe: Any, run: Path, width: int) -> dict[str, Any]:
     orders = {
         "z-score of activations": (z, every),
         "gradient of the magnitude": (gradient, every),
+        "gradient over cost": (per_cost(gradient, localizer.sensitivity), every),
         "gradient, down and mid": (gradient, inner),
         "random": (np.random.default_rng(0).random(z.shape), every),
     }
@@ -225,7 +228,7 @@ def draw_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(results), 4.8), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
-    colours = ("#4c78a8", "#d1495b", "#e9a13b", "#999")
+    colours = ("#4c78a8", "#d1495b", "#2a9d5c", "#e9a13b", "#999")
     for (above, below), result in zip(axes.T, results, strict=True):
         for (name, points), colour in zip(result["orders"].items(), colours, strict=True):
             x = [0, *(point["blocked"] / result["neurons"] for point in points)]

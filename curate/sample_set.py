@@ -2,12 +2,13 @@
 
 The four shards lie in ``curate/assets/noto-emoji``; ``split.json`` beside them assigns every key to one part:
 
-- ``pretrain`` (about 1,200): what the sample model was trained on,
-- ``finetune`` (about 500): what the quickstart plants duplicates in and fine-tunes on,
-- ``held_out`` (200): never trained on; negatives for detection and reference for quality.
+- ``pretrain`` (1,146): what the carried models were trained on, beside other drawings of all captions,
+- ``finetune`` (300): what the quickstart plants duplicates in and fine-tunes on,
+- ``held_out`` (460): never trained on; negatives for detection and reference for quality.
 
-Images that look alike (clock faces, one flag under several names) stand in one part, so that nothing held out
-has a twin among the training images. ``python -m train.sample_model.split`` made the file.
+Every image of the last two is distinct: no other image of the set, and none of the other drawings, resembles its
+pixels, so that a copy of it can be told from a likeness; the few that the copy detector still takes for another are
+its ``look_alikes``. ``python -m train.sample_model.split`` and ``….look_alikes`` made the file.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def parts() -> dict[str, frozenset[str]]:
     """The keys of each part: ``{"pretrain": {...}, "finetune": {...}, "held_out": {...}}``."""
     split = json.loads((sample_set_dir() / "split.json").read_text())
     return {name: frozenset(split[name]) for name in PARTS}
+
+
+@lru_cache(maxsize=1)
+def look_alikes() -> frozenset[str]:
+    """The keys of fine-tuning and held-out images that the copy detector takes for another image."""
+    return frozenset(json.loads((sample_set_dir() / "split.json").read_text())["look_alikes"])
 
 
 def load_part(name: str) -> list[Sample]:

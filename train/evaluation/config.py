@@ -67,11 +67,12 @@ class LocalizeConfig:
         first_seed: the first of them.
         criterion: what has to fall below the threshold. similarity is the paper's: MS-SSIM of the first step's
             difference to the unblocked one. magnitude is the text-conditional noise magnitude on pure noise, over
-            three timesteps, for models whose memorization is spread over many neurons.
+            three timesteps, for models whose memorization is spread over many neurons. selective is the same, but
+            prefers neurons that cost the clean captions little.
         threshold: 0 calibrates it on the clean captions: their mean score plus ``deviations`` standard deviations.
         deviations: the paper's one; lower ones block more neurons.
-        number: take this many neurons of every memorized prompt, those by which the magnitude grows fastest, instead
-            of searching for the fewest that meet the criterion; 0 searches.
+        number: take this many neurons of every memorized prompt, the first by magnitude or selective, instead of
+            searching for the fewest that meet the criterion; 0 searches.
         up_blocks: search the up blocks too, which the paper leaves out.
         report: draw the images, and measure them.
         image_seeds: images per prompt in the report, from other noises than the search saw.
@@ -102,7 +103,7 @@ class LocalizeConfig:
     clean_captions: int = 200
     seeds: int = 10
     first_seed: int = 0
-    criterion: Literal["similarity", "magnitude"] = "similarity"
+    criterion: Literal["similarity", "magnitude", "selective"] = "similarity"
     threshold: float = 0.0
     deviations: float = 1.0
     number: int = 0
@@ -161,6 +162,8 @@ class Protocol:
         scale: classifier-free guidance scale.
         loras: adapters by the name of the model that they are added to, as ``{tuned: DIR}``; a model may stand under
             several names, with and without.
+        neurons: files of ``train localize`` by the name of a model, as ``{blocked: F.json}``: each prompt of the file
+            is drawn without its own neurons, and every other prompt with all.
         columns: captions that the figure shows.
         amg: AMG's settings, by field of AMGConfig.
         preset: a preset whose keys these replace.
@@ -182,6 +185,7 @@ class Protocol:
     steps: int = 50
     scale: float = 7.5
     loras: dict[str, str] = field(default_factory=dict)
+    neurons: dict[str, str] = field(default_factory=dict)
     columns: int = 8
     amg: dict[str, object] = field(default_factory=dict)
     preset: str = ""

@@ -100,6 +100,8 @@ def sampling_jobs(
             job = SampleConfig(
                 model=protocol.models[setting.model],
                 lora=protocol.loras.get(setting.model),
+                neurons=protocol.neurons.get(setting.model, ""),
+                neurons_of="known",
                 prompts=file,
                 out=str(Path(config.out) / "samples" / f"{setting.model}-{setting.guidance}-{kind}"),
                 guidance=setting.guidance,
@@ -181,6 +183,7 @@ def _report(
         "candidate captions of the retrieval rank": len(dict.fromkeys(reference.captions)),
         **{f"model {name}": path for name, path in protocol.models.items()},
         **{f"adapters of {name}": path for name, path in protocol.loras.items()},
+        **{f"neurons blocked in {name}": path for name, path in protocol.neurons.items()},
     }
     links = {}
     curation = Path(protocol.index) / "report.html"

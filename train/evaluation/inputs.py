@@ -13,6 +13,7 @@ from afresh.progress import get_logger
 from train.evaluation.config import Protocol
 from train.evaluation.judging.originals import read_image, read_originals
 from train.evaluation.presets.published import Listed, read_list, write_missing
+from train.memorization.neurons.files import read_neurons
 from train.prompts import Prompt, read_prompts, write_prompts
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def refuse_missing(protocol: Protocol) -> None:
         look(f"model {name}", _look_for_model, model)
     for name, lora in protocol.loras.items():
         look(f"adapters of {name}", _look_for, lora, hub=True)
+    for name, neurons in protocol.neurons.items():
+        look(f"neurons of {name}", read_neurons, neurons)
     for kind, file in protocol.prompts.items():
         look(f"prompts {kind}", _look_for, file)
     if protocol.originals:

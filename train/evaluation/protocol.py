@@ -97,9 +97,10 @@ def _check(protocol: Protocol, where: str) -> None:
     for i, setting in enumerate(protocol.settings):
         if setting.model not in protocol.models:
             raise UsageError(f"{where}: settings[{i}]: no model {setting.model!r}; models names {known}")
-    for name in protocol.loras:
-        if name not in protocol.models:
-            raise UsageError(f"{where}: loras: no model {name!r}; models names {known}")
+    for key in ("loras", "neurons"):
+        for name in getattr(protocol, key):
+            if name not in protocol.models:
+                raise UsageError(f"{where}: {key}: no model {name!r}; models names {known}")
     for kind in protocol.labels:
         if kind not in protocol.prompts:
             raise UsageError(f"{where}: labels: no prompts {kind!r}; prompts names {', '.join(protocol.prompts)}")
@@ -121,6 +122,7 @@ def _placed(protocol: Protocol, folder: Path) -> Protocol:
         protocol,
         models=there(protocol.models),
         loras=there(protocol.loras),
+        neurons={name: near(file) for name, file in protocol.neurons.items()},
         weights=there(protocol.weights),
         prompts={kind: near(file) for kind, file in protocol.prompts.items()},
         index=near(protocol.index),

@@ -4,11 +4,12 @@
 
 1. plant duplicates in the fine-tuning part of the sample set, as a web crawl would have them;
 2. ``curate dedup`` removes them;
-3. fine-tune the sample model twice: on the raw set without the filter, on the curated set with it;
-4. draw repeated and held-out captions from both, and from the raw model under anti-memorization guidance;
-5. ``train detect`` on the raw model: does the magnitude tell repeated captions from held-out ones, and those that
+3. fine-tune the sample model three times: on the raw set, on the curated set, and on the curated set with the filter;
+4. ``train detect`` on the raw model: does the magnitude tell repeated captions from held-out ones, and those that
    draw a training image from those that do not?
-6. one table, one figure.
+5. ``train localize`` on it: which neurons bring the copies, and a model without them;
+6. draw repeated and held-out captions from all of them, and from the raw model under anti-memorization guidance: one
+   table, one figure.
 
 Every stage leaves what it made and is not repeated, so a run that was stopped goes on.
 """
@@ -66,7 +67,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "copy_threshold": results["evaluate"]["copy_threshold"],
         "detect": results["detect"],
         "curate": results["curate"],
-        "finetune": {name: results[f"finetune_{name}"] for name in ("raw", "curated")},
+        "finetune": {name: results[f"finetune_{name}"] for name in ("raw", "curated", "filtered")},
         "seconds": seconds,
         "report": results["evaluate"]["report"],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,32 @@ from curate.embed.edits import EDITS, Edit
 from curate.reading.images import decode_image
 from curate.reading.samples import Sample
 from curate.reading.writing import write_shard
-from curate.sample_set import load_part
+from curate.sample_set import load_part, look_alikes
 from train.quickstart.config import MessConfig, QuickstartConfig
 
 COPY_EDITS = ("jpeg", "resize", "brightness", "crop")
+
+
+def chosen_rows(samples: Sequence[Sample], mess: MessConfig) -> list[int]:
+    """The rows that are repeated: of one random order of all rows, the stretch that belongs to the set's number.
+
+    Sets of different numbers share no row as long as there are enough rows, so that what was chosen on one can be
+    reported on another. Look-alikes are never among them.
+    """
+    order = np.random.default_rng(0).permutation(standing_alone(samples))
+    start = mess.set * mess.images
+    return sorted(order.take(range(start, start + min(mess.images, len(order))), mode="wrap").tolist())
+
+
+def standing_alone(samples: Sequence[Sample]) -> list[int]:
+    """The rows of the samples that are no look-alikes: of these a copy, or its absence, can be told."""
+    return [row for row, sample in enumerate(samples) if sample.key not in look_alikes()]
+
+
+def copies_of(mess: MessConfig) -> list[int]:
+    """How often each of the repeated images, in their order, stands in the raw set."""
+    numbers = [mess.copies] if isinstance(mess.copies, int) else list(mess.copies)
+    return [numbers[i % len(numbers)] for i in range(mess.images)]
 
 
 def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[str, dict[str, bytes]]], list[int]]:
@@ -31,12 +54,12 @@ def plant_copies(samples: list[Sample], mess: MessConfig) -> tuple[list[tuple[st
         ``(key, members)`` of the raw set in a random order, and the rows of ``samples`` that were repeated.
     """
     rng = np.random.default_rng(mess.seed)
-    repeated = sorted(rng.choice(len(samples), mess.images, replace=False).tolist())
+    repeated = chosen_rows(samples, mess)
     raw = [(sample.key, dict(sample.members)) for sample in samples]
-    for row in repeated:
+    for row, copies in zip(repeated, copies_of(mess), strict=False):
         sample = samples[row]
         caption = sample.caption or ""
-        for copy in range(1, mess.copies):
+        for copy in range(1, copies):
             members = {ext: data for ext, data in sample.members.items() if ext != "json"}
             if rng.random() >= mess.exact:
                 edit = EDITS[COPY_EDITS[rng.integers(len(COPY_EDITS))]]
@@ -66,7 +89,8 @@ def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
     write_shard(str(out / "held_out" / "000000.tar"), [(s.key, dict(s.members)) for s in held_out])
 
     rng = np.random.default_rng(config.mess.seed + 1)
-    chosen = sorted(rng.choice(len(held_out), config.held_out_captions, replace=False).tolist())
+    alone = standing_alone(held_out)
+    chosen = sorted(rng.choice(alone, config.held_out_captions, replace=False).tolist())
     prompts = {
         "repeated": [(samples[row], 1) for row in repeated],
         "held_out": [(held_out[row], 0) for row in chosen],
@@ -76,9 +100,12 @@ def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
         with write_atomic(out / "prompts" / f"{kind}.jsonl") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
     lines = [prompt_line(sample, label, out) for sample, label in prompts["repeated"]]
-    lines += [prompt_line(sample, 0, out) for sample in held_out]
-    with write_atomic(out / "prompts" / "detect.jsonl") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    # detect.jsonl has all that can be told apart; the quickstart's own detection takes fewer, for the time
+    few = sorted(rng.choice(alone, min(config.detect_held_out, len(alone)), replace=False).tolist())
+    for name, negatives in (("detect", alone), ("detect_few", few)):
+        with write_atomic(out / "prompts" / f"{name}.jsonl") as temporary:
+            rows = [prompt_line(held_out[row], 0, out) for row in negatives]
+            temporary.write_text("".join(lines + rows), encoding="utf-8")
     return {"samples": len(raw), "planted": len(raw) - len(samples), "repeated": len(repeated)}
 
 

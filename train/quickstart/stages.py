@@ -13,6 +13,7 @@ from afresh.files import write_atomic
 from curate.dedup import run_dedup
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.evaluate import run_evaluate
+from train.evaluation.localize import run_localize
 from train.finetune.config import FinetuneConfig
 from train.finetune.loop import run_finetune
 from train.memorization.config import DetectConfig
@@ -37,15 +38,24 @@ def curate(config: QuickstartConfig) -> dict[str, Any]:
 def finetune_raw(config: QuickstartConfig) -> dict[str, Any]:
     """``finetune_raw``: the model trained on the raw set, without the filter."""
     out = Path(config.out)
-    unfiltered = dataclasses.replace(config.finetune.filter, policy="off")
-    settings = dataclasses.replace(config.finetune, filter=unfiltered)
-    return _finetune(settings, config.model, shards=out / "raw", out=out / "finetune_raw")
+    return _finetune(_unfiltered(config.finetune), config.model, shards=out / "raw", out=out / "finetune_raw")
 
 
 def finetune_curated(config: QuickstartConfig) -> dict[str, Any]:
-    """``finetune_curated``: the model trained on the curated set, with the filter."""
+    """``finetune_curated``: the model trained on the curated set, without the filter."""
     out = Path(config.out)
-    return _finetune(config.finetune, config.model, shards=out / "curated" / "shards", out=out / "finetune_curated")
+    settings = _unfiltered(config.finetune)
+    return _finetune(settings, config.model, shards=out / "curated" / "shards", out=out / "finetune_curated")
+
+
+def finetune_filtered(config: QuickstartConfig) -> dict[str, Any]:
+    """``finetune_filtered``: the model trained on the curated set, with the filter."""
+    out = Path(config.out)
+    return _finetune(config.finetune, config.model, shards=out / "curated" / "shards", out=out / "finetune_filtered")
+
+
+def _unfiltered(settings: FinetuneConfig) -> FinetuneConfig:
+    return dataclasses.replace(settings, filter=dataclasses.replace(settings.filter, policy="off"))
 
 
 def _finetune(settings: FinetuneConfig, model: str, shards: Path, out: Path) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def _finetune(settings: FinetuneConfig, model: str, shards: Path, out: Path) -> 
 def detect(config: QuickstartConfig) -> dict[str, Any]:
     """``detect``: the raw model's scores of the captions, judged by label and by what each caption draws."""
     out = Path(config.out)
-    raw, prompts = str(out / "finetune_raw" / "model"), str(out / "prompts" / "detect.jsonl")
+    raw, prompts = str(out / "finetune_raw" / "model"), str(out / "prompts" / "detect_few.jsonl")
     drawn = str(out / "detect" / "drawn")
     # What each caption draws, to judge the scores by outcome too: as many images as the evaluation draws, since one
     # noise is too few to say that a caption draws no copy.
@@ -85,15 +95,37 @@ def detect(config: QuickstartConfig) -> dict[str, Any]:
     )
 
 
+def localize(config: QuickstartConfig) -> dict[str, Any]:
+    """``neurons.json``: the neurons of the raw model that each repeated caption's copy hangs on."""
+    out = Path(config.out)
+    settings = dataclasses.replace(
+        config.localize,
+        model=str(out / "finetune_raw" / "model"),
+        prompts=str(out / "prompts" / "repeated.jsonl"),
+        clean=str(out / "prompts" / "held_out.jsonl"),
+        out=str(out / "neurons.json"),
+        report=False,
+    )
+    return run_localize(settings)
+
+
 def evaluate(config: QuickstartConfig) -> dict[str, Any]:
-    """The table and the figure of both models, and of the raw one under guidance, over both kinds of captions."""
+    """The table and the figure of all models, and of the raw one under guidance, over both kinds of captions."""
     protocol = {
-        "models": {"raw": "finetune_raw/model", "curated": "finetune_curated/model"},
+        "models": {
+            "raw": "finetune_raw/model",
+            "blocked": "finetune_raw/model",
+            "curated": "finetune_curated/model",
+            "filtered": "finetune_filtered/model",
+        },
         "settings": [
             {"model": "raw", "guidance": "none"},
             {"model": "raw", "guidance": "amg"},
+            {"model": "blocked", "guidance": "none"},
             {"model": "curated", "guidance": "none"},
+            {"model": "filtered", "guidance": "none"},
         ],
+        "neurons": {"blocked": "neurons.json"},
         "prompts": {"repeated": "prompts/repeated.jsonl", "held_out": "prompts/held_out.jsonl"},
         "index": "curated",
         "training": ["raw"],
@@ -117,6 +149,8 @@ STAGES: tuple[Callable[[QuickstartConfig], dict[str, Any]], ...] = (
     curate,
     finetune_raw,
     finetune_curated,
+    finetune_filtered,
     detect,
+    localize,
     evaluate,
 )

@@ -9,14 +9,17 @@ Two terms over the same batch, two views of every image (one mildly, one strongl
 - copies: NT-Xent between the two views of an image (Chen et al., 2020), in a head of its own. Both views have
   the same flip: this set is full of arrows and hands whose mirror image is another sample.
 
-Half of each batch are neighbours of the other half, images that look like them without being the same, so
-that telling them apart is practised. At the end the copy head becomes the whitening of the training images'
-features (Pizzi et al., 2022, whiten SSCD's in this way), in which common traits count for less.
+Half of each batch are hard negatives of the other half: images that look like them without being the same, and
+images of captions that share their rarer words, so that telling them apart is practised. At the end the copy head
+becomes the whitening of the training images' features (Pizzi et al., 2022, whiten SSCD's in this way), in which
+common traits count for less.
 
 Pairs with equal captions, and images that look alike (16 × 16 pixels correlate above 0.95), are left out of
 the negatives. A caption is drawn from the sample's text, its name alone, or its keywords and category, with
-words dropped at random. Trained on the pretrain and fine-tuning parts, never on the held-out one; every draw
-is a function of (seed, step), so an interrupted run goes on from its checkpoint as if it had not been.
+words dropped at random. It learns from what the sample model was pretrained on and from nothing else: every caption
+in other drawings, and the carried drawings of the pretrain part alone. What a model copied from the fine-tuning part
+it has therefore never seen, and real images of that part earn what real unseen images earn. Every draw is a function
+of (seed, step), so an interrupted run goes on from its checkpoint as if it had not been.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class RecipeConfig:
         weight_decay: of AdamW, on matrices only.
         copy_weight: weight of the copy term.
         copy_temperature: temperature of the copy term.
-        neighbours: nearest other samples, by pixel correlation, that a batch's second half is drawn from.
+        neighbours: nearest other images, by pixel correlation, and nearest other captions, by shared words, that a
+            batch's second half is drawn from.
         word_dropout: share of words left out of a training caption.
         autocast: compute in bfloat16 where it is safe (pays on processors with AMX).
         seed: of weights and draws.
@@ -179,48 +183,85 @@ def whitening(features: np.ndarray, ridge: float = 0.01) -> dict[str, Tensor]:
 
 @dataclass
 class TrainingSet:
-    """The captions, the images that show them, and which of these are alike.
+    """The captions, the images that show them, and which of these are hard to tell apart.
 
     Args:
         forms: of each caption, the texts that it may be drawn as.
-        drawings: of each caption, the rows of ``images`` that show it, the sample set's own image first.
-        images: those of the captions, in their order, and then the renditions.
-        pixels: ``[n_images, 3, 64, 64]`` of them.
+        drawings: of each caption, the rows of ``images`` that show it.
+        images: the drawings.
+        pixels: ``[n_images, 3, 64, 64]`` of them, in [0, 1].
+        shows: ``[n_images]`` int64: the caption that each image shows.
         caption: ``[n_captions]`` int: equal where captions are.
         twins: ``[n_images, n_images]`` bool: looks the same.
-        near: ``[n_captions, neighbours]``: the most similar captions' images that are no twins.
+        near_images: ``[n_images, neighbours]`` int64: the images most like each, of other captions and no twins.
+        near_captions: ``[n_captions, neighbours]`` int64: the captions that share most with each.
     """
 
     forms: list[list[str]]
     drawings: list[list[int]]
     images: list[Image]
     pixels: Tensor
+    shows: Tensor
     caption: Tensor
     twins: Tensor
-    near: Tensor
+    near_images: Tensor
+    near_captions: Tensor
 
 
 def training_set(config: RecipeConfig) -> TrainingSet:
-    """Read the parts trained on, and the renditions."""
+    """Read the pretrain part, and the renditions of every caption."""
     from curate.reading.images import decode_image, stack_images
     from curate.reading.pipeline import ReadShards, Skipped, shard_list
-    from curate.sample_set import load_part
+    from curate.sample_set import PARTS, load_part
 
-    samples = load_part("pretrain") + load_part("finetune")
-    forms = [captions_of(sample) for sample in samples]
-    drawings, images = [[i] for i in range(len(samples))], [decode_image(sample.image) for sample in samples]
-    row_of = {sample.key: i for i, sample in enumerate(samples)}
-    for rendition in ReadShards(Skipped())(shard_list(config.renditions)) if config.renditions else []:
-        if rendition.key in row_of:
-            drawings[row_of[rendition.key]].append(len(images))
-            images.append(decode_image(rendition.image))
+    described = {sample.key: captions_of(sample) for part in PARTS for sample in load_part(part)}
+    shown = load_part("pretrain")
+    shown += ReadShards(Skipped())(shard_list(config.renditions)) if config.renditions else []
+    rows: dict[str, list[int]] = {}
+    for row, sample in enumerate(shown):
+        rows.setdefault(sample.key, []).append(row)
+    keys = list(rows)
+    forms = [described[key] for key in keys]
+    images = [decode_image(sample.image) for sample in shown]
     pixels = torch.from_numpy(stack_images(images, 64))
+    index = {key: i for i, key in enumerate(keys)}
+    shows = torch.tensor([index[sample.key] for sample in shown])
     caption = torch.from_numpy(np.unique([form[0] for form in forms], return_inverse=True)[1])
     alike = torch.from_numpy(pixel_correlation(pixels, pixels))
     twins = alike > TWINS
-    near = alike[: len(samples), : len(samples)].masked_fill(twins[: len(samples), : len(samples)], -1)
-    near = near.topk(min(config.neighbours, len(samples)), dim=1).indices
-    return TrainingSet(forms, drawings, images, pixels, caption, twins, near)
+    same = caption[shows][:, None] == caption[shows][None, :]
+    near_images = alike.masked_fill_(twins | same, -1).topk(min(config.neighbours, len(images)), dim=1).indices
+    return TrainingSet(
+        forms=forms,
+        drawings=[rows[key] for key in keys],
+        images=images,
+        pixels=pixels,
+        shows=shows,
+        caption=caption,
+        twins=twins,
+        near_images=near_images,
+        near_captions=shared_words([form[0] for form in forms], caption, config.neighbours),
+    )
+
+
+def shared_words(captions: list[str], caption: Tensor, neighbours: int) -> Tensor:
+    """The captions that share most with each: cosine of bags of words, rare words counting more.
+
+    Args:
+        captions: texts.
+        caption: ``[n]`` int: equal where captions are; those are no neighbours.
+        neighbours: how many.
+
+    Returns:
+        ``[n, neighbours]`` int64.
+    """
+    vocabulary = {word: i for i, word in enumerate(sorted({word for text in captions for word in words(text)}))}
+    bags = torch.zeros(len(captions), len(vocabulary))
+    for row, text in enumerate(captions):
+        bags[row, [vocabulary[word] for word in words(text)]] = 1
+    bags = F.normalize(bags * (len(captions) / bags.sum(0)).log1p(), dim=1)
+    shared = (bags @ bags.T).masked_fill(caption[:, None] == caption[None, :], -1)
+    return shared.topk(min(neighbours, len(captions)), dim=1).indices
 
 
 @dataclass
@@ -239,11 +280,17 @@ def draw_batch(data: TrainingSet, config: RecipeConfig, step: int) -> Batch:
     rng = random.Random(f"{config.seed}/{step}")
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     torch.manual_seed(rng.getrandbits(63))  # dropout
-    captions = range(len(data.forms))
-    anchors = rng.sample(captions, min(config.batch_size, len(captions)) // 2)
-    beside = [int(data.near[i, rng.randrange(data.near.shape[1])]) for i in anchors]
-    chosen = list(dict.fromkeys(anchors + beside))
-    rows = torch.tensor([i if rng.random() < 0.6 else rng.choice(data.drawings[i]) for i in chosen])
+    anchors = rng.sample(range(len(data.forms)), min(config.batch_size, len(data.forms)) // 2)
+    row_of = {i: rng.choice(data.drawings[i]) for i in anchors}
+    for anchor in anchors:  # beside each, one that looks like it or one whose caption reads like its own
+        if rng.random() < 0.5:
+            row = int(data.near_images[row_of[anchor], rng.randrange(data.near_images.shape[1])])
+        else:
+            other = int(data.near_captions[anchor, rng.randrange(data.near_captions.shape[1])])
+            row = rng.choice(data.drawings[other])
+        row_of.setdefault(int(data.shows[row]), row)
+    chosen = list(row_of)
+    rows = torch.tensor([row_of[i] for i in chosen])
     x = data.pixels[rows]
     draws = torch.rand(2, len(chosen), 9, generator=generator)
     draws[1, :, 1] = draws[0, :, 1]  # the number that decides the flip
@@ -333,7 +380,7 @@ def train_dual_encoder(config: RecipeConfig) -> dict[str, Any]:
 
 def save_and_measure(model: DualEncoder, data: TrainingSet, config: RecipeConfig) -> dict[str, Any]:
     """Whiten the copy head, write weights and ``metrics.json``, and let go of the checkpoint."""
-    features = model.image_features(data.images[: len(data.forms)])
+    features = model.image_features(data.images)
     model.copy_head.load_state_dict(whitening(features))
     model.save(config.out)
     metrics = measure(DualEncoder.load(config.out))
@@ -350,19 +397,20 @@ def save_and_measure(model: DualEncoder, data: TrainingSet, config: RecipeConfig
 
 
 def measure(model: DualEncoder) -> dict[str, Any]:
-    """Retrieval on training and held-out captions, and how well copies stand apart from near neighbours.
+    """Retrieval on each part's captions, and how well copies stand apart from near neighbours.
 
-    ``copies`` edits the held-out images, which the network has never seen, and asks whether the edited image
-    is nearer to its original than the copy threshold, itself the 99 % quantile of the held-out images'
-    similarity to their nearest training image.
+    The images of the fine-tuning and held-out parts are new to the network, their captions are not: ``alignment``
+    there is what a real, unseen image of a known caption earns. ``copies`` edits the held-out images and asks whether
+    the edited image is nearer to its original than the copy threshold, itself the 99 % quantile of the held-out
+    images' similarity to the nearest image of the other parts.
     """
     from curate.embed.edits import EDITS
     from curate.reading.images import decode_image
-    from curate.sample_set import load_part
+    from curate.sample_set import PARTS, load_part
 
     result: dict[str, Any] = {}
     copy_space: dict[str, np.ndarray] = {}
-    samples = {"training": load_part("pretrain") + load_part("finetune"), "held_out": load_part("held_out")}
+    samples = {name: load_part(name) for name in PARTS}
     images = {name: [decode_image(s.image) for s in part] for name, part in samples.items()}
     for name, part in samples.items():
         features = model.image_features(images[name])
@@ -379,7 +427,8 @@ def measure(model: DualEncoder) -> dict[str, Any]:
             "recall_at_10": float(np.mean(rank <= 10)),
             "alignment": float(np.mean((joint * text).sum(axis=1))),
         }
-    nearest = (copy_space["held_out"] @ copy_space["training"].T).max(axis=1)
+    others = np.concatenate([copy_space[name] for name in PARTS if name != "held_out"])
+    nearest = (copy_space["held_out"] @ others.T).max(axis=1)
     threshold = copy_threshold(nearest)
     result["nearest_training_similarity_of_held_out"] = {
         f"q{q}": float(np.quantile(nearest, q / 100)) for q in (5, 50, 95, 99)

@@ -26,11 +26,11 @@ class InitialiseConfig:
 
 
 def initialise(config: InitialiseConfig) -> None:
-    """Learn the tokenizer from the pretrain captions, draw random weights, save."""
-    from curate.sample_set import load_part
+    """Learn the tokenizer from all captions, draw random weights, save."""
+    from curate.sample_set import PARTS, load_part
     from train.sample_model.small import build_pipeline
 
-    captions = [sample.caption for sample in load_part("pretrain") if sample.caption]
+    captions = [sample.caption for part in PARTS for sample in load_part(part) if sample.caption]
     pipe = build_pipeline(config.model, captions, config.vae)
     for part in ("unet", "text_encoder", "vae"):
         print(f"{part}: {sum(p.numel() for p in getattr(pipe, part).parameters()) / 1e6:.2f} M parameters")

@@ -21,6 +21,9 @@ def main(folder: str) -> None:
         if '"_name_or_path"' in text:
             kept = {name: value for name, value in json.loads(text).items() if name != "_name_or_path"}
             config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    vocabulary = sample_model_dir() / "tokenizer" / "tokenizer.json"  # half of what is written there is indentation
+    tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
+    vocabulary.write_text(json.dumps(tokens, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in sample_model_dir().rglob("*") if path.is_file())
     print(f"{sample_model_dir()}: {size / 1e6:.1f} MB")
 

@@ -1,79 +1,101 @@
-"""Recipe: assign the carried emoji to pretrain, finetune and held_out, twins together.
+"""Recipe: assign the carried emoji to pretrain, finetune and held_out, so that a copy can be told from a likeness.
 
-    python -m train.sample_model.split
+    python -m train.sample_model.split runs/sample_model/renditions
 
-Two images whose 16 × 16 pixels correlate above 0.95 are twins; a chain of twins goes to one part. Groups are dealt
-out at random (seed 0) within their Unicode category, so that each part has the same mix.
+What is fine-tuned on and what is held out has to stand alone: an image that another one resembles cannot show whether
+a model copied it. An image is distinct when the 16 × 16 pixels of every other carried image and of every rendition
+(``train.sample_model.renditions``), of its own caption or of another, correlate with it by less than 0.85; the limit
+above which an image counts as a pixel copy is 0.9. Of the distinct ones 460 are held out and 300 fine-tuned on,
+dealt out at random (seed 0) in equal shares of each Unicode category; all others are pretrained on. After the copy
+detector's training, ``train.sample_model.look_alikes`` adds what that one confuses.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from curate.neighbors.components import components
-from curate.reading.images import decode_image
+from curate.reading.images import decode_image, stack_images
 from curate.reading.pipeline import ReadShards, shard_list
+from curate.reading.samples import Sample
 from curate.sample_set import PARTS, sample_set_dir, sample_shards
+from train.evaluation.judging.metrics import thumbnails
 
-SIZES = {"pretrain": 1206, "finetune": 500, "held_out": 200}
-TWINS = 0.95
+SIZES = {"held_out": 460, "finetune": 300}
+DISTINCT = 0.85
 
 
-def twin_groups(thumbnails: np.ndarray, threshold: float = TWINS) -> np.ndarray:
-    """Connected components of ``correlation > threshold``.
+def nearest_other(images: NDArray[np.float32], renditions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The highest correlation of each image with any other image and with any rendition.
 
     Args:
-        thumbnails: ``[n, d]`` pixels.
-        threshold: correlation in [-1, 1] above which two images are twins.
+        images: ``[n, d]`` centred unit rows (see :func:`~train.evaluation.judging.metrics.thumbnails`).
+        renditions: ``[m, d]`` likewise.
 
     Returns:
-        ``[n]`` int64, the smallest row of each row's group.
+        ``[n]`` in [-1, 1].
     """
-    x = thumbnails - thumbnails.mean(axis=1, keepdims=True)
-    x /= np.linalg.norm(x, axis=1, keepdims=True) + 1e-8
-    return components(*np.nonzero(x @ x.T > threshold), len(x))
+    among = images @ images.T
+    np.fill_diagonal(among, -1)
+    highest: NDArray[np.float32] = np.maximum(among.max(axis=1), (images @ renditions.T).max(axis=1, initial=-1))
+    return highest
 
 
-def main() -> None:
+def deal(distinct: dict[str, list[str]], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
+    """Deal keys out to parts at random, each category in proportion.
+
+    Args:
+        distinct: the keys of each category.
+        sizes: how many keys each part gets; the rest is left.
+        seed: of the order.
+
+    Raises:
+        ValueError: there are fewer keys than wanted.
+    """
+    total = sum(map(len, distinct.values()))
+    if total < sum(sizes.values()):
+        raise ValueError(f"{total} distinct images, {sum(sizes.values())} wanted: raise DISTINCT or lower SIZES")
+    rng = random.Random(seed)
+    # Every key gets its place in [0, 1) within its category: sorted by it, any stretch has the same mix.
+    placed = []
+    for category in sorted(distinct):
+        keys = sorted(distinct[category])
+        rng.shuffle(keys)
+        placed += [((i + rng.random()) / len(keys), key) for i, key in enumerate(keys)]
+    order = [key for _, key in sorted(placed)]
+    dealt, start = {}, 0
+    for part, size in sizes.items():
+        dealt[part] = order[start : start + size]
+        start += size
+    return dealt
+
+
+def main(renditions: str) -> None:
     samples = list(ReadShards()(shard_list(sample_shards())))
-    thumbnails = np.stack(
-        [np.asarray(decode_image(s.image).resize((16, 16)), np.float32).ravel() for s in samples]
-    )
-    group = twin_groups(thumbnails)
-    categories = [json.loads(s.members["json"])["category"] for s in samples]
-    members: dict[tuple[str, int], list[str]] = {}
-    for sample, g in zip(samples, group, strict=True):
-        members.setdefault((categories[g], int(g)), []).append(sample.key)
-
-    split: dict[str, list[str]] = {part: [] for part in PARTS}
-    rng = random.Random(0)
-    for category in sorted(set(categories)):
-        groups = [keys for (c, _), keys in sorted(members.items()) if c == category]
-        # Large groups first, each to the part that lacks most: sizes come out close to what is wanted.
-        rng.shuffle(groups)
-        groups.sort(key=len, reverse=True)
-        size = sum(map(len, groups))
-        wanted = {part: size * SIZES[part] / len(samples) for part in PARTS}
-        given = dict.fromkeys(PARTS, 0)
-        for keys in groups:
-            part = max(PARTS, key=lambda p: (wanted[p] - given[p]) / wanted[p])
-            given[part] += len(keys)
-            split[part] += keys
-    excess = len(split["held_out"]) - SIZES["held_out"]
-    if excess < 0:
-        raise SystemExit("held_out came out too small: raise its share in SIZES")
-    for _ in range(excess):  # exactly 200; what is left over is pretrained on, if it has no twin there or here
-        single = next(k for k in reversed(split["held_out"]) if any(v == [k] for v in members.values()))
-        split["held_out"].remove(single)
-        split["pretrain"].append(single)
+    others = list(ReadShards()(shard_list([renditions])))
+    highest = nearest_other(_thumbnails(samples), _thumbnails(others))
+    distinct: dict[str, list[str]] = {}
+    for sample, correlation in zip(samples, highest, strict=True):
+        if correlation < DISTINCT:
+            distinct.setdefault(json.loads(sample.members["json"])["category"], []).append(sample.key)
+    split = deal(distinct, SIZES, seed=0)
+    taken = {key for keys in split.values() for key in keys}
+    split["pretrain"] = [sample.key for sample in samples if sample.key not in taken]
     path = sample_set_dir() / "split.json"
-    path.write_text(json.dumps({part: sorted(keys) for part, keys in split.items()}, indent=0) + "\n")
-    print({part: len(keys) for part, keys in split.items()}, f"{len(members)} groups of twins →", path.name)
+    path.write_text(json.dumps({part: sorted(split[part]) for part in PARTS}, indent=0) + "\n")
+    print({part: len(split[part]) for part in PARTS}, f"of {sum(map(len, distinct.values()))} distinct →", path.name)
+
+
+def _thumbnails(samples: list[Sample]) -> NDArray[np.float32]:
+    return thumbnails(stack_images([decode_image(sample.image) for sample in samples], 64)).astype(np.float32)
 
 
 if __name__ == "__main__":
-    main()
-
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m train.sample_model.split RENDITIONS_FOLDER")
+    main(sys.argv[1])

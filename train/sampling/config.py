@@ -405,7 +405,7 @@ class SampleConfig:
         negative_prompt: what not to draw.
         neurons: file of ``train localize``, whose neurons are blocked while images are drawn; empty blocks none.
         neurons_of: all of the file's neurons for every prompt, or each prompt's own only (its images are then not
-            batched with another's).
+            batched with another's); known takes a prompt's own where the file has some, and else none.
         height: in pixels; 0 is the model's own.
         width: in pixels; 0 is the model's own.
         batch_size: images drawn together.
@@ -442,7 +442,7 @@ class SampleConfig:
     scheduler: str = ""
     negative_prompt: str = ""
     neurons: str = ""
-    neurons_of: Literal["all", "own"] = "all"
+    neurons_of: Literal["all", "own", "known"] = "all"
     height: int = 0
     width: int = 0
     batch_size: int = 8

@@ -6,18 +6,20 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from afresh.errors import UsageError
 from curate.config import DedupConfig
-from curate.sample_set import load_part
+from curate.sample_set import PARTS, load_part, look_alikes
 from train.denoising.opening.loading import sample_model_dir
+from train.evaluation.config import LocalizeConfig
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.quickstart.config import MessConfig, QuickstartConfig
 from train.quickstart.job import run_quickstart
-from train.quickstart.mess import plant_copies
+from train.quickstart.mess import chosen_rows, plant_copies
 
 
 def small(out: Path, **changes) -> QuickstartConfig:
@@ -29,9 +31,13 @@ def small(out: Path, **changes) -> QuickstartConfig:
         "mess": MessConfig(images=3, copies=6),
         "dedup": DedupConfig(image_embedder="copy-detector", threshold=0.8, workers=1),
         "finetune": finetune,
+        "localize": LocalizeConfig(
+            model="", prompts="", out="", criterion="magnitude", number=10, seeds=2, clean_captions=4
+        ),
         "held_out_captions": 4,
         "seeds": 2,
         "steps": 2,
+        "detect_held_out": 8,
         "detect_seeds": 1,
         "detect_steps": 1,
         "outcome_steps": 2,
@@ -55,13 +61,27 @@ def test_planted_copies_repeat_the_chosen_images_and_nothing_else():
     assert plant_copies(samples, MessConfig(images=4, copies=10, exact=0.5, other_caption=0.3))[0] == raw
 
 
+def test_choices_of_repeated_images_share_none_and_several_numbers_go_to_equal_shares():
+    samples = load_part("finetune")
+    chosen = [chosen_rows(samples, MessConfig(images=24, set=number)) for number in range(10)]
+    assert all(len(set(rows)) == 24 for rows in chosen)
+    assert len({row for rows in chosen for row in rows}) == 10 * 24
+    assert not {samples[row].key for rows in chosen for row in rows} & look_alikes()
+    raw, repeated = plant_copies(samples, MessConfig(images=4, copies=[3, 6], set=1))
+    assert repeated == chosen_rows(samples, MessConfig(images=4, set=1))
+    copies = Counter(key.split("-copy")[0] for key, _ in raw)
+    assert [copies[samples[row].key] for row in repeated] == [3, 6, 3, 6]
+
+
 @pytest.mark.timeout(600)
 def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp_path):
     summary = run_quickstart(small(tmp_path / "one"))
     settings = [(row["model"], row["guidance"], row["prompts"]) for row in summary["rows"]]
     assert settings == [
         (model, guidance, prompts)
-        for model, guidance in (("raw", "none"), ("raw", "amg"), ("curated", "none"))
+        for model, guidance in (
+            ("raw", "none"), ("raw", "amg"), ("blocked", "none"), ("curated", "none"), ("filtered", "none"),
+        )
         for prompts in ("repeated", "held_out")
     ]
     wanted = {
@@ -69,12 +89,14 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
         "seconds_per_image",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in summary["rows"])
-    assert summary["curate"]["samples"] == 501 + 3 * 5
+    assert summary["curate"]["samples"] == 300 + 3 * 5
     assert 0 <= summary["detect"]["auc"]["magnitude"] <= 1
     assert {"label_0_memorized", "label_1_not_memorized"} <= summary["detect"]["by_outcome"].keys()
     assert (tmp_path / "one" / "report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "one" / "summary.json").read_text())["rows"] == summary["rows"]
-    assert set(summary["seconds"]) == {"plant", "curate", "finetune_raw", "finetune_curated", "detect", "evaluate"}
+    assert set(summary["seconds"]) == {
+        "plant", "curate", "finetune_raw", "finetune_curated", "finetune_filtered", "detect", "localize", "evaluate",
+    }  # fmt: skip
 
     # A stage that is done is not repeated, one whose record is missing is, with the same result.
     model = tmp_path / "one" / "finetune_raw" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -92,7 +114,7 @@ def test_quickstart_runs_whole_goes_on_where_it_was_and_gives_the_same_table(tmp
 
 def test_the_sample_model_is_a_small_pipeline_that_diffusers_alone_loads_and_draws_with(tmp_path):
     files = [path for path in sample_model_dir().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
     code = (
         "import sys; from diffusers import StableDiffusionPipeline as P; import torch\n"
         f"p = P.from_pretrained({str(sample_model_dir())!r}, safety_checker=None, dtype=torch.float32)\n"
@@ -115,7 +137,7 @@ def test_the_carried_shards_are_the_ones_the_split_was_made_for():
     from curate.sample_set import sample_set_dir
 
     split = json.loads((sample_set_dir() / "split.json").read_text())
-    keys = sorted(key for part in split.values() for key in part)
+    keys = sorted(key for part in PARTS for key in split[part])
     assert len(keys) == len(set(keys)) == 1906
-    digest = hashlib.sha256("".join(sorted(s.key for p in split for s in load_part(p))).encode()).hexdigest()
+    digest = hashlib.sha256("".join(sorted(s.key for p in PARTS for s in load_part(p))).encode()).hexdigest()
     assert digest == hashlib.sha256("".join(keys).encode()).hexdigest()

@@ -44,7 +44,8 @@ class DualEncoderJudge:
             "alignment_of_real",
             "of real images",
             "Alignment as a share of what the real images of the same captions earn, the originals that the prompts "
-            "name. It is no evidence for captions whose images the dual encoder was trained on, which earn more.",
+            "name. The carried dual encoder was trained on none of those that the quickstart repeats or holds out; "
+            "images that a judge was trained on earn more.",
             "share",
             1,
         ),

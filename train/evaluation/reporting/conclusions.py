@@ -110,7 +110,12 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-MODELS = {"raw": "raw model", "curated": "curated and filtered model"}
+MODELS = {
+    "raw": "raw model",
+    "blocked": "raw model, neurons blocked",
+    "curated": "curated model",
+    "filtered": "curated and filtered model",
+}
 
 
 GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG", "amg-early": "early AMG"}

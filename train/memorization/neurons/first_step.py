@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-Criterion = Literal["similarity", "magnitude"]
+Criterion = Literal["similarity", "magnitude", "selective"]
 STEPS = (0, 10, 20)
 """Of 50 DDIM steps, where the magnitude is taken; the similarity is taken at the first."""
 
@@ -108,10 +108,10 @@ class FirstStep:
     def scores(self, criterion: Criterion) -> NDArray[np.float32]:
         """How memorized each seed is, with no neuron blocked: ``[seeds]``.
 
-        By similarity it is the highest MS-SSIM of its difference to another seed's (§3.1), by magnitude its magnitude.
+        By similarity it is the highest MS-SSIM of its difference to another seed's (§3.1), else its magnitude.
         """
         rows = list(range(len(self.x_T)))
-        if criterion == "magnitude":
+        if criterion != "similarity":
             with torch.no_grad():
                 return self._batched(lambda part: self.magnitude(part, None), rows).cpu().numpy()
         first, second = np.triu_indices(len(rows), 1)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from afresh.errors import UsageError
 from afresh.progress import Progress
 from train.denoising.network import network_of
 from train.memorization.neurons.first_step import Criterion, FirstStep
 from train.memorization.neurons.search import Blocking, candidate_sets, ranked_sets, refine, select
+from train.memorization.neurons.selectivity import per_cost, sensitivity
 from train.memorization.neurons.value_neurons import (
     Mask,
     Statistics,
@@ -110,11 +112,12 @@ def localize(
             difference with neurons blocked to that without, and candidates by their activations. ``magnitude`` is the
             text-conditional noise magnitude on pure noise, averaged over three timesteps, and candidates by its
             gradient with respect to each neuron's factor: not the paper's, and for models whose memorization is spread
-            over many neurons of ordinary activation.
+            over many neurons of ordinary activation. ``selective`` is the same with candidates by that gradient over
+            what blocking them costs clean captions (:mod:`train.memorization.neurons.selectivity`).
         threshold: τ_mem; None takes the clean captions' mean score plus ``deviations`` standard deviations (§3.1).
         deviations: the paper's one.
-        number: take this many neurons of every memorized prompt, the first candidates of ``magnitude``, instead of
-            searching for the fewest that meet the criterion; 0 searches.
+        number: take this many neurons of every memorized prompt, the first candidates of ``magnitude`` or
+            ``selective``, instead of searching for the fewest that meet the criterion; 0 searches.
         up_blocks: search the up blocks too, which the paper leaves out.
         batch_size: images per UNet pass.
         bar: told of each prompt that is done, and of the evaluations on the way.
@@ -161,9 +164,9 @@ class Localizer:
     ):
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}: expected at least 1")
-        if criterion not in ("similarity", "magnitude"):
-            raise UsageError(f"criterion is {criterion!r}: choose similarity or magnitude")
-        if number and criterion != "magnitude":
+        if criterion not in get_args(Criterion):
+            raise UsageError(f"criterion is {criterion!r}: choose {', '.join(get_args(Criterion))}")
+        if number and criterion == "similarity":
             raise UsageError("a number of neurons goes by the gradient of the magnitude: set criterion to magnitude")
         self.pipe, self.clean, self.criterion, self.batch_size = pipe, list(clean), criterion, batch_size
         self.layers = value_layers(network_of(pipe), up_blocks=up_blocks)
@@ -172,6 +175,14 @@ class Localizer:
         if not 0 <= number <= sum(self.sizes.values()):
             raise UsageError(f"number is {number}: expected 0 to {sum(self.sizes.values())}, the model's neurons")
         self.statistics = Statistics.of(activations(pipe, self.clean, self.layers))
+        self._sensitivity: NDArray[np.float32] | None = None
+
+    @property
+    def sensitivity(self) -> NDArray[np.float32]:
+        """What blocking each neuron costs the clean captions, ``[units]``; computed when it is first asked for."""
+        if self._sensitivity is None:
+            self._sensitivity = sensitivity(self.pipe, self.clean, self.layers, batch_size=self.batch_size)
+        return self._sensitivity
 
     def first_step(self, caption: str, seeds: Sequence[int], bar: Progress | None = None) -> FirstStep:
         """The first step of a prompt."""
@@ -218,8 +229,9 @@ class Localizer:
         )
 
     def _candidates(self, judge: Blocking, caption: str) -> list[Mask]:
-        if self.criterion == "magnitude":
-            return ranked_sets(judge.slopes(np.zeros(sum(self.sizes.values()), bool)))
+        if self.criterion != "similarity":
+            slopes = judge.slopes(np.zeros(sum(self.sizes.values()), bool))
+            return ranked_sets(slopes if self.criterion == "magnitude" else per_cost(slopes, self.sensitivity))
         values = activations(self.pipe, [caption], self.layers)[0]
         return candidate_sets(self.statistics.z(values), values, self.sizes)
 

@@ -39,12 +39,12 @@ class Blocking:
         step: the prompt's first step.
         rows: its memorized seeds, by position.
         threshold: ``τ_mem``.
-        criterion: what the score is: the similarity to the unblocked step, or the magnitude.
+        criterion: what the score is: the similarity to the unblocked step, or else the magnitude.
     """
 
     def __init__(self, step: FirstStep, rows: Sequence[int], threshold: float, criterion: Criterion = "similarity"):
         self.step, self.rows, self.threshold = step, list(rows), threshold
-        self.measure = step.magnitude if criterion == "magnitude" else step.similarity
+        self.measure = step.similarity if criterion == "similarity" else step.magnitude
 
     @torch.no_grad()
     def measures(self, rows: Sequence[int], masks: Mask) -> NDArray[np.float32]:
@@ -118,10 +118,10 @@ def candidate_sets(z: NDArray[np.float32], values: NDArray[np.float32], sizes: M
     return [mask for mask in sets if mask.any()]
 
 
-def ranked_sets(slopes: NDArray[np.float32]) -> list[Mask]:
-    """Growing sets of the units by which the magnitude grows fastest: the first, the first two, …"""
-    rank = np.argsort(np.argsort(-slopes, kind="stable"))
-    return [rank < n for n in range(1, len(slopes) + 1)]
+def ranked_sets(gains: NDArray[np.float32]) -> list[Mask]:
+    """Growing sets of the units that gain most, by the magnitude's slope or by that over their cost: the first, …"""
+    rank = np.argsort(np.argsort(-gains, kind="stable"))
+    return [rank < n for n in range(1, len(gains) + 1)]
 
 
 def select(judge: Blocking, sets: Sequence[Mask]) -> Mask | None:

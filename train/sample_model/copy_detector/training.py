@@ -1,4 +1,4 @@
-"""Recipe: train the carried copy detector on the sample set (never on its held-out part), and measure it.
+"""Recipe: train the carried copy detector on what the sample model was pretrained on, and measure it.
 
     python -m train.sample_model.copy_detector.training --config configs/sample_model/copy_detector.yaml
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger, progress
 from curate.embed.copy_detector import WEIGHTS, CopyDetector
 from curate.reading.images import decode_image, stack_images
+from curate.reading.pipeline import ReadShards, Skipped, shard_list
 from curate.sample_set import load_part
 from train.sample_model.copy_detector.edits import attacked, edited
 from train.sample_model.copy_detector.measures import embedded, measure, pixels_alike
@@ -49,6 +50,7 @@ class CopyDetectorConfig:
 
     out: str = str(WEIGHTS)  # fp16 safetensors; the measurements go beside it as .json
     work_dir: str = "runs/copy_detector"  # checkpoint
+    renditions: list[str] = field(default_factory=list)  # shards of further drawings, see sample_model.renditions
     steps: int = 1200
     batch_size: int = 64  # images, each in two views
     lr: float = 1e-3  # highest, after warmup; cosine to 0
@@ -101,6 +103,12 @@ def part_pictures(*names: str) -> list[Image]:
 def part_images(*names: str) -> Tensor:
     """``[n, 3, 64, 64]`` float32 in [0, 1]: the same as pixels."""
     return torch.from_numpy(stack_images(part_pictures(*names), 64))
+
+
+def shard_images(shards: list[str]) -> Tensor:
+    """``[n, 3, 64, 64]`` float32 in [0, 1]: the images of shards, as pixels."""
+    samples = ReadShards(Skipped())(shard_list(shards))
+    return torch.from_numpy(stack_images([decode_image(sample.image) for sample in samples], 64))
 
 
 def learning_rate(step: int, config: CopyDetectorConfig) -> float:
@@ -242,10 +250,14 @@ def train(config: CopyDetectorConfig, images: Tensor) -> CopyDetector:
 def run(config: CopyDetectorConfig) -> dict[str, Any]:
     """Train, write weights and measurements, and return the latter."""
     torch.set_num_threads(config.threads)
-    images, pictures = part_images("pretrain", "finetune"), part_pictures("held_out")
+    images = part_images("pretrain")
+    if config.renditions:
+        images = torch.cat([images, shard_images(config.renditions)])
     train(config, images).save(config.out)
-    summary = measure(CopyDetector.load(config.out), images, pictures, alike=config.alike, seed=config.seed)
-    summary["settings"] = {k: v for k, v in asdict(config).items() if k not in ("out", "work_dir")}
+    searched, pictures = part_images("pretrain", "finetune"), part_pictures("held_out")
+    summary = measure(CopyDetector.load(config.out), searched, pictures, alike=config.alike, seed=config.seed)
+    summary["settings"] = {k: v for k, v in asdict(config).items() if k not in ("out", "work_dir", "renditions")}
+    summary["training_images"] = len(images)
     write_json(Path(config.out).with_suffix(".json"), summary)
     return summary
 

@@ -53,7 +53,7 @@ def draw_images(
             if shares.stop_asked():
                 return
             began = time.perf_counter()
-            neurons = own[batch[0].prompt.caption] if config.neurons_of == "own" and own else together
+            neurons = together if config.neurons_of == "all" else own.get(batch[0].prompt.caption, {})
             with blocked(pipe, neurons) if config.neurons else nullcontext():
                 drawn = _draw_batch(pipe, config, batch, guidance, rejection, never, bar)
             seconds = (time.perf_counter() - began) / len(batch)

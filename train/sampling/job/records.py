@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from afresh.errors import UserError
 from afresh.files import write_atomic, write_json
 from train.memorization.config import MEMORIZED
+from train.memorization.neurons.files import read_neurons
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 
@@ -161,8 +162,11 @@ def write_table(path: Path, rows: list[dict[str, Any]], types: dict[str, str] | 
 def batches(config: SampleConfig, tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:
     """What is drawn together; of one prompt only, where each prompt has neurons of its own blocked."""
     groups: list[list[Task]] = [list(tasks)]
-    if config.neurons and config.neurons_of == "own":
-        groups = [list(group) for _, group in groupby(tasks, key=lambda task: task.prompt.caption)]
+    if config.neurons and config.neurons_of != "all":
+        own = read_neurons(config.neurons)[1]
+        captions = [task.prompt.caption for task in tasks]
+        keys = iter([caption if caption in own else None for caption in captions])
+        groups = [list(group) for _, group in groupby(tasks, key=lambda _: next(keys))]
     for group in groups:
         for start in range(0, len(group), config.batch_size):
             yield group[start : start + config.batch_size]

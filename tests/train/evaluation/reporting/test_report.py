@@ -82,7 +82,7 @@ def test_the_story_shows_the_first_captions_and_seeds_in_order(results):
     originals = {captions[0]: drawn[0].images[0]}
     figure = story("repeated", drawn, measured, originals, columns=5)
     assert figure.columns == captions[:5]
-    assert [label for label, _, _ in figure.rows] == ["originals", "raw model", "curated and filtered model"]
+    assert [label for label, _, _ in figure.rows] == ["originals", "raw model", "curated model"]
     assert [cell.image is None for cell in figure.rows[0][2]] == [False, True, True, True, True]
     assert [cell.image for cell in figure.rows[1][2]] == [drawn[0].images[2 * i] for i in range(5)]
     assert figure.rows[1][1] == f"{percent(measured[0].row['copied_share'])} copied"

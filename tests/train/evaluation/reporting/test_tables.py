@@ -95,7 +95,7 @@ def test_a_terminal_shows_a_column_a_setting_and_then_the_rest(results):
     text = as_text(summary)
     first, heads, *lines = text.splitlines()
     assert first == "repeated captions, 48 images a row"
-    assert heads.split("  ", 1)[1].split("   ")[-1].strip() == "curated and filtered model"
+    assert heads.split("  ", 1)[1].split("   ")[-1].strip() == "curated model"
     (copied,) = [line for line in lines[: lines.index("")] if line.startswith("copied (pixels)")]
     ends = [100 * rows[1][f"pixel_copied_share{end}"] for end in ("", "_low", "_high")]
     assert copied.endswith("{:.0f} % [{:.0f}, {:.0f}]".format(*ends))

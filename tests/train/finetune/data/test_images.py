@@ -40,7 +40,7 @@ def test_white_paper_stays_white_and_a_flip_mirrors():
 
 def test_the_parts_of_the_sample_set_are_disjoint_and_whole():
     sizes = {name: len(load_part(name)) for name in parts()}
-    assert sizes == {"pretrain": 1205, "finetune": 501, "held_out": 200}
+    assert sizes == {"pretrain": 1146, "finetune": 300, "held_out": 460}
     assert not parts()["pretrain"] & parts()["finetune"]
     assert not parts()["held_out"] & (parts()["pretrain"] | parts()["finetune"])
 

@@ -13,6 +13,7 @@ from train.memorization import blocked, localize
 from train.memorization.neurons.first_step import FirstStep
 from train.memorization.neurons.localization import Localizer
 from train.memorization.neurons.search import Blocking, candidate_sets, refine, select
+from train.memorization.neurons.selectivity import per_cost, sensitivity
 from train.memorization.neurons.value_neurons import (
     Statistics,
     activations,
@@ -309,3 +310,35 @@ def test_by_magnitude_either_a_threshold_or_a_number_decides(pipe):
     assert count(prompt.neurons) == 5 and prompt.blocked_score < before
     with pytest.raises(UsageError, match="set criterion to magnitude"):
         localize(pipe, CLEAN[:1], clean=CLEAN[2:], number=5)
+
+
+# --------------------------------------------------------------------------------------------------- selectivity
+
+
+def test_the_sensitivity_is_the_norm_of_the_predictions_change_with_each_neuron(pipe, monkeypatch):
+    monkeypatch.setattr("train.memorization.neurons.selectivity.PROBES", 60)
+    monkeypatch.setattr("train.memorization.neurons.selectivity.STEPS", (0,))
+    layers = value_layers(pipe.unet, up_blocks=True)
+    name, layer = list(layers.items())[-1]
+    found = sensitivity(pipe, CLEAN[:2], layers, batch_size=2)[-layer.out_features :]
+    expected = []
+    for unit in range(4):
+        changes = []
+        for caption in CLEAN[:2]:
+            step = FirstStep(pipe, caption, [0, 1], layers=layers)
+            factors = torch.ones(2, int(step.splits[-1]))
+            moved = factors.clone()
+            moved[:, int(step.splits[-2]) + unit] += 1e-2
+            with torch.no_grad():
+                one, two = (step.eps([0, 1], f, step.prompt, step.timesteps[0]) for f in (factors, moved))
+            changes.append(((two - one) / 1e-2).square().sum(dim=(1, 2, 3)).mean())
+        expected.append(float(torch.stack(changes).mean().sqrt()))
+    assert name in layers and found[:4] == pytest.approx(expected, rel=0.3)
+
+
+def test_a_neuron_that_no_clean_caption_needs_comes_first(pipe):
+    slopes, needed = np.array([1.0, 1.0, 0.5, -1.0], np.float32), np.array([2.0, 0.5, 0.5, 0.0], np.float32)
+    assert np.argsort(-per_cost(slopes, needed)).tolist() == [1, 2, 0, 3]
+    assert np.isfinite(per_cost(slopes, needed)).all()
+    found = localize(pipe, CLEAN[:1], clean=CLEAN[1:], seeds=2, criterion="selective", threshold=0.0, number=5)
+    assert count(found.neurons) == 5

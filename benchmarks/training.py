@@ -1,0 +1,317 @@
+"""What mitigates memorization while training: repeats × setting × choice of images, everything else equal.
+
+    python -m benchmarks.training --config configs/benchmarks/training.yaml --out runs/benchmarks/training
+    python -m benchmarks.training --config … --out … --only 'nothing|random words'     some settings
+    python -m benchmarks.training --config … --out … --tiny                             a check of the machinery
+
+The experiment of Somepalli et al. (NeurIPS 2023) and of Wen et al. (ICLR 2024, section 5.2) at the size of the carried
+sample model. Each run fine-tunes it on the fine-tuning part of the sample set, in which some images are repeated,
+some of them rarely and some often; steps, order and noise are equal between settings. Settings, numbers of repeats and
+choices of images (``sets``) stand in the config.
+
+Each image that is drawn for a repeated caption is compared with that caption's image of the set: *pixels*, correlation
+of 16 × 16 pixels, a copy above 0.9, and *judged*, cosine in the copy space of the evaluation's dual encoder, which
+nothing follows, a copy above the similarity that 99 % of the held-out images have to their nearest training image.
+*alignment* is the cosine of an image with its caption in the dual encoder's joint space, given as a share of what the
+real images of the same captions earn; no real image of these captions was ever shown to the encoder.
+
+A run that is done is not repeated, and one that was stopped goes on. ``results.parquet`` has a row an image; the table
+and ``training.png`` are made of it, with 95 % intervals over captions (bootstrap). ``--results FILE`` draws them from a
+file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+
+from afresh.files import write_atomic, write_json
+from afresh.progress import get_logger
+from benchmarks.training_figure import draw_figure
+from curate.config import DedupConfig
+from curate.dedup import run_dedup
+from curate.reading.images import decode_image, stack_images
+from curate.reading.samples import Sample, read_samples
+from curate.reading.writing import write_shard
+from curate.sample_set import load_part
+from train.denoising.opening.loading import sample_model_dir
+from train.evaluation.judging.drawn import read_drawn
+from train.evaluation.judging.dual_encoder import DualEncoder
+from train.evaluation.judging.metrics import copy_threshold, thumbnails
+from train.finetune.config import Calibration, FilterConfig, FinetuneConfig, RandomWords, ValidationConfig
+from train.finetune.loop import run_finetune
+from train.quickstart.config import MessConfig, QuickstartConfig
+from train.quickstart.mess import chosen_rows, copies_of, make_mess
+from train.sampling.config import SampleConfig
+from train.sampling.job.job import run_sample
+
+log = get_logger(__name__)
+Row = dict[str, Any]
+PIXEL_COPY = 0.9
+
+
+@dataclasses.dataclass
+class Setting:
+    """One line of the table: what is trained on, and what is changed in ``finetune``."""
+
+    data: str = "raw"
+    finetune: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Experiment:
+    """The config file, see ``configs/benchmarks/training.yaml``."""
+
+    mess: MessConfig
+    sets: list[int]
+    finetune: dict[str, Any]
+    settings: dict[str, Setting]
+    watch: int = 100
+    seeds: int = 2
+    steps: int = 25
+    scale: float = 4.0
+    held_out: int = 120
+
+
+def read_experiment(path: Path, tiny: bool) -> Experiment:
+    """The config; ``tiny`` makes it small enough to see in minutes that everything runs."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data["mess"] = MessConfig(**data["mess"])
+    data["settings"] = {name: Setting(**(values or {})) for name, values in data["settings"].items()}
+    experiment = Experiment(**data)
+    if tiny:
+        experiment.mess = dataclasses.replace(experiment.mess, images=4, copies=[2, 4])
+        experiment.sets, experiment.watch, experiment.seeds = experiment.sets[:1], 20, 1
+        experiment.steps, experiment.held_out = 2, 4
+        experiment.finetune |= {"steps": 40}
+    return experiment
+
+
+def prepare(folder: Path, experiment: Experiment, number: int) -> None:
+    """The raw set of one choice of images, its curation, the raw set with several captions, and the prompts."""
+    if (folder / "ready.json").is_file():
+        return
+    mess = dataclasses.replace(experiment.mess, set=number)
+    make_mess(folder, QuickstartConfig(mess=mess, held_out_captions=experiment.held_out))
+    quickstart = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    dedup = DedupConfig(**quickstart["dedup"])
+    run_dedup(dataclasses.replace(dedup, shards=[str(folder / "raw")], out=str(folder / "curated")))
+    for shard in sorted((folder / "raw").glob("*.tar")):
+        samples = [sample for sample in read_samples(str(shard)) if isinstance(sample, Sample)]
+        write_shard(str(folder / "captions" / shard.name), [(s.key, with_captions(s)) for s in samples])
+    samples = load_part("finetune")
+    rows = zip(chosen_rows(samples, mess), copies_of(mess), strict=True)
+    write_json(folder / "ready.json", {samples[row].caption: copies for row, copies in rows})
+
+
+def with_captions(sample: Sample) -> dict[str, bytes]:
+    """A sample's members, with further captions where curation would have pooled them."""
+    caption = sample.caption or ""
+    name, _, kind = caption.partition(",")
+    further = [name, f"an emoji of {name}", f"{kind.strip()}: {name}", f"a small drawing, {name}"]
+    meta = json.loads(sample.members.get("json", b"{}"))
+    meta["afresh"] = {"captions": [text for text in further if text.strip(" :")]}
+    return dict(sample.members) | {"json": json.dumps(meta).encode()}
+
+
+def finetune_settings(experiment: Experiment, setting: Setting, data: Path, out: Path) -> FinetuneConfig:
+    """The run's settings: those of the config, with what the setting changes."""
+    values = experiment.finetune | setting.finetune
+    chosen = dict(values["filter"])
+    if "calibrate" in chosen:
+        how = dict(chosen["calibrate"])
+        how["steps"] = min(how["steps"], 3 * values["steps"] // 4)  # of a tiny run
+        chosen["calibrate"] = Calibration(**how, unique=str(data / "curated"))
+    values |= {"filter": FilterConfig(**chosen), "random_words": RandomWords(**values.get("random_words", {}))}
+    shards = data / "curated" / "shards" if setting.data == "curated" else data / setting.data
+    prompts = list(json.loads((data / "ready.json").read_text(encoding="utf-8")))
+    watch = ValidationConfig(experiment.watch, prompts, steps=experiment.steps, scale=experiment.scale)
+    return FinetuneConfig(model=str(sample_model_dir()), shards=[str(shards)], out=str(out), validation=watch, **values)
+
+
+class Measures:
+    """What is measured of drawn images; the encoder has seen none of the carried images of these captions."""
+
+    def __init__(self) -> None:
+        self.encoder = DualEncoder.load()
+        parts = {name: load_part(name) for name in ("pretrain", "finetune", "held_out")}
+        self.real = {s.caption or "": decode_image(s.image) for s in parts["finetune"] + parts["held_out"]}
+        copy = {name: self.encoder.copy_features([decode_image(s.image) for s in part]) for name, part in parts.items()}
+        others = np.concatenate([copy["pretrain"], copy["finetune"]])
+        self.threshold = copy_threshold((copy["held_out"] @ others.T).max(axis=1))
+
+    def rows(self, captions: Sequence[str], images: Sequence[Image.Image]) -> list[Row]:
+        """A row an image: ``caption, pixels, judged, alignment, real_alignment``."""
+        real = [self.real[caption] for caption in captions]
+        pixels = _rowwise(thumbnails(stack_images(images, 64)), thumbnails(stack_images(real, 64)))
+        judged = _rowwise(self.encoder.copy_features(images), self.encoder.copy_features(real))
+        texts = self.encoder.embed_texts(captions)
+        alignment = _rowwise(self.encoder.embed_images(images), texts)
+        earned = _rowwise(self.encoder.embed_images(real), texts)
+        columns = {"pixels": pixels, "judged": judged, "alignment": alignment, "real_alignment": earned}
+        return [
+            {"caption": caption} | {name: float(values[i]) for name, values in columns.items()}
+            for i, caption in enumerate(captions)
+        ]
+
+
+def _rowwise(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray((one * two).sum(axis=1))
+
+
+def run_one(experiment: Experiment, name: str, number: int, out: Path, measures: Callable[[], Measures]) -> list[Row]:
+    """Fine-tune, draw and measure one setting on one choice of images, or read what was found before."""
+    data, folder = out / f"set-{number}", out / f"set-{number}" / "runs" / re.sub(r"[^a-z0-9]+", "-", name)
+    if (folder / "rows.json").is_file():
+        found: list[Row] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        return found
+    log.info("set %d, %s", number, name)
+    setting = experiment.settings[name]
+    summary = run_finetune(finetune_settings(experiment, setting, data, folder / "finetune"))
+    if summary.get("stopped"):
+        raise SystemExit(f"stopped in {name}; the same command goes on from there")
+    repeats = json.loads((data / "ready.json").read_text(encoding="utf-8"))
+    rows = []
+    for step in sorted((folder / "finetune" / "validation").glob("step-*")):
+        images = [_opened(path) for path in sorted(step.glob("*.png"))]
+        rows += [row | {"step": int(step.name[5:])} for row in measures().rows(list(repeats), images)]
+    for kind, seeds in (("repeated", experiment.seeds), ("held_out", 1)):
+        captions, images = drawn(experiment, data, folder, kind, seeds)
+        rows += [row | {"step": 0} for row in measures().rows(captions, images)]  # 0: the finished model
+    rows = [{"setting": name, "set": number, "repeats": repeats.get(row["caption"], 0)} | row for row in rows]
+    write_json(folder / "rows.json", rows)
+    return rows
+
+
+def drawn(
+    experiment: Experiment, data: Path, folder: Path, kind: str, seeds: int
+) -> tuple[list[str], list[Image.Image]]:
+    """What the finished model draws for one kind of captions."""
+    where = folder / "drawn" / kind
+    run_sample(
+        SampleConfig(
+            model=str(folder / "finetune" / "model"),
+            prompts=str(data / "prompts" / f"{kind}.jsonl"),
+            out=str(where),
+            seeds=seeds,
+            steps=experiment.steps,
+            scale=experiment.scale,
+            batch_size=32,
+        )
+    )
+    found = read_drawn(where, folder.name, "none", kind)
+    return list(found.captions), list(found.images)
+
+
+def _opened(path: Path) -> Image.Image:
+    return decode_image(path.read_bytes())
+
+
+def write_results(path: Path, rows: Sequence[Row], threshold: float) -> None:
+    """A row an image, in half the digits that anyone reads; the judge's threshold stands in the metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist([
+        {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ])
+    table = table.replace_schema_metadata({"judge_threshold": f"{threshold:.4f}"})
+    with write_atomic(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_results(path: Path) -> tuple[list[Row], float]:
+    """The rows, and the judge's threshold."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return table.to_pylist(), float(table.schema.metadata[b"judge_threshold"])
+
+
+def interval(values: Sequence[float], groups: Sequence[Any], samples: int = 1000) -> tuple[float, float, float]:
+    """Mean, and the 95 % interval of it over resampled groups (captions)."""
+    numbers, order = np.asarray(values, float), np.unique([str(group) for group in groups], return_inverse=True)[1]
+    sums, counts = np.bincount(order, numbers), np.bincount(order)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(samples, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(numbers.mean()), float(low), float(high)
+
+
+def table_of(rows: Sequence[Row], threshold: float) -> list[Row]:
+    """A row a setting and number of repeats: shares of copies by both measures, with intervals; held-out alignment."""
+    table = []
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        mine = [row for row in rows if row["setting"] == name and row["step"] == 0]
+        held_out = [row for row in mine if row["repeats"] == 0]
+        ratio = [row["alignment"] for row in held_out], [row["real_alignment"] for row in held_out]
+        earned = float(np.mean(ratio[1]))
+        alignment = [value / earned for value in interval(ratio[0], [row["caption"] for row in held_out])]
+        for repeats in sorted({row["repeats"] for row in mine} - {0}):
+            some = [row for row in mine if row["repeats"] == repeats]
+            groups = [(row["set"], row["caption"]) for row in some]
+            table.append({
+                "setting": name,
+                "repeats": repeats,
+                "images": len(some),
+                "pixels": interval([row["pixels"] > PIXEL_COPY for row in some], groups),
+                "judged": interval([row["judged"] > threshold for row in some], groups),
+                "held_out_alignment": alignment,
+            })
+    return table
+
+
+def print_table(table: Sequence[Row]) -> None:
+    """Shares in per cent, their intervals in brackets."""
+    layout = "{:<28} {:>7} {:>6}  {:<18} {:<18} {}"
+    print(layout.format("setting", "repeats", "images", "copies by pixels", "by the judge", "held-out alignment"))
+    for row in table:
+        shares = ["{:3.0f} % [{:3.0f}, {:3.0f}]".format(*(100 * v for v in row[name])) for name in ("pixels", "judged")]
+        alignment = "{:.2f} [{:.2f}, {:.2f}] of real images".format(*row["held_out_alignment"])
+        print(layout.format(row["setting"], row["repeats"], row["images"], *shares, alignment))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/benchmarks/training.yaml"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training"))
+    parser.add_argument("--only", default="", help="settings whose name this pattern fits, whole")
+    parser.add_argument("--tiny", action="store_true", help="a few steps and images, to see that everything runs")
+    parser.add_argument("--results", type=Path, help="draw table and figure from this Parquet file; run nothing")
+    args = parser.parse_args()
+    if args.results is None:
+        experiment = read_experiment(args.config, args.tiny)
+        names = [name for name in experiment.settings if not args.only or re.fullmatch(args.only, name)]
+        made: list[Measures] = []
+
+        def measures() -> Measures:
+            if not made:
+                made.append(Measures())
+            return made[0]
+
+        rows: list[Row] = []
+        for number in experiment.sets:
+            prepare(args.out / f"set-{number}", experiment, number)
+            for name in names:
+                rows += run_one(experiment, name, number, args.out, measures)
+        args.results = args.out / "results.parquet"
+        write_results(args.results, rows, measures().threshold)
+    rows, threshold = read_results(args.results)
+    table = table_of(rows, threshold)
+    print_table(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_figure(args.out / "training.png", table, rows, PIXEL_COPY, interval)
+
+
+if __name__ == "__main__":
+    main()
