@@ -139,7 +139,7 @@ def test_bad_options_and_files_are_named(settings, tmp_path):
         ({"seeds": 1}, "--seeds is 1"),
         ({"criterion": "similarity", "threshold": 1.5}, "--threshold is 1.5"),
         ({"criterion": "similarity"}, "set criterion to magnitude"),
-        ({"number": 10_000}, "number is 10000: expected 0 to 672"),
+        ({"number": 10_000}, "number is 10000: expected 0 to 1024"),
     ):
         with pytest.raises(UsageError, match=message):
             run_localize(LocalizeConfig(**config | options))

@@ -96,4 +96,5 @@ def test_nothing_drawn_is_an_error_that_names_the_setting(metrics):
 @pytest.mark.parametrize("name", ["dual-encoder", "imagenet"])
 def test_a_judges_threshold_lets_one_percent_of_the_held_out_pass(metrics, name):
     (judge,) = [metric for metric in metrics if metric.name == name]
-    assert np.mean(judge.copies.held_out_nearest > judge.copies.threshold) == pytest.approx(0.01)
+    above = judge.copies.held_out_nearest > judge.copies.threshold
+    assert np.mean(above) == pytest.approx(0.01, abs=1 / len(above))
