@@ -47,7 +47,7 @@ from curate.stages.join import join_stage
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder, preferred_fields, read_stage
 from curate.stages.rows import Rows
-from curate.stages.write import plan_shards, write_stage
+from curate.stages.write import Plan, write_stage
 
 if TYPE_CHECKING:
     from curate.embed.protocol import CaptionEmbedder, Embedder
@@ -109,12 +109,12 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config)
         clock.lap("decide")
 
-        planned = partial(plan_shards, out, rows=rows, verdicts=verdicts, urls=urls, fingerprints=fingerprints)
-        plan = planned("shards", per_shard=config.samples_per_shard, kept=True)
-        dropped = []
+        planned = partial(Plan, out, rows=rows, verdicts=verdicts, urls=urls, fingerprints=fingerprints)
+        plan = planned(folder="shards", per_shard=config.samples_per_shard, kept=True)
+        plans = [plan]
         if config.write_dropped:
-            dropped = planned("dropped", per_shard=config.samples_per_shard, kept=False)
-        write_stage(engine, out, plan + dropped)
+            plans.append(planned(folder="dropped", per_shard=config.samples_per_shard, kept=False))
+        write_stage(engine, out, plans)
         clock.lap("write")
 
         table = publish_ledger(out, rows, verdicts, elsewhere)

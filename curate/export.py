@@ -24,6 +24,7 @@ from afresh.progress import progress
 from afresh.runs import locked
 from afresh.storage import Store
 from curate.config import ExportConfig
+from curate.reading.members import is_written_as
 from curate.reading.samples import BadSample, Sample, read_samples
 from curate.results.ledger import KEPT, read_ledger
 from curate.results.report_page import read_summary
@@ -129,9 +130,9 @@ def kept_samples(out: str) -> Iterator[dict[str, Any]]:
     for batch in ledger.to_batches(max_chunksize=1024):
         for shard, key in zip(batch["shard"].to_pylist(), batch["key"].to_pylist(), strict=True):
             sample = next(samples, None)
-            if not isinstance(sample, Sample) or sample.key != key:
+            if not isinstance(sample, Sample) or not is_written_as(sample.key, key):
                 raise _disagreement(out, sample, f"kept sample {key!r} of {shard}")
-            yield _as_row(sample, shard)
+            yield _as_row(sample, shard, key)
     if (sample := next(samples, None)) is not None:
         raise _disagreement(out, sample, "no further sample")
 
@@ -143,13 +144,13 @@ def _disagreement(out: str, found: Sample | BadSample | None, expected: str) -> 
     return UserError(f"{out}: the shards hold {what} where the ledger has {expected}; run `curate dedup` again")
 
 
-def _as_row(sample: Sample, shard: str) -> dict[str, Any]:
+def _as_row(sample: Sample, shard: str, key: str) -> dict[str, Any]:
     members = {ext.lower(): data for ext, data in sample.members.items()}
     return {
-        "image": {"bytes": sample.image, "path": f"{sample.key}.{sample.image_ext}"},
+        "image": {"bytes": sample.image, "path": f"{key}.{sample.image_ext}"},
         "caption": sample.caption,
         "captions": list(sample.captions),
-        "key": sample.key,
+        "key": key,
         "shard": shard,
         "json": members["json"].decode("utf-8", "replace") if "json" in members else None,
     }

@@ -12,17 +12,53 @@ AHEAD = 256  # crowded things that are looked up at a time
 PAIRS_AHEAD = 1 << 20  # and with how many kept ones
 
 
-class Neighbours:
-    """Near pairs of ``n`` things, by thing, and which rows were kept of each thing."""
+class Kept:
+    """Which of ``rows`` rows were kept of each of ``things`` things, in the order in which they were: as linked lists
+    in arrays, since a list of Python's for each would take a hundred bytes and more.
+    """
 
-    def __init__(self, pairs: Pairs, n: int):
-        a, b = np.concatenate([pairs.i, pairs.j]), np.concatenate([pairs.j, pairs.i])
+    def __init__(self, things: int, rows: int):
+        number = np.int32 if rows < 1 << 31 else np.int64
+        self._first, self._last = (memoryview(np.full(things, -1, number)) for _ in range(2))
+        self._next = memoryview(np.full(rows, -1, number))
+
+    def __contains__(self, thing: int) -> bool:
+        return self._first[thing] >= 0
+
+    def add(self, thing: int, row: int) -> None:
+        """A row that shows this thing was kept."""
+        if self._first[thing] < 0:
+            self._first[thing] = row
+        else:
+            self._next[self._last[thing]] = row
+        self._last[thing] = row
+
+    def first(self, thing: int) -> int:
+        """The one that was kept first; -1 where none was."""
+        return self._first[thing]
+
+    def of(self, thing: int) -> list[int]:
+        """All of them."""
+        found, row = [], self._first[thing]
+        while row >= 0:
+            found.append(row)
+            row = self._next[row]
+        return found
+
+
+class Neighbours:
+    """Near pairs of ``n`` things, by thing, and which of ``rows`` rows were kept of each thing."""
+
+    def __init__(self, pairs: Pairs, n: int, rows: int):
+        number = np.int32 if n < 1 << 31 else np.int64
+        i, j = pairs.i.astype(number), pairs.j.astype(number)
+        a, b = np.concatenate([i, j]), np.concatenate([j, i])
         order = np.lexsort((b, a))
-        self._a, self._b = a[order], b[order]
+        self._b, self._start = b[order], np.concatenate([[0], np.cumsum(np.bincount(a, minlength=n))])
         self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
-        self._start = np.searchsorted(self._a, np.arange(n + 1))
+        self._starts = memoryview(self._start)
         self._crowd = pairs.crowd
-        self.kept: dict[int, list[int]] = {}  # rows, the preferred one first, by thing
+        self.kept = Kept(n, rows)
         self._kept_of_crowd: list[int] = []
         self._asked: list[int] = []  # what is left of it
         self._near_kept: dict[int, list[tuple[int, float]]] = {}  # of the crowd, by the things looked up last
@@ -35,25 +71,32 @@ class Neighbours:
         company |= np.bincount(things, minlength=len(company)) > 1
         return company[things]
 
-    def will_be_asked(self, things: NDArray[np.int64]) -> None:
-        """In which order ``kept_near`` will be asked, if it is, so that crowded things are looked up many at a time."""
+    def will_be_asked(self, things: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+        """In which order ``kept_near`` will be asked, if it is, so that crowded things are looked up many at a time.
+
+        Args:
+            things: ``[rows]``, what each row shows.
+            order: the rows in that order.
+        """
         if self._crowd is not None:
-            self._asked = things[np.isin(things, self._crowd.rows)][::-1].tolist()
+            crowded = np.zeros(len(self._start) - 1, bool)
+            crowded[self._crowd.rows] = True
+            self._asked = things[order[crowded[things][order]]][::-1].tolist()
 
     def keep(self, thing: int, row: int) -> None:
         """A row that shows this thing was kept."""
-        if thing not in self.kept and self._crowd is not None and thing in self._crowd:
+        if self._crowd is not None and thing in self._crowd and thing not in self.kept:
             self._kept_of_crowd.append(thing)
             self._note_kept_near(list(self._near_kept), [thing], self._crowd)
-        self.kept.setdefault(thing, []).append(row)
+        self.kept.add(thing, row)
 
     def kept_near(self, thing: int) -> list[tuple[int, float]]:
         """``(row, similarity)`` of the rows kept of the thing itself and of the things near it."""
-        return [(row, similarity) for other, similarity in self.kept_things_near(thing) for row in self.kept[other]]
+        return [(row, similarity) for other, similarity in self.kept_things_near(thing) for row in self.kept.of(other)]
 
     def kept_things_near(self, thing: int) -> list[tuple[int, float]]:
         """``(thing, similarity)`` of the thing itself and the things near it, as far as a row was kept of them."""
-        some = slice(self._start[thing], self._start[thing + 1])
+        some = slice(self._starts[thing], self._starts[thing + 1])
         near = [(thing, 1.0)]
         if some.start < some.stop:
             near += zip(self._b[some].tolist(), self._similarity[some].tolist(), strict=True)
@@ -82,13 +125,13 @@ class Neighbours:
             return 1.0
         if self._crowd is not None and a in self._crowd and b in self._crowd:
             return dict(self._crowd.near(a, [b])).get(b, float("nan"))
-        start, stop = self._start[a], self._start[a + 1]
+        start, stop = self._starts[a], self._starts[a + 1]
         place = start + int(np.searchsorted(self._b[start:stop], b))
         return float(self._similarity[place]) if place < stop and self._b[place] == b else float("nan")
 
     def components(self) -> NDArray[np.int64]:
         """``[n]``: the smallest thing that each is linked to."""
-        a, b = self._a, self._b
+        a, b = np.repeat(np.arange(len(self._start) - 1, dtype=self._b.dtype), np.diff(self._start)), self._b
         if self._crowd is not None:
             links = np.array(list(self._crowd.links()), np.int64).reshape(-1, 2)
             a, b = np.concatenate([a, links[:, 0]]), np.concatenate([b, links[:, 1]])

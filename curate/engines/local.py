@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -18,6 +18,7 @@ from afresh.cores import cpu_count
 from afresh.errors import UserError
 from afresh.progress import progress
 
+AHEAD = 4  # tasks a process that are handed over before they run
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -48,8 +49,9 @@ class LocalEngine:
     ) -> list[Any]:
         """``[function(task) for task in tasks]``, with progress.
 
-        With several workers the function and the tasks are pickled: the function must be a module's own. The
-        first exception stops the rest and is raised here.
+        With several workers the function and the tasks are pickled: the function must be a module's own. A task is
+        taken from ``tasks`` when it is soon to run, so these may be made then. The first exception stops the rest and
+        is raised here.
 
         Raises:
             UserError: a worker was killed from outside (as the system does when memory runs out).
@@ -64,11 +66,14 @@ class LocalEngine:
                 return results
             pool = self._started()
             try:
-                futures = [pool.submit(function, task) for task in tasks]
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(1)
-                results = [future.result() for future in futures]
+                results = [None] * len(tasks)
+                running: dict[Future[Any], int] = {}
+                for number in range(len(tasks)):
+                    running[pool.submit(function, tasks[number])] = number
+                    while running and (len(running) >= AHEAD * workers or number == len(tasks) - 1):
+                        for done in wait(running, return_when=FIRST_COMPLETED).done:
+                            results[running.pop(done)] = done.result()
+                            bar.update(1)
             except BrokenProcessPool as error:
                 self._end_pool()
                 message = (
