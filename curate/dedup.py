@@ -181,8 +181,8 @@ def _prepare(out: Store, config: DedupConfig, urls: Sequence[str]) -> None:
         if out.holds(url):
             raise UsageError(f"out: {out} holds the input {url}; inputs are never changed, name another folder")
     out.refuse_foreign("curation", ("work", "ledger.parquet"))
-    if out.in_memory and config.workers != 1:
-        raise UsageError(f"out: {out} lies in the memory of one process; give --workers 1")
+    if out.in_memory and (config.workers != 1 or config.engine != "local"):
+        raise UsageError(f"out: {out} lies in the memory of one process; give --workers 1 and --engine local")
     out.prepare()
     out.make_folders("work/read", *([] if out.remote else ["shards"]))
 

@@ -107,7 +107,7 @@ def decide_stage(
     from curate.decisions.rules import EXCLUDED, decide, sweep
 
     prefer = _preference(rows, config.prefer)
-    filtered = rows.arrow("left_out").is_valid().to_numpy()
+    filtered = rows.table["left_out"].is_valid().to_numpy()[rows.readable]
     if filtered.any():
         excluded = filtered if excluded is None else filtered | excluded
     options: dict[str, Any] = {
@@ -159,12 +159,12 @@ def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
         if criterion == "lossless":
             keys.append(~rows.column(criterion).astype(bool))
         elif criterion == "resolution":
-            keys.append(-(rows.column("width").astype(np.int64) * rows.column("height")))
+            keys.append(-(rows.column("width").astype(np.int64) * rows.column("height").astype(np.int64)))
         elif criterion == "caption_length":
-            keys.append(-pc.fill_null(pc.utf8_length(rows.arrow("caption")), 0).to_numpy().astype(np.int64))
+            keys.append(-pc.fill_null(pc.utf8_length(rows.table["caption"]), 0).to_numpy()[rows.readable])
         else:
-            values = pc.list_element(rows.arrow("numbers"), fields.index(criterion[1:]))
-            of_rows = values.to_numpy(zero_copy_only=False).astype(np.float64)
+            values = pc.list_element(rows.table["numbers"], fields.index(criterion[1:]))
+            of_rows = values.to_numpy(zero_copy_only=False).astype(np.float64)[rows.readable]
             keys.append(np.where(np.isnan(of_rows), np.inf, -of_rows if criterion[0] == "+" else of_rows))
     order = np.lexsort(keys)
     rank = np.empty(len(order), dtype=np.int64)

@@ -210,6 +210,10 @@ class _ThumbnailTask:
     wanted: tuple[tuple[int, int], ...]  # (ledger row, ordinal in the shard)
     max_pixels: int
 
+    @property
+    def label(self) -> str:
+        return self.url
+
 
 def _thumbnails(task: _ThumbnailTask) -> dict[int, bytes]:
     from curate.results.report_data import thumbnail

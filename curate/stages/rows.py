@@ -123,16 +123,11 @@ class Rows:
         """A column of the readable rows, [n], read as it is asked for."""
         return Column.of(self.table[name], self.readable, default)
 
-    def arrow(self, name: str) -> pa.ChunkedArray:
-        """A column of the readable rows, [n], in memory."""
-        usable = np.zeros(self.table.num_rows, bool)
-        usable[self.readable] = True
-        # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
-        return self.table[name].filter(usable)
-
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers of the readable rows, [n], in memory."""
-        return self.arrow(name).to_numpy(zero_copy_only=False)
+        usable = np.zeros(self.table.num_rows, bool)
+        usable[self.readable] = True
+        return self.table[name].filter(usable).to_numpy(zero_copy_only=False)
 
 
 def _of_images_alone(table: pa.Table) -> bool:

@@ -99,6 +99,10 @@ class WriteTask:
     sources: Mapping[int, tuple[str, str, Sequence[str | int]]]
     picked: tuple[Picked, ...]
 
+    @property
+    def label(self) -> str:
+        return self.outputs[0][0].shard
+
 
 class Plan:
     """Which kept (or dropped) samples go where in ``folder`` of ``out``, in input order, ``per_shard`` into each.
