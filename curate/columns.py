@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,9 +57,12 @@ class Column(Sequence[Any]):
         file = pq.ParquetFile(path, memory_map=True)
         lengths = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
+        reading = Lock()
+
         @lru_cache(maxsize=GROUPS_HELD)
         def piece(group: int) -> pa.Array:
-            found = file.read_row_group(group, columns=[name])[name].combine_chunks()
+            with reading:
+                found = file.read_row_group(group, columns=[name])[name].combine_chunks()
             return found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
 
         return cls(lengths, piece)
