@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,19 +55,28 @@ class Neighbours:
         number = np.int32 if n < 1 << 31 else np.int64
         i, j = pairs.i.astype(number), pairs.j.astype(number)
         a, b = np.concatenate([i, j]), np.concatenate([j, i])
-        order = np.lexsort((b, a))
-        self._b, self._start = b[order], np.concatenate([[0], np.cumsum(np.bincount(a, minlength=n))])
+        order = np.lexsort((b, a)).astype(np.int32 if len(a) < 1 << 31 else np.int64)
+        self._b = b[order]
+        del b
+        self._start = np.zeros(n + 1, np.int32 if len(a) < 1 << 31 else np.int64)
+        np.cumsum(np.bincount(a, minlength=n), out=self._start[1:])
+        del a
         self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
         self._starts = memoryview(self._start)
         self._crowd = pairs.crowd
-        self.kept = Kept(n, rows)
+        self._things, self._rows = n, rows
         self._kept_of_crowd: list[int] = []
-        self._asked: list[int] = []  # what is left of it
+        self._asked, self._next = memoryview(np.empty(0, np.int32)), 0  # what is left of it
         self._near_kept: dict[int, list[tuple[int, float]]] = {}  # of the crowd, by the things looked up last
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Which rows were kept of each thing."""
+        return Kept(self._things, self._rows)
 
     def has_company(self, things: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the rows ``things`` ``[rows]`` show a thing that another row shows or that is near another."""
-        company = np.diff(self._start) > 0
+        company = self._start[1:] > self._start[:-1]
         if self._crowd is not None:
             company[self._crowd.rows] = True
         company |= np.bincount(things, minlength=len(company)) > 1
@@ -81,7 +92,7 @@ class Neighbours:
         if self._crowd is not None:
             crowded = np.zeros(len(self._start) - 1, bool)
             crowded[self._crowd.rows] = True
-            self._asked = things[order[crowded[things][order]]][::-1].tolist()
+            self._asked, self._next = memoryview(things[order[crowded[things][order]]]), 0
 
     def keep(self, thing: int, row: int) -> None:
         """A row that shows this thing was kept."""
@@ -108,10 +119,10 @@ class Neighbours:
 
     def _look_up(self, thing: int, crowd: Crowd) -> None:
         """Find what was kept near a crowded thing, and near those that will be asked for next."""
-        while self._asked and self._asked[-1] != thing:
-            self._asked.pop()
+        while self._next < len(self._asked) and self._asked[self._next] != thing:
+            self._next += 1
         ahead = max(1, min(AHEAD, PAIRS_AHEAD // max(1, len(self._kept_of_crowd))))
-        self._near_kept = {one: [] for one in (thing, *self._asked[: -ahead - 1 : -1])}
+        self._near_kept = {one: [] for one in (thing, *self._asked[self._next : self._next + ahead])}
         self._note_kept_near(list(self._near_kept), self._kept_of_crowd, crowd)
 
     def _note_kept_near(self, things: list[int], kept: list[int], crowd: Crowd) -> None:

@@ -33,6 +33,7 @@ OWN_RULE = "own_rule"  # by a rule of the user's own, though neither image nor c
 OF_ITS_IMAGE = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE)  # the stand-in shows the same image, or a near one
 FEW = 16  # copies that are all looked at, whatever their captions
 REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED, OWN_RULE)
+_CODE = {reason: number for number, reason in enumerate(REASONS, 1)}  # in a byte; 0 is kept
 
 
 class Near(Protocol):
@@ -116,7 +117,7 @@ class Verdicts:
 def decide(
     near: Near,
     captions: Sequence[str],
-    prefer: NDArray[np.int64] | None = None,
+    prefer: NDArray[np.integer] | None = None,
     *,
     threshold: float | None = None,
     rule: Rule | OwnRule = "greedy",
@@ -172,6 +173,7 @@ def decide(
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
+    order = order.astype(np.int32 if n < 1 << 31 else np.int64)
     for apart in (elsewhere, excluded):
         if apart is not None:
             order = order[~apart[order]]
@@ -180,22 +182,22 @@ def decide(
     judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others)
     if callable(rule):
         shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
-        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n), order)
+        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.astype(np.int64)), order, n), order)
     elif rule == "greedy":
         judge.greedy()
     else:
         judge.components()
     if excluded is not None:
-        judge.reason[excluded] = EXCLUDED
+        judge.reason[excluded] = _CODE[EXCLUDED]
     if elsewhere is not None:
-        judge.reason[elsewhere] = OTHER_SET
+        judge.reason[elsewhere] = _CODE[OTHER_SET]
     return judge.verdicts()
 
 
 def sweep(
     near: Near,
     captions: Sequence[str],
-    prefer: NDArray[np.int64] | None,
+    prefer: NDArray[np.integer] | None,
     thresholds: Iterable[float],
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -269,10 +271,10 @@ class Judge:
         self.rank = memoryview(ranks)
         if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others
             order = order[self.images.has_company(near.image_of)[order]]
-        self.order = memoryview(order.astype(number))
+        self.order = memoryview(order)
         self.images.will_be_asked(near.image_of, order)
         self.texts.will_be_asked(near.caption_of, order)
-        self.reason = np.full(n, None, object)
+        self.reason = np.zeros(n, np.uint8)
         self.kept_by = np.full(n, -1, number)
         self.image_similarity = np.full(n, np.nan, np.float32)
         self.caption_similarity = np.full(n, np.nan, np.float32)
@@ -383,7 +385,7 @@ class Judge:
         return True
 
     def _drop(self, row: int, kept: int, reason: str, image: float, caption: float) -> None:
-        self.reason[row], self.kept_by[row] = reason, kept
+        self.reason[row], self.kept_by[row] = _CODE[reason], kept
         self.image_similarity[row], self.caption_similarity[row] = image, caption
 
     def _has_caption(self, row: int) -> bool:
@@ -396,12 +398,13 @@ class Judge:
         return self.texts.similarity(self.caption_of[a], self.caption_of[b])
 
     def verdicts(self) -> Verdicts:
-        """What was decided."""
+        """What was decided; nothing can be decided any more."""
+        del self.images, self.texts, self.order
         group, kept_by = self.group.astype(np.int64), self.kept_by.astype(np.int64)
-        of_its_image = np.isin(self.reason, OF_ITS_IMAGE)
+        of_its_image = np.isin(self.reason, [_CODE[reason] for reason in OF_ITS_IMAGE])
         return Verdicts(
-            kept=self.reason == None,  # noqa: E711  # of each row
-            reason=self.reason,
+            kept=self.reason == 0,
+            reason=np.array([None, *REASONS], object)[self.reason],
             kept_by=kept_by,
             image_similarity=self.image_similarity,
             caption_similarity=self.caption_similarity,

@@ -151,7 +151,7 @@ def find_rule(name: str) -> Rule | OwnRule:
     return own
 
 
-def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
+def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.integer]:
     """Rank of each row, 0 for the one to be kept before all others; ties go by input order."""
     keys: list[NDArray[Any]] = [np.arange(len(rows.readable))]  # the last one decides first
     fields = list(preferred_fields(prefer))
@@ -167,6 +167,6 @@ def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
             of_rows = values.to_numpy(zero_copy_only=False).astype(np.float64)[rows.readable]
             keys.append(np.where(np.isnan(of_rows), np.inf, -of_rows if criterion[0] == "+" else of_rows))
     order = np.lexsort(keys)
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
+    rank = np.empty(len(order), np.int32 if len(order) < 1 << 31 else np.int64)
+    rank[order] = np.arange(len(order), dtype=rank.dtype)
     return rank
