@@ -11,8 +11,8 @@ Stages (:mod:`curate.stages`), each of which leaves files so that a stopped run 
 The result may lie at a URL (:mod:`afresh.storage`): then the caches of the first two stages stay in a local folder, and
 everything else is sent there as it is finished, with the marks by which a stopped run is continued.
 
-Of the images, memory holds the few that are being read; what grows with the set are the embeddings and one row
-of text a sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
+Of the images, memory holds the few that are being read; what grows with the set are numbers, some hundred bytes a
+sample: embeddings and text are memory-mapped. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
 workers, the clock, or the place where the set lies.
 """
 
@@ -126,6 +126,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         out.write_json("summary.json", summary)
         _forget_unused(work, [*caches, *joined.caches])
         clock.lap("publish")
+        out.write_json("work/stages.json", clock.laps)
     shown = {key: value for key, value in summary.items() if key != "settings"}
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
 
@@ -281,6 +282,7 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.laps[name], self.last = round(now - self.last, 3), now
+        log.info("%s took %.1f s", name, self.laps[name])
 
     def total(self) -> float:
         return round(time.monotonic() - self.start, 3)
