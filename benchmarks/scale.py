@@ -97,10 +97,10 @@ def made_up(rows: int, folder: Path, dim: int, seed: int = 0) -> tuple[Rows, Joi
     table = table_on_disk(folder, batches(), pa.schema(READ_COLUMNS))
     made = Rows(table, starts, readable, array_on_disk(folder, of_rows, dim))
     _, first = np.unique(image_of, return_index=True)
-    _, first_with = np.unique(caption_of, return_index=True)
-    near_captions = _chained(len(first_with), len(first_with) // 5, rng)
+    captions = int(caption_of.max()) + 1
+    near_captions = _chained(captions, captions // 5, rng)
     nowhere = (folder / "images.parquet", folder / "captions.parquet")
-    joined = Joined(image_of, first, images, pairs, caption_of, first_with, near_captions, 1.0, 1.0, nowhere)
+    joined = Joined(image_of, first, images, pairs, caption_of, near_captions, 1.0, 1.0, nowhere)
     real = _shards(folder)
     return made, joined, [real[shard % len(real)] for shard in range(-(-rows // PER_SHARD))]
 
@@ -234,7 +234,7 @@ def run(rows: int, dim: int, folder: Path, scratch: Path, changes: Mapping[str, 
     assert joined.image_pairs.crowd is not None
     print(
         f"{rows:,} rows, {len(joined.first):,} images, {len(joined.image_pairs):,} near pairs and a crowd of "
-        f"{len(joined.image_pairs.crowd.rows):,}, {len(joined.first_with):,} captions; {changes}",
+        f"{len(joined.image_pairs.crowd.rows):,}, {int(joined.caption_of.max()) + 1:,} captions; {changes}",
         flush=True,
     )
     with show("number"):

@@ -160,7 +160,7 @@ def array_on_disk(
     """
     path, rows = folder / temporary_name("rows"), 0
     try:
-        with full_disk_named(path), open(path, "wb") as file:
+        with full_disk_named(folder / "rows"), open(path, "wb") as file:
             for block in blocks:
                 file.write(np.ascontiguousarray(block, dtype).data)
                 rows += len(block)
@@ -175,7 +175,7 @@ def table_on_disk(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sc
     """The table of all batches, likewise."""
     path = folder / temporary_name("table")
     try:
-        with full_disk_named(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        with full_disk_named(folder / "table"), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -126,7 +126,6 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         out.write_json("summary.json", summary)
         _forget_unused(work, [*caches, *joined.caches])
         clock.lap("publish")
-        out.write_json("work/stages.json", clock.laps)
     shown = {key: value for key, value in summary.items() if key != "settings"}
     return {**shown, "seconds": clock.total(), "stages": clock.laps}
 

@@ -381,7 +381,8 @@ class Judge:
                 self._drop(row, kept, reason, self._image_similarity(row, kept), similarity)
                 return False
         self.images.keep(self.image_of[row], row)
-        self.texts.keep(caption, row)
+        if self.max_per_caption is not None or self.keep_differing:  # else nobody asks
+            self.texts.keep(caption, row)
         return True
 
     def _drop(self, row: int, kept: int, reason: str, image: float, caption: float) -> None:

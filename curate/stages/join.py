@@ -49,7 +49,6 @@ class Joined:
         images: float16 [images, dim], their embeddings, memory-mapped.
         image_pairs: near pairs of distinct images, down to the lowest threshold of the sweep.
         caption_of: int64 [n], number of each row's distinct normalised caption, in order of appearance.
-        first_with: int64 [captions], the first row with each caption.
         caption_pairs: near pairs of distinct captions.
         recall: measured of image_pairs, in [0, 1].
         caption_recall: measured of caption_pairs, in [0, 1].
@@ -61,7 +60,6 @@ class Joined:
     images: NDArray[Any]
     image_pairs: Pairs
     caption_of: NDArray[np.int64]
-    first_with: NDArray[np.int64]
     caption_pairs: Pairs
     recall: float
     caption_recall: float
@@ -115,7 +113,6 @@ def join_stage(
         images=images,
         image_pairs=image_pairs,
         caption_of=caption_of,
-        first_with=first_with,
         caption_pairs=caption_pairs.renumbered(long),
         recall=recall,
         caption_recall=caption_recall,
