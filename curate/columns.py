@@ -41,7 +41,7 @@ class Column(Sequence[Any]):
         default: Any = None,
     ) -> None:
         self._bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._bounds_seen = memoryview(self._bounds)
+        self._bounds_seen = self._bounds.data
         self._piece, self._rows, self._default = piece, rows, default
 
     @classmethod
@@ -129,7 +129,7 @@ def numbered(values: Iterable[str], count: int) -> tuple[NDArray[np.int64], NDAr
         ``(int64 [count], int64 [distinct])``.
     """
     hashes = np.empty((count, 2), np.uint64)
-    raw = memoryview(hashes.reshape(-1).view(np.uint8))
+    raw = hashes.reshape(-1).view(np.uint8).data
     end = 0
     for value in values:
         raw[end : end + 16] = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -175,7 +175,8 @@ def table_on_disk(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sc
     """The table of all batches, likewise."""
     path = folder / temporary_name("table")
     try:
-        with full_disk_named(folder / "table"), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        named = full_disk_named(folder / "table")
+        with named, pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -12,8 +12,8 @@ The result may lie at a URL (:mod:`afresh.storage`): then the caches of the firs
 everything else is sent there as it is finished, with the marks by which a stopped run is continued.
 
 Of the images, memory holds the few that are being read; what grows with the set are numbers, some hundred bytes a
-sample: embeddings and text are memory-mapped. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
-workers, the clock, or the place where the set lies.
+sample: embeddings and text are memory-mapped. Everything but ``work/`` depends on the input, the settings and the seed
+alone: not on the number of workers, the clock, or the place where the set lies.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,9 @@ class Kept:
     """
 
     def __init__(self, things: int, rows: int):
-        number = np.int32 if rows < 1 << 31 else np.int64
-        self._first, self._last = (memoryview(np.full(things, -1, number)) for _ in range(2))
-        self._next = memoryview(np.full(rows, -1, number))
+        number = "i4" if rows < 1 << 31 else "i8"
+        self._first, self._last = (np.full(things, -1, number).data for _ in range(2))
+        self._next = np.full(rows, -1, number).data
 
     def __contains__(self, thing: int) -> bool:
         return self._first[thing] >= 0
@@ -58,15 +59,15 @@ class Neighbours:
         order = np.lexsort((b, a)).astype(np.int32 if len(a) < 1 << 31 else np.int64)
         self._b = b[order]
         del b
-        self._start = np.zeros(n + 1, np.int32 if len(a) < 1 << 31 else np.int64)
+        self._start: NDArray[Any] = np.zeros(n + 1, np.int32 if len(a) < 1 << 31 else np.int64)
         np.cumsum(np.bincount(a, minlength=n), out=self._start[1:])
         del a
         self._similarity = np.concatenate([pairs.similarity, pairs.similarity])[order]
-        self._starts = memoryview(self._start)
+        self._starts = self._start.data
         self._crowd = pairs.crowd
         self._things, self._rows = n, rows
         self._kept_of_crowd: list[int] = []
-        self._asked, self._next = memoryview(np.empty(0, np.int32)), 0  # what is left of it
+        self._asked, self._next = np.empty(0, np.int64).data, 0  # what is left of it
         self._near_kept: dict[int, list[tuple[int, float]]] = {}  # of the crowd, by the things looked up last
 
     @cached_property
@@ -92,7 +93,7 @@ class Neighbours:
         if self._crowd is not None:
             crowded = np.zeros(len(self._start) - 1, bool)
             crowded[self._crowd.rows] = True
-            self._asked, self._next = memoryview(things[order[crowded[things][order]]]), 0
+            self._asked, self._next = things[order[crowded[things][order]]].data, 0
 
     def keep(self, thing: int, row: int) -> None:
         """A row that shows this thing was kept."""

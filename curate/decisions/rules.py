@@ -187,6 +187,7 @@ def decide(
         judge.greedy()
     else:
         judge.components()
+    del image_pairs, order  # which the verdicts need the room of
     if excluded is not None:
         judge.reason[excluded] = _CODE[EXCLUDED]
     if elsewhere is not None:
@@ -262,16 +263,16 @@ class Judge:
         self.captions, self.others = captions, others
         self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
         # Memory views give Python's numbers as lists do, without holding them.
-        self.image_of, self.caption_of = memoryview(near.image_of), memoryview(near.caption_of)
+        self.image_of, self.caption_of = near.image_of.data, near.caption_of.data
         number = np.int32 if n < 1 << 31 else np.int64
         self.images = Neighbours(image_pairs, _things(near.image_of, image_pairs), n)
         self.texts = Neighbours(near.caption_pairs, _things(near.caption_of, near.caption_pairs), n)
         ranks = np.empty(n, number)
         ranks[order] = np.arange(len(order), dtype=number)
-        self.rank = memoryview(ranks)
+        self.rank = ranks.data
         if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others
             order = order[self.images.has_company(near.image_of)[order]]
-        self.order = memoryview(order)
+        self.order = order.data
         self.images.will_be_asked(near.image_of, order)
         self.texts.will_be_asked(near.caption_of, order)
         self.reason = np.zeros(n, np.uint8)
@@ -401,8 +402,14 @@ class Judge:
     def verdicts(self) -> Verdicts:
         """What was decided; nothing can be decided any more."""
         del self.images, self.texts, self.order
-        group, kept_by = self.group.astype(np.int64), self.kept_by.astype(np.int64)
+        group, self.group = self.group.astype(np.int64), np.empty(0, np.int64)
+        sizes = np.bincount(group, minlength=len(group))
+        group_size = sizes[group] if len(group) else group
+        del sizes
+        kept_by, self.kept_by = self.kept_by.astype(np.int64), np.empty(0, np.int64)
         of_its_image = np.isin(self.reason, [_CODE[reason] for reason in OF_ITS_IMAGE])
+        differs = np.isnan(self.caption_similarity)
+        pooled = Pooled.of(of_its_image, kept_by, np.asarray(self.rank), differs, self.captions, self.others)
         return Verdicts(
             kept=self.reason == 0,
             reason=np.array([None, *REASONS], object)[self.reason],
@@ -410,9 +417,6 @@ class Judge:
             image_similarity=self.image_similarity,
             caption_similarity=self.caption_similarity,
             group=group,
-            group_size=np.bincount(group, minlength=len(group))[group] if len(group) else group,
-            pooled=Pooled.of(
-                of_its_image, kept_by, np.asarray(self.rank), np.isnan(self.caption_similarity), self.captions,
-                self.others,
-            ),
-        )  # fmt: skip
+            group_size=group_size,
+            pooled=pooled,
+        )

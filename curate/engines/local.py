@@ -60,10 +60,10 @@ class LocalEngine:
                 too; all other tasks are finished then.
         """
         results: list[Any] = [None] * len(tasks)
+        lost: list[int] = []
         alone = min(self.workers, len(tasks)) <= 1
         with progress(total=len(tasks), desc=desc, unit=unit) as bar:
             try:
-                lost = []
                 for number, result in enumerate(map(function, tasks)) if alone else self._run(function, tasks, lost):
                     results[number] = result
                     bar.update(1)

@@ -67,7 +67,7 @@ class Crowd:
 
     def __init__(self, embeddings: NDArray, places: NDArray[np.int64], rows: NDArray[np.int64], threshold: float):
         self.embeddings, self.places, self.rows, self.threshold = embeddings, places, rows, threshold
-        self._ascending = memoryview(np.ascontiguousarray(rows))
+        self._ascending = np.ascontiguousarray(rows).data
 
     def __contains__(self, row: int) -> bool:
         place = bisect_left(self._ascending, row)

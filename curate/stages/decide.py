@@ -167,6 +167,6 @@ def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.integer]:
             of_rows = values.to_numpy(zero_copy_only=False).astype(np.float64)[rows.readable]
             keys.append(np.where(np.isnan(of_rows), np.inf, -of_rows if criterion[0] == "+" else of_rows))
     order = np.lexsort(keys)
-    rank = np.empty(len(order), np.int32 if len(order) < 1 << 31 else np.int64)
+    rank: NDArray[Any] = np.empty(len(order), np.int32 if len(order) < 1 << 31 else np.int64)
     rank[order] = np.arange(len(order), dtype=rank.dtype)
     return rank
