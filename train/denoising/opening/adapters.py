@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UsageError, UserError, reason
-from train.denoising.opening.files import ADAPTERS, adapter_options
+from train.denoising.opening.files import adapter_options
+from train.denoising.opening.outputs import ADAPTERS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -17,6 +17,7 @@ from afresh.errors import UserError, reason
 from train.denoising.opening.attention import Attention, set_attention
 from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
 from train.denoising.opening.files import SUPPORTED, check_kind, check_model, is_single_file
+from train.denoising.opening.outputs import model_file
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -37,7 +38,7 @@ def load_pipeline(
 
     Args:
         name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint in the layout of
-            CompVis and Stability AI.
+            CompVis and Stability AI, or the output folder of a trainer that leaves one.
         dtype: of the weights.
         attention: see :func:`set_attention`.
         device: where to put it; None leaves it on the CPU.
@@ -53,7 +54,7 @@ def load_pipeline(
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
             kind than Stable Diffusion, or its scheduler for flow matching.
     """
-    check_model(name_or_path, variant)  # before anything else is imported
+    check_model(name_or_path := model_file(name_or_path), variant)  # before anything else is imported
 
     import diffusers
     import transformers
