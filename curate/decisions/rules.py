@@ -175,11 +175,9 @@ def decide(
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     stays = np.zeros(n, bool) if must_stay is None else must_stay
-    order = np.lexsort([np.zeros(n, np.int8) if prefer is None else np.asarray(prefer), ~stays])
-    order = order.astype(np.int32 if n < 1 << 31 else np.int64)
-    for apart in (elsewhere, excluded):
-        if apart is not None:
-            order = order[~apart[order]]
+    order = _in_order(n, prefer, stays)
+    for apart in filter(lambda one: one is not None, (elsewhere, excluded)):
+        order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
     judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others, stays)
@@ -190,7 +188,7 @@ def decide(
         judge.greedy()
     else:
         judge.components()
-    del image_pairs, order  # which the verdicts need the room of
+    del image_pairs, order  # the verdicts need the room
     if excluded is not None:
         judge.reason[excluded] = _CODE[EXCLUDED]
     if elsewhere is not None:
@@ -244,6 +242,12 @@ def _checked(
         if not 0 <= kept < n or not judged[kept] or dropped[kept]:
             raise UserError(f"rule {name}: row {row} cannot be dropped for {kept}, which is no row that is kept")
     return np.where(judged, given, -1).astype(np.int64)
+
+
+def _in_order(n: int, prefer: NDArray[np.integer] | None, stays: NDArray[np.bool_]) -> NDArray[np.integer]:
+    """The rows as they are judged, in four bytes each where that is enough."""
+    order = np.lexsort([np.zeros(n, np.int8) if prefer is None else np.asarray(prefer), ~stays])
+    return order.astype(np.int32 if n < 1 << 31 else np.int64)
 
 
 def _things(of_rows: NDArray[np.int64], pairs: Pairs) -> int:
