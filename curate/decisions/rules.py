@@ -176,7 +176,7 @@ def decide(
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     stays = np.zeros(n, bool) if must_stay is None else must_stay
     order = _in_order(n, prefer, stays)
-    for apart in filter(lambda one: one is not None, (elsewhere, excluded)):
+    for apart in [one for one in (elsewhere, excluded) if one is not None]:
         order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
