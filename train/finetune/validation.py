@@ -17,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from afresh.files import write_atomic
+from train.denoising.families.stable_diffusion import pixel_size
 from train.finetune.config import ValidationConfig
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Validation:
         modules = [module for module in (source.unet, source.text_encoder, source.vae) if module.training]
         for module in modules:
             module.eval()
+        side = pixel_size(source)
         images: list[Image.Image] = []
         try:
             with torch.random.fork_rng(), self.autocast():
@@ -80,6 +82,9 @@ class Validation:
                         prompts,
                         num_inference_steps=config.steps,
                         guidance_scale=config.scale,
+                        negative_prompt=[config.negative_prompt] * len(prompts) if config.negative_prompt else None,
+                        width=config.width or side,
+                        height=config.height or side,
                         generator=[torch.Generator("cpu").manual_seed(config.seed) for _ in prompts],
                         guidance=self.guidance,
                     ).images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from afresh.files import digest
 from train.finetune.caches.parts import Part, Write, in_memory, on_disk, weights_digest
 from train.finetune.data.scan import ShardSet, captions_by_shard
 from train.finetune.data.together import together
+from train.finetune.data.transfer import to_device
 from train.finetune.model.trained import Model
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +26,12 @@ TOGETHER = 32  # captions encoded in one pass
 
 
 def cache_texts(
-    model: Model, shard_set: ShardSet, where: bool | Literal["memory", "disk"], folder: Path, accelerator: Accelerator
+    model: Model,
+    shard_set: ShardSet,
+    where: bool | Literal["memory", "disk"],
+    folder: Path,
+    accelerator: Accelerator,
+    stop: StopOnSignal | None = None,
 ) -> CachedTexts | None:
     """The embeddings of all captions by the model's text encoder, if they are to be cached."""
     if not where:
@@ -36,7 +43,7 @@ def cache_texts(
     vocabulary = [sorted(model.pipe.tokenizer.get_vocab().items()), model.pipe.tokenizer.model_max_length]
     identity = digest([weights_digest(model.denoiser.text_encoder), vocabulary])
     place: Literal["memory", "disk"] = "disk" if where == "disk" else "memory"
-    return CachedTexts(shard_set, encode, identity, place, folder, accelerator)
+    return CachedTexts(shard_set, encode, identity, place, folder, accelerator, stop)
 
 
 class CachedTexts:
@@ -52,6 +59,7 @@ class CachedTexts:
         where: ``memory``, or ``disk``.
         folder: of the files on disk.
         accelerator: the processes that share the work.
+        stop: what the work is given up by.
 
     Attributes:
         empty: the embedding ``[1, tokens, width]`` of the empty caption.
@@ -65,6 +73,7 @@ class CachedTexts:
         where: Literal["memory", "disk"],
         folder: Path,
         accelerator: Accelerator,
+        stop: StopOnSignal | None = None,
     ) -> None:
         self._encode = encode
         with torch.no_grad():
@@ -81,12 +90,11 @@ class CachedTexts:
             Part(digest([FORMAT, identity, texts]), size * np.arange(len(texts) + 1, dtype=np.int64))
             for texts in self._texts
         ]
+        about: dict[str, Any] = {"name": "cache_text", "unit": "captions", "stop": stop}
         if where == "disk":
-            self.stored = together(
-                accelerator, lambda: on_disk(folder, parts, self._encode_part, name="cache_text", unit="captions")
-            )
+            self.stored = together(accelerator, lambda: on_disk(folder, parts, self._encode_part, **about), stop)
         else:
-            self.stored = in_memory(parts, self._encode_part, accelerator, name="cache_text", unit="captions")
+            self.stored = in_memory(parts, self._encode_part, accelerator, **about)
         self._texts.clear()
 
     def embed(self, captions: Sequence[str]) -> torch.Tensor:
@@ -100,8 +108,8 @@ class CachedTexts:
             if text:
                 part, row = self._numbers[text]
                 rows[at] = torch.from_numpy(self.stored[part].row(row)).view(self._shape)
-        rows = rows.to(self.empty.device)
-        without = torch.tensor([not text for text in captions], device=rows.device)
+        without = torch.tensor([not text for text in captions])
+        rows, without = (to_device(x, self.empty.device) for x in (rows, without))
         return torch.where(without[:, None, None], self.empty, rows)
 
     @torch.no_grad()

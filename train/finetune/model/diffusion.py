@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afresh.errors import UsageError
 from train.denoising.opening.checkpoints import check_scheduler
-from train.finetune.config import FinetuneConfig
+from train.finetune.config import FinetuneConfig, Timesteps
 from train.finetune.data.order import generator
 
 
@@ -42,6 +42,7 @@ def draw_randomness(
     *,
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
+    how: Timesteps | None = None,
 ) -> Draws:
     """The random numbers of the samples at some positions.
 
@@ -54,6 +55,7 @@ def draw_randomness(
             Noise", 2023), so that a model learns to change the mean.
         input_perturbation: ``γ``; the latents get ``ε + γ ξ`` with ``ξ`` normal, while the target keeps the clean
             ``ε`` (Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models", ICML 2023, algorithm 1).
+        how: the timesteps are drawn; None draws them uniformly.
     """
     posterior, noise, times, uniform = [], [], [], []
     for position in positions:
@@ -62,6 +64,8 @@ def draw_randomness(
         noise.append(torch.randn(shape, generator=g))
         times.append(torch.randint(timesteps, (), generator=g))
         uniform.append(torch.rand(2, generator=g))
+    if how is not None and how != Timesteps():
+        times = [draw_timestep(how, timesteps, generator(seed, "timesteps", position)) for position in positions]
     eps = torch.stack(noise)
     if noise_offset:
         means = [torch.randn(shape[0], 1, 1, generator=generator(seed, "noise offset", p)) for p in positions]
@@ -71,6 +75,22 @@ def draw_randomness(
         xi = [torch.randn(shape, generator=generator(seed, "input perturbation", p)) for p in positions]
         input_noise = eps + input_perturbation * torch.stack(xi)
     return Draws(torch.stack(posterior), eps, input_noise, torch.stack(times), torch.stack(uniform))
+
+
+def draw_timestep(how: Timesteps, timesteps: int, g: torch.Generator) -> Tensor:
+    """One timestep, a scalar int64.
+
+    Args:
+        how: its distribution; what lies outside its range is brought into it in proportion.
+        timesteps: of the noise schedule.
+        g: what it is drawn from.
+    """
+    if how.kind == "logit_normal":
+        share = torch.sigmoid(how.mean + how.spread * torch.randn((), generator=g))
+    else:
+        share = torch.rand((), generator=g)
+    lowest, highest = (bound * timesteps // 1000 for bound in (how.lowest, how.highest))
+    return (lowest + share * (highest - lowest)).long().clamp(lowest, highest - 1)
 
 
 def sample_posterior(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:

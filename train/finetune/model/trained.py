@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from afresh.errors import UsageError
 from afresh.files import full_disk_named
 from train.denoising.conditioning import Conditioning
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
 from train.denoising.opening.adapters import add_lora, save_lora
 from train.denoising.opening.loading import check_trainable, load_pipeline
+from train.denoising.opening.original import save_single_file
+from train.denoising.opening.saving import save_pipeline
 from train.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -74,19 +77,24 @@ class Model:
         """Take over what :meth:`state_dict` gave."""
         self.denoiser.load_state_dict(state, strict=False)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, half: bool = False, single_file: bool = False) -> None:
         """Write the pipeline aside and rename it, so that a model folder is never half a model.
 
         Adapters go to the folder ``lora`` beside it first; the pipeline is the base as it was, in full precision, with
         them added. The denoiser cannot be used any more after that.
 
+        Args:
+            folder: of the pipeline.
+            half: save float16 weights, as the variant ``fp16``.
+            single_file: write ``folder.safetensors`` too, in the layout that WebUIs load.
+
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the layout has no place for a layer.
         """
         with full_disk_named(folder):
-            self._save(folder)
+            self._save(folder, half, single_file)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, half: bool, single_file: bool) -> None:
         pipe = self.pipe
         pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
         if self._fused is not None:
@@ -97,9 +105,28 @@ class Model:
             pipe.scheduler = self.pipe.scheduler  # which training may have changed
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        pipe.save_pretrained(aside)
+        if single_file:
+            save_single_file(pipe, folder.with_name(folder.name + ".safetensors"), half=half)
+        save_pipeline(pipe, aside, half=half)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+
+
+def without_layers(pipe: StableDiffusionPipeline, n: int) -> StableDiffusionPipeline:
+    """The pipeline, whose text encoder lacks its last ``n`` layers: what others do by ``clip_skip`` at each use.
+
+    Raises:
+        UsageError: it has no more layers than that.
+    """
+    if not n:
+        return pipe
+    # Some releases of transformers have the layers a level deeper.
+    encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder
+    if n >= len(encoder.layers):
+        raise UsageError(f"clip_skip {n}: the text encoder has {len(encoder.layers)} layers")
+    encoder.layers = encoder.layers[:-n]
+    pipe.text_encoder.config.num_hidden_layers -= n
+    return pipe
 
 
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:
@@ -110,7 +137,7 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     Raises:
         UserError: the model cannot be read, is of another kind, or predicts something else than ε or v.
     """
-    load: Any = functools.partial(
+    opened: Any = functools.partial(
         load_pipeline,
         config.model,
         attention=config.attention,
@@ -118,6 +145,10 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
         variant=config.variant,
         model_config=config.model_config,
     )
+
+    def load(**options: Any) -> StableDiffusionPipeline:
+        return without_layers(opened(**options), config.clip_skip)
+
     pipe = load()
     check_trainable(pipe, config.model)
     pipe.vae.to(device).requires_grad_(False)
