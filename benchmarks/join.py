@@ -63,7 +63,7 @@ def gaussian(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def mosaics(rows: int, seed: int = 0) -> np.ndarray:
-    """``[rows, 169]`` float16; see the head of this file."""
+    """``[rows, 157]`` float16; see the head of this file."""
     from PIL import Image
 
     from curate.embed.layout import LayoutEmbedder

@@ -122,7 +122,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         clock.lap("write")
 
         table = publish_ledger(out, rows, verdicts, elsewhere)
-        publish_index(out, rows, verdicts, embedder)
+        publish_index(out, rows, verdicts, embedder, config.threshold)
         summary = summarise(table, joined, verdicts, settings_of(config), shards=len(plan)) | {"sweep": sweep}
         publish_report(engine, out, table, rows, joined, summary, urls, config)
         for url, mark in zip(urls, fingerprints, strict=True):

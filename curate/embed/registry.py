@@ -3,8 +3,8 @@
 Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curation (PIL images, numpy out) and
 ``features`` for samplers (torch pixels, differentiable). ``load_embedder`` finds one by name:
 
-- ``layout``: weight-free; where light, colour and edges lie. Survives storage, resizing, brightness, mild
-  crops.
+- ``layout``: weight-free; where light, colour and edges lie. Survives storage, resizing, brightness, frames,
+  mirroring, lost colour, mild crops.
 - ``copy-detector``: the carried network (``curate/embed/copy_detector.py``); small images, edits of every kind.
 - ``FILE.pt``, ``FILE.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing, the shorter edge
   brought to 288 pixels; ``FILE.pt@320`` squashes images to squares of 320, SSCD's other official way, and

@@ -1,4 +1,8 @@
-"""An embedder's cosines on one scale: calibration on a set's own nearest neighbours that are no copies."""
+"""An embedder's cosines on one scale: calibration on a set's own nearest neighbours that are no copies.
+
+Who is a copy is told apart first: rows of one group, rows at least as near as curation's threshold; and where a set was
+not curated, rows nearer than the law of its other nearest neighbours allows (:func:`without_twins`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from curate.neighbors.brute_force import nearest
 
 _CALIBRATION_SAMPLE = 4096  # kept samples whose nearest neighbours calibrate
 _CALIBRATION_ELEMENTS = 1 << 21  # float32 similarities of theirs that are held at a time: 8 MB
+_ROUNDING = 1e-3  # what float16 rows may add to a cosine
+_TWINS = 1e-4  # the share of rows that are by chance as near to another as a twin
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,19 @@ class Calibration:
         return Calibration(cosine=self.value, value=self.cosine)
 
 
-def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArray[np.int64]) -> NDArray[np.float32]:
+def nearest_distinct(
+    embeddings: NDArray, kept: NDArray[np.bool_], group: NDArray[np.int64], threshold: float | None = None
+) -> NDArray[np.float32]:
     """Cosine of kept rows with their nearest kept row of another group.
 
     Args:
         embeddings: ``[n, d]``.
         kept: bool ``[n]``.
         group: int64 ``[n]``.
+        threshold: the cosine from which two rows are copies, whatever their groups; None has no such.
 
     Returns:
-        float32, one for each kept row (of evenly spaced ones, where there are more than 4096).
+        float32, one for each kept row (of evenly spaced ones, where there are more than 4096) that has such a row.
     """
     rows = np.flatnonzero(kept)
     asked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _CALIBRATION_SAMPLE)).astype(int))]
@@ -104,8 +113,31 @@ def nearest_distinct(embeddings: NDArray, kept: NDArray[np.bool_], group: NDArra
         some = group[rows[start : start + step]]
         own = np.flatnonzero(np.isin(some, of_asked))  # few: most groups have no row that is asked for
         similarity[:, own] = np.where(of_asked[:, None] == some[own], -np.inf, similarity[:, own])
+        if threshold is not None:
+            similarity[similarity > threshold + _ROUNDING] = -np.inf
 
     blocks = ((start, unit(rows[start : start + step])) for start in range(0, len(rows), step))
     cosine, _ = nearest(queries, blocks, hide=hide)
     return cosine[np.isfinite(cosine)]
 
+
+def without_twins(cosines: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The nearest-neighbour cosines of a set less those of twins: copies, and what the embedder takes for copies.
+
+    The distance to the nearest of many rows that know nothing of each other follows Weibull's law (a law of least
+    values), whatever the embedder: its shape says how many dimensions the rows fill, its scale how densely. Both follow
+    from the nearest tenth and the nearer half of the rows, and a few twins hardly move these. What is so near that the
+    law expects it of one row in 10,000 (``_TWINS``) is left out.
+
+    Args:
+        cosines: ``[n]``; of twins, less than a tenth.
+    """
+    cosines = np.asarray(cosines, np.float64)
+    cosines = cosines[np.isfinite(cosines)]
+    if len(cosines) < 2:
+        return cosines
+    distances = np.log(np.maximum(1 - cosines, 1e-6))
+    nearest, middle = np.quantile(distances, (0.1, 0.5))
+    # Log distances are linear in these, by the law.
+    tenth, half, twins = np.log(-np.log1p(-np.array([0.1, 0.5, _TWINS])))
+    return cosines[distances >= nearest - (middle - nearest) * (tenth - twins) / (half - tenth) - 1e-9]

@@ -24,7 +24,7 @@ from afresh.errors import UsageError, UserError, reason
 from afresh.files import write_atomic, write_json
 from afresh.storage import Store
 from curate.columns import BLOCK, Column, numbered
-from curate.index.calibration import Calibration, nearest_distinct
+from curate.index.calibration import Calibration, nearest_distinct, without_twins
 from curate.reading.captions import normalise_caption
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class TrainingIndex:
         group: NDArray,
         embedder_name: str,
         embedder_digest: str = "",
+        threshold: float | None = None,
     ) -> TrainingIndex:
         """An index in memory, calibrated on its own kept samples.
 
@@ -94,6 +95,8 @@ class TrainingIndex:
             group: ``[n]`` int, equal for copies of one image.
             embedder_name: name or path for ``load_embedder``.
             embedder_digest: the embedder's.
+            threshold: the cosine from which the set counts two images as one. None where none was chosen: then rows
+                that are nearer than others of the set ever are do not count as others either.
 
         Raises:
             ValueError: the lengths differ.
@@ -110,7 +113,8 @@ class TrainingIndex:
             raise ValueError(f"an index has one of each a row, not {lengths}")
         rows = np.ascontiguousarray(embeddings, np.float16)
         kept, group = np.asarray(kept, bool), np.asarray(group, np.int64)
-        calibration = Calibration.fit(nearest_distinct(rows, kept, group))
+        others = nearest_distinct(rows, kept, group, threshold)
+        calibration = Calibration.fit(without_twins(others) if threshold is None else others)
         return cls(rows, captions, shards, keys, kept, group, embedder_name, calibration, embedder_digest)
 
     def __len__(self) -> int:

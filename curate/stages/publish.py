@@ -115,8 +115,8 @@ def _ledger_part(
     return pa.table({field.name: columns[field.name] for field in ledger.SCHEMA}, schema=ledger.SCHEMA)
 
 
-def publish_index(out: Store, rows: Rows, verdicts: Verdicts, embedder: Embedder) -> None:
-    """Write ``out/index``, of all readable rows."""
+def publish_index(out: Store, rows: Rows, verdicts: Verdicts, embedder: Embedder, threshold: float) -> None:
+    """Write ``out/index``, of all readable rows; images at least as near as ``threshold`` were counted as one."""
     from curate.index.training_index import FILES, TrainingIndex
 
     TrainingIndex.build(
@@ -128,6 +128,7 @@ def publish_index(out: Store, rows: Rows, verdicts: Verdicts, embedder: Embedder
         group=rows.readable[verdicts.group],
         embedder_name=embedder.name,
         embedder_digest=embedder.digest,
+        threshold=threshold,
     ).save(out.made_in / "index")
     for name in FILES:
         out.deliver(f"index/{name}")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from afresh.errors import UsageError, UserError
+from curate.config import DedupConfig
 from curate.embed.edits import EDITS, crop
 from curate.embed.registry import load_embedder
 from curate.reading.images import stack_images
@@ -78,7 +79,55 @@ def test_layout_survives_what_storage_does_and_tells_images_apart(images):
     assert np.abs(plain @ plain.T - np.eye(3)).max() < 0.8
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_layout_finds_edited_copies_at_the_default_threshold(images):
+    """Hard and mild ones; in the mean, since a few images of one kind say little about a single edit."""
+    layout, threshold = load_embedder("layout"), DedupConfig(shards=["x"]).threshold
+    photographs = [made_photograph(seed) for seed in range(64)]
+    for originals in (images, photographs):
+        rows, found = layout.embed(originals), {}
+        for name in EDITS:
+            rng = np.random.default_rng(0)
+            found[name] = ((layout.embed([EDITS[name](i, rng) for i in originals]) * rows).sum(1) > threshold).mean()
+        hard = ("crop", "flip", "grayscale", "overlay", "border", "rotate")
+        assert np.mean([found[name] for name in hard]) >= 0.75, found
+        assert min(found[name] for name in ("jpeg", "resize", "brightness", "contrast", "blur")) >= 0.9, found
+    cosine = rows @ rows.T
+    assert cosine[~np.eye(len(rows), dtype=bool)].max() < threshold  # and no photograph is another one's copy
+
+
+def made_photograph(seed: int) -> Image.Image:
+    """Something of all scales, as photographs have it: noise in colours whose power falls with the frequency."""
+    rng, image = np.random.default_rng(seed), np.zeros((96, 96, 3), np.float32)
+    for cells in (3, 6, 12, 24, 48):
+        noise = rng.standard_normal((cells, cells, 3)) + rng.standard_normal((cells, cells, 1))
+        fields = [Image.fromarray(noise[..., k].astype(np.float32)).resize((96, 96), Image.BICUBIC) for k in range(3)]
+        image += np.stack([np.asarray(field) for field in fields], -1) * (70 / cells**0.5)
+    return Image.fromarray((128 + image).clip(0, 255).astype(np.uint8))
+
+
+def test_layout_sees_no_mirror_and_no_frame_and_colour_less_than_light(images):
+    layout = load_embedder("layout")
+    originals = layout.embed(images)
+    mirrored = layout.embed([ImageOps.mirror(image) for image in images])
+    np.testing.assert_allclose(mirrored, originals, atol=2e-3)
+    for width in (3, 5, 8):
+        for colour in ("black", "white", "teal"):
+            framed = layout.embed([ImageOps.expand(image, width, fill=colour) for image in images])
+            assert np.quantile((framed * originals).sum(1), 0.2) > 0.9, (width, colour)
+    # A line around the image only: what two sides do not share stays.
+    half = Image.new("RGB", (64, 64), "white")
+    half.paste("black", (0, 0, 64, 32))
+    flag = Image.new("RGB", (64, 64), "white")
+    flag.paste("black", (0, 0, 64, 20))
+    assert (layout.embed([half]) * layout.embed([flag])).sum() < 0.95
+    # The same shape: its grey copy is a copy, one whose colours are opposite is not.
+    red, blue = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "white")
+    red.paste((220, 60, 60), (16, 8, 40, 56))
+    blue.paste((40, 110, 220), (16, 8, 40, 56))
+    rows = layout.embed([red, ImageOps.grayscale(red).convert("RGB"), blue])
+    assert rows[0] @ rows[1] > 0.9 > rows[0] @ rows[2]
+
+
 def test_unknown_names_are_refused_with_the_choices(tmp_path):
     with pytest.raises(UsageError, match="unknown embedder 'sscd'.*layout, copy-detector"):
         load_embedder("sscd")
@@ -121,9 +170,7 @@ class Square(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("suffix", "height", "width"), [("", 288, 576), ("@320", 320, 320), ("@short64", 64, 128)]
-)
+@pytest.mark.parametrize(("suffix", "height", "width"), [("", 288, 576), ("@320", 320, 320), ("@short64", 64, 128)])
 def test_sscds_ways_to_prepare_an_image_are_chosen_by_suffix(suffix, height, width, tmp_path):
     path = str(tmp_path / "shape.pt")
     torch.jit.script(Shape()).save(path)
@@ -158,5 +205,5 @@ def test_digests_tell_other_weights_and_other_preprocessing(tmp_path):
 
     assert digest(0.5) == digest(0.5) != digest(0.25)
     assert len({digest(0.5), digest(0.5, "@320"), digest(0.5, "@288")}) == 3
-    assert load_embedder("layout").digest == "layout"
+    assert load_embedder("layout").digest == "layout-2"  # "layout" was one that knew no mirror images
     assert load_embedder("copy-detector").digest == load_embedder("copy-detector").digest

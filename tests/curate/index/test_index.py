@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from afresh.errors import UserError
-from curate.index.calibration import Calibration, nearest_distinct
+from curate.index.calibration import Calibration, nearest_distinct, without_twins
 from curate.index.training_index import TrainingIndex
 
 
@@ -123,6 +123,37 @@ def test_calibration_is_on_kept_samples_that_are_no_copies(index):
     np.testing.assert_allclose(fitted, [0, 0.1, 0.5, 1], atol=1e-4)
     alone = nearest_distinct(index.embeddings, index.kept, np.zeros(300, np.int64))
     assert len(alone) == 0
+
+
+def built(rows: np.ndarray, **options) -> TrainingIndex:
+    names, n = ["x"] * len(rows), len(rows)
+    return TrainingIndex.build(rows, names, names, names, np.ones(n, bool), np.arange(n), "layout", **options)
+
+
+@pytest.mark.parametrize("dimensions", [8, 24])
+@pytest.mark.parametrize("share", [0.02, 0.08])
+def test_twins_of_other_groups_do_not_calibrate(dimensions, share):
+    """Groups that nobody told: an edited copy counts as one by an index with twins as it does by one without."""
+    rng = np.random.default_rng(0)
+    rows = unit(rng.standard_normal((1000, dimensions)))
+    twins = unit(rows[: round(500 * share)] + 1e-3 * rng.standard_normal((round(500 * share), dimensions)))
+    clean, mixed = built(rows), built(np.concatenate([rows, twins]))
+    at = clean.calibration.cosine[1:4]
+    np.testing.assert_allclose(mixed.calibrate(np.array(at)), [0, 0.1, 0.5], atol=0.06)
+    nearest = nearest_distinct(rows, np.ones(1000, bool), np.arange(1000))
+    assert len(without_twins(nearest)) >= 999  # and a set that has no twins keeps all
+
+
+def test_what_curation_counts_as_one_image_does_not_calibrate():
+    """Kept under captions of their own, near rows may be of two groups."""
+    rng = np.random.default_rng(0)
+    rows = unit(rng.standard_normal((300, 24)))
+    near = unit(rows + 0.05 * rng.standard_normal(rows.shape))  # a near one for every second row of all
+    cosines = nearest_distinct(np.concatenate([rows, near]), np.ones(600, bool), np.arange(600), 0.9)
+    assert len(cosines) == 600 and cosines.max() < 0.9
+    clean, mixed = built(rows, threshold=0.9), built(np.concatenate([rows, near]), threshold=0.9)
+    assert mixed.calibrate(0.95) > 0.5
+    np.testing.assert_allclose(mixed.calibration.cosine, clean.calibration.cosine, atol=0.06)
 
 
 def test_calibration_is_monotone_and_alike_in_numpy_and_torch(index):
