@@ -27,10 +27,10 @@ SAYS = re.compile(r"(?P<path>\S+) cannot be written: (No space left on device|Fi
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, sample_shards) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    samples = [(sample.key, sample.members) for sample in read_samples(sample_shards[0])][:24]
+    folder = tmp_path_factory.mktemp("shards")  # their vectors fill more pages than a run gives free
+    samples = [(sample.key, sample.members) for sample in read_samples(sample_shards[0])][:32]
     for number in range(2):
-        write_shard(folder / f"{number}.tar", samples[12 * number : 12 * (number + 1)])
+        write_shard(folder / f"{number}.tar", samples[16 * number : 16 * (number + 1)])
     return folder
 
 
