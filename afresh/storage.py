@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # by protocol
 REQUESTS = 16  # to a store at a time, where many small files are asked for
 _COPYING = threading.Lock()
 """Held while files are copied here: threads that want the same ones wait for one copy, and fsspec's file system in
@@ -327,7 +328,14 @@ def _open(where: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(where)
     except Exception as error:  # an unknown protocol, a package or credentials that are missing
-        raise UsageError(f"{where} cannot be opened: {reason(error)}") from error
+        raise UsageError(f"{where} cannot be opened: {why(error, where)}") from error
+
+
+def why(error: BaseException, url: str) -> str:
+    """What is wrong with a URL, in one line; of a store whose package is missing, with the extra that brings it."""
+    protocols = {part.partition("://")[0] for part in url.split("::")}
+    extra = next((EXTRAS[name] for name in sorted(protocols & EXTRAS.keys())), None)
+    return reason(error) + (f": pip install 'afresh[{extra}]'" if extra and isinstance(error, ImportError) else "")
 
 
 def _moves(files: AbstractFileSystem) -> bool:

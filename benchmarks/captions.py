@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import re
 import resource
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from afresh.cores import cpu_count
 from curate.embed.ngrams import NgramEmbedder
 from curate.neighbors.join import find_pairs
 from curate.reading.captions import normalise_caption
-from curate.stages.join import embedded_captions
+from curate.stages.join import CAPTION_BLOCK, embedded_captions
 
 PATTERNS = (
     "a {0} {1} beside the {2} {3}, {4}",
@@ -71,7 +73,10 @@ def ours(captions: list[str], threads: int) -> set[tuple[int, int]]:
     number: dict[str, int] = {}
     first = [number.setdefault(normalise_caption(caption), row) for row, caption in enumerate(captions)]
     distinct = np.flatnonzero(np.array(first) == np.arange(len(captions)))
-    embeddings = embedded_captions(NgramEmbedder(), [captions[row] for row in distinct])
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [captions[row] for row in distinct]
+        blocks = (texts[start : start + CAPTION_BLOCK] for start in range(0, len(texts), CAPTION_BLOCK))
+        embeddings = embedded_captions(NgramEmbedder(), blocks, Path(folder))
     pairs = find_pairs(embeddings, 0.9, crowd=100, threads=threads)
     near = set(zip(distinct[pairs.i].tolist(), distinct[pairs.j].tolist(), strict=True))
     return near | {(one, row) for row, one in enumerate(first) if one != row}

@@ -109,9 +109,12 @@ def captions(rows: int, seed: int = 0) -> np.ndarray:
     """``[rows, 512]`` float16: the captions of :mod:`benchmarks.captions` as curation's default embedder has them."""
     from benchmarks.captions import make_captions
     from curate.embed.ngrams import NgramEmbedder
-    from curate.stages.join import embedded_captions
+    from curate.stages.join import CAPTION_BLOCK, embedded_captions
 
-    return embedded_captions(NgramEmbedder(), make_captions(rows, seed)[0])
+    texts = make_captions(rows, seed)[0]
+    blocks = (texts[start : start + CAPTION_BLOCK] for start in range(0, rows, CAPTION_BLOCK))
+    with tempfile.TemporaryDirectory() as folder:
+        return embedded_captions(NgramEmbedder(), blocks, Path(folder))
 
 
 MAKERS = {"gaussian": gaussian, "mosaics": mosaics, "captions": captions, "crowd": crowd}

@@ -121,7 +121,10 @@ class DedupConfig:
             distinct images (and captions).
         join_memory: GB that the exact join may take beside the embeddings and what it finds. With too little of it the
             embeddings are read several times. The result is the same.
-        engine: where stages run: ``local`` is this machine's processes; one of your own is ``module:Class``.
+        engine: where stages run: ``local`` is this machine's processes, ``ray`` the Ray cluster at ``RAY_ADDRESS``, or
+            one that is started here, ``ray:ADDRESS`` that at ``HOST:PORT``, ``auto`` or ``ray://HOST:PORT`` (extra
+            ``ray``); one of your own is ``module:Class``. The result is the same, and each goes on where another
+            stopped.
         recall_sample: rows on which the recall of the join is measured against exact search.
         seed: of the samples on which recall and the report's histogram are measured.
         work_dir: with an ``out`` at a URL, local folder below which there are the caches (embeddings, a row of text a

@@ -11,9 +11,9 @@ Stages (:mod:`curate.stages`), each of which leaves files so that a stopped run 
 The result may lie at a URL (:mod:`afresh.storage`): then the caches of the first two stages stay in a local folder, and
 everything else is sent there as it is finished, with the marks by which a stopped run is continued.
 
-Of the images, memory holds the few that are being read; what grows with the set are the embeddings and one row
-of text a sample. Everything but ``work/`` depends on the input, the settings and the seed alone: not on the number of
-workers, the clock, or the place where the set lies.
+Of the images, memory holds the few that are being read; what grows with the set are numbers, some hundred bytes a
+sample: embeddings and text are memory-mapped. Everything but ``work/`` depends on the input, the settings and the seed
+alone: not on the number of workers, the clock, or the place where the set lies.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from curate.stages.join import join_stage
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder, preferred_fields, read_stage
 from curate.stages.rows import Rows
-from curate.stages.write import plan_shards, write_stage
+from curate.stages.write import Plan, write_stage
 
 if TYPE_CHECKING:
     from curate.embed.protocol import CaptionEmbedder, Embedder
@@ -113,12 +113,12 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config, must_stay)
         clock.lap("decide")
 
-        planned = partial(plan_shards, out, rows=rows, verdicts=verdicts, urls=urls, fingerprints=fingerprints)
-        plan = planned("shards", per_shard=config.samples_per_shard, kept=True)
-        dropped = []
+        planned = partial(Plan, out, rows=rows, verdicts=verdicts, urls=urls, fingerprints=fingerprints)
+        plan = planned(folder="shards", per_shard=config.samples_per_shard, kept=True)
+        plans = [plan]
         if config.write_dropped:
-            dropped = planned("dropped", per_shard=config.samples_per_shard, kept=False)
-        write_stage(engine, out, plan + dropped)
+            plans.append(planned(folder="dropped", per_shard=config.samples_per_shard, kept=False))
+        write_stage(engine, out, plans)
         clock.lap("write")
 
         table = publish_ledger(out, rows, verdicts, elsewhere)
@@ -185,8 +185,8 @@ def _prepare(out: Store, config: DedupConfig, urls: Sequence[str]) -> None:
         if out.holds(url):
             raise UsageError(f"out: {out} holds the input {url}; inputs are never changed, name another folder")
     out.refuse_foreign("curation", ("work", "ledger.parquet"))
-    if out.in_memory and config.workers != 1:
-        raise UsageError(f"out: {out} lies in the memory of one process; give --workers 1")
+    if out.in_memory and (config.workers != 1 or config.engine != "local"):
+        raise UsageError(f"out: {out} lies in the memory of one process; give --workers 1 and --engine local")
     out.prepare()
     out.make_folders("work/read", *([] if out.remote else ["shards"]))
 
@@ -286,6 +286,7 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.laps[name], self.last = round(now - self.last, 3), now
+        log.info("%s took %.1f s", name, self.laps[name])
 
     def total(self) -> float:
         return round(time.monotonic() - self.start, 3)

@@ -137,11 +137,9 @@ def _rows_of_embeddings(embeddings: NDArray[Any], captions: Sequence[str | None]
     columns = [pa.array(given.get(name, [None] * n), kind) for name, kind in READ_COLUMNS]
     return Rows(
         table=pa.table(columns, names=[name for name, _ in READ_COLUMNS]),
-        shard_number=np.zeros(n, np.int32),
-        ordinal=np.arange(n),
+        starts=np.array([0, n]),
         readable=np.arange(n),
         embeddings=embeddings,
-        captions=[caption or "" for caption in given["caption"]],
     )
 
 

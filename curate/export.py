@@ -7,6 +7,7 @@ place, under a name that begins with ``.tmp-``, and then renamed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
@@ -26,6 +27,7 @@ from afresh.storage import Store
 from curate.config import TRAINERS, ExportConfig
 from curate.exporting.trainers import write_for_trainer
 from curate.importing.folders import hashed_key, path_key
+from curate.reading.members import is_written_as
 from curate.reading.samples import BadSample, Sample, read_samples
 from curate.results.ledger import KEPT, read_ledger
 from curate.results.report_page import read_summary
@@ -141,9 +143,9 @@ def kept_samples(out: str) -> Iterator[tuple[Sample, str]]:
     for batch in ledger.to_batches(max_chunksize=1024):
         for shard, key in zip(batch["shard"].to_pylist(), batch["key"].to_pylist(), strict=True):
             sample = next(samples, None)
-            if not isinstance(sample, Sample) or sample.key != key:
+            if not isinstance(sample, Sample) or not is_written_as(sample.key, key):
                 raise _disagreement(out, sample, f"kept sample {key!r} of {shard}")
-            yield sample, shard
+            yield dataclasses.replace(sample, key=key), shard
     if (sample := next(samples, None)) is not None:
         raise _disagreement(out, sample, "no further sample")
 

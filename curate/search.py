@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from afresh.errors import UsageError, UserError, reason
+from curate.columns import Column
 from curate.config import SearchConfig
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from curate.index.training_index import TrainingIndex
 
 _BLOCK = 1 << 14  # captions compared at a time
@@ -83,11 +86,17 @@ def _by_caption(index: TrainingIndex, caption: str, embedder_name: str, k: int) 
     from curate.neighbors.brute_force import nearest
 
     embedder = load_caption_embedder(embedder_name)
-    there = [row for row, text in enumerate(index.captions) if text is not None]
-    if not there:
+    there = np.flatnonzero([text is not None for text in index.captions])
+    if not len(there):
         raise UserError("caption: no sample of this set has one; search it by --image")
-    captions = [str(index.captions[row]) for row in there]
-    starts = range(0, len(captions), _BLOCK)
-    blocks = ((start, embedder.embed(captions[start : start + _BLOCK])) for start in starts)
+    starts = range(0, len(there), _BLOCK)
+    blocks = (
+        (start, embedder.embed(_texts(index, there[start : start + _BLOCK]))) for start in starts
+    )
     similarity, rows = nearest(embedder.embed([caption]), blocks, k)
-    return similarity[0], np.asarray(there)[rows[0]]
+    return similarity[0], there[rows[0]]
+
+
+def _texts(index: TrainingIndex, rows: NDArray[np.int64]) -> list[str]:
+    captions = index.captions
+    return captions.take(rows) if isinstance(captions, Column) else [str(captions[row]) for row in rows]

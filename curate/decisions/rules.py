@@ -8,7 +8,7 @@ so that a thousand copies of one placeholder cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afresh.errors import UserError
-from curate.decisions.neighbours import Neighbours
+from curate.decisions.neighbours import Kept, Neighbours
+from curate.decisions.pooling import Pooled
 from curate.neighbors.verify import Pairs
 
 Rule = Literal["greedy", "components"]
@@ -32,6 +33,7 @@ OWN_RULE = "own_rule"  # by a rule of the user's own, though neither image nor c
 OF_ITS_IMAGE = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE)  # the stand-in shows the same image, or a near one
 FEW = 16  # copies that are all looked at, whatever their captions
 REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED, OWN_RULE)
+_CODE = {reason: number for number, reason in enumerate(REASONS, 1)}  # in a byte; 0 is kept
 
 
 class Near(Protocol):
@@ -98,7 +100,8 @@ class Verdicts:
             of preference. A row dropped for its caption alone is its own image.
         group_size: int64 ``[n]``, rows in the row's group.
         pooled: the captions that a kept row inherits from dropped copies of its image, by kept row: those that differ
-            from its own, and what the copies had beside theirs; distinct, in the order of preference.
+            from its own, and what the copies had beside theirs; distinct, in the order of preference. They are put
+            together when they are asked for (:class:`curate.decisions.pooling.Pooled`).
     """
 
     kept: NDArray[np.bool_]
@@ -108,13 +111,13 @@ class Verdicts:
     caption_similarity: NDArray[np.float32]
     group: NDArray[np.int64]
     group_size: NDArray[np.int64]
-    pooled: dict[int, list[str]]
+    pooled: Mapping[int, list[str]]
 
 
 def decide(
     near: Near,
     captions: Sequence[str],
-    prefer: NDArray[np.int64] | None = None,
+    prefer: NDArray[np.integer] | None = None,
     *,
     threshold: float | None = None,
     rule: Rule | OwnRule = "greedy",
@@ -172,31 +175,31 @@ def decide(
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
     stays = np.zeros(n, bool) if must_stay is None else must_stay
-    order = np.lexsort([np.zeros(n) if prefer is None else np.asarray(prefer), ~stays])
-    for apart in (elsewhere, excluded):
-        if apart is not None:
-            order = order[~apart[order]]
+    order = _in_order(n, prefer, stays)
+    for apart in [one for one in (elsewhere, excluded) if one is not None]:
+        order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
     judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others, stays)
     if callable(rule):
         shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
-        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n, stays), order)
+        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.astype(np.int64)), order, n, stays), order)
     elif rule == "greedy":
         judge.greedy()
     else:
         judge.components()
+    del image_pairs, order  # the verdicts need the room
     if excluded is not None:
-        judge.reason[excluded] = EXCLUDED
+        judge.reason[excluded] = _CODE[EXCLUDED]
     if elsewhere is not None:
-        judge.reason[elsewhere] = OTHER_SET
+        judge.reason[elsewhere] = _CODE[OTHER_SET]
     return judge.verdicts()
 
 
 def sweep(
     near: Near,
     captions: Sequence[str],
-    prefer: NDArray[np.int64] | None,
+    prefer: NDArray[np.integer] | None,
     thresholds: Iterable[float],
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -241,6 +244,17 @@ def _checked(
     return np.where(judged, given, -1).astype(np.int64)
 
 
+def _in_order(n: int, prefer: NDArray[np.integer] | None, stays: NDArray[np.bool_]) -> NDArray[np.integer]:
+    """The rows as they are judged, in four bytes each where that is enough."""
+    order = np.lexsort([np.zeros(n, np.int8) if prefer is None else np.asarray(prefer), ~stays])
+    return order.astype(np.int32 if n < 1 << 31 else np.int64)
+
+
+def _things(of_rows: NDArray[np.int64], pairs: Pairs) -> int:
+    """How many numbers stand for images or captions."""
+    return 1 + int(max(numbers.max(initial=-1) for numbers in (of_rows, pairs.j)))
+
+
 class Judge:
     """The state of one decision: the verdicts so far, and who was kept of which image and caption."""
 
@@ -259,23 +273,25 @@ class Judge:
         n = len(near.image_of)
         self.captions, self.others = captions, others
         self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
-        self.image_of, self.caption_of = near.image_of.tolist(), near.caption_of.tolist()
-        self.images = Neighbours(image_pairs, 1 + max(self.image_of, default=-1))
-        self.texts = Neighbours(near.caption_pairs, 1 + max(self.caption_of, default=-1))
-        self.rank = np.empty(n, np.int64)
-        self.rank[order] = np.arange(len(order))
+        # Memory views give Python's numbers as lists do, without holding them.
+        self.image_of, self.caption_of = near.image_of.data, near.caption_of.data
+        number = np.int32 if n < 1 << 31 else np.int64
+        self.images = Neighbours(image_pairs, _things(near.image_of, image_pairs), n)
+        self.texts = Neighbours(near.caption_pairs, _things(near.caption_of, near.caption_pairs), n)
+        ranks = np.empty(n, number)
+        ranks[order] = np.arange(len(order), dtype=number)
+        self.rank = ranks.data
         if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others
             order = order[self.images.has_company(near.image_of)[order]]
-        self.order = order.tolist()
-        self.images.will_be_asked(near.image_of[order])
-        self.texts.will_be_asked(near.caption_of[order])
+        self.order = order.data
+        self.images.will_be_asked(near.image_of, order)
+        self.texts.will_be_asked(near.caption_of, order)
         self.must_stay = must_stay
-        self.reason = np.full(n, None, object)
-        self.kept_by = np.full(n, -1, np.int64)
+        self.reason = np.zeros(n, np.uint8)
+        self.kept_by = np.full(n, -1, number)
         self.image_similarity = np.full(n, np.nan, np.float32)
         self.caption_similarity = np.full(n, np.nan, np.float32)
-        self.group = np.arange(n, dtype=np.int64)
-        self.pooled: dict[int, dict[str, None]] = {}  # each once, in their order
+        self.group = np.arange(n, dtype=number)
 
     # --------------------------------------------------------------------------------------------- the rules
 
@@ -288,21 +304,22 @@ class Judge:
                     self.group[row] = self.group[self.kept_by[row]]
                     continue
                 # Kept for its caption: still one image with the nearest copy, of equals the preferred one.
-                first = [(thing != image, -similarity, self.images.kept[thing][0]) for thing, similarity in near]
+                first = [(thing != image, -similarity, self.images.kept.first(thing)) for thing, similarity in near]
                 self.group[row] = self.group[min(first, key=lambda c: (c[0], c[1], self.rank[c[2]]))[2]]
             self._keep_within_quota(row)
 
     def components(self) -> None:
         """All rows that near pairs link are one group; its first row stands for it."""
         root = self.images.components()
-        first: dict[int, int] = {}  # by component
-        kept: dict[int, list[int]] = {}
+        first = np.full(len(root), -1, np.int64)  # by component
+        kept = Kept(len(root), len(self.reason))
         for row in self.order:
             component = int(root[self.image_of[row]])
-            stand_in = first.setdefault(component, row)
-            self.group[row] = stand_in
-            if stand_in != row:
-                of_component = kept.get(component, [])
+            if first[component] < 0:
+                first[component] = row
+            self.group[row] = first[component]
+            if first[component] != row:
+                of_component = kept.of(component)
                 if self._only_alike(row, len(of_component)):
                     alike = self.texts.kept_near(self.caption_of[row])
                     of_component = [other for other, _ in alike if root[self.image_of[other]] == component]
@@ -310,7 +327,7 @@ class Judge:
                 if self._drop_as_copy(row, copies):
                     continue
             if self._keep_within_quota(row):
-                kept.setdefault(component, []).append(row)
+                kept.add(component, row)
 
     def by_stand_ins(self, stand_in: NDArray[np.int64], order: NDArray[np.int64]) -> None:
         """As somebody else decided: ``stand_in`` ``[n]`` is a kept row for each that is dropped, -1 for the others."""
@@ -329,10 +346,10 @@ class Judge:
 
     def _copies(self, row: int, near: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """``(row, similarity)`` of what was kept of the images ``near``; of many, what may decide about ``row``."""
-        if self._only_alike(row, sum(len(self.images.kept[thing]) for thing, _ in near)):
+        if self._only_alike(row, sum(len(self.images.kept.of(thing)) for thing, _ in near)):
             similarity, alike = dict(near), self.texts.kept_near(self.caption_of[row])
             return [(kept, similarity[image]) for kept, _ in alike if (image := self.image_of[kept]) in similarity]
-        return [(kept, similarity) for thing, similarity in near for kept in self.images.kept[thing]]
+        return [(kept, similarity) for thing, similarity in near for kept in self.images.kept.of(thing)]
 
     def _only_alike(self, row: int, copies: int) -> bool:
         """Whether of so many copies only those with a caption near that of ``row`` are to be looked at: where captions
@@ -367,12 +384,6 @@ class Judge:
         else:
             reason = NEAR_IMAGE if math.isnan(of_captions) else NEAR_PAIR
         self._drop(row, kept, reason, similarity, of_captions)
-        handed_on = [self.captions[row]] if math.isnan(of_captions) and self._has_caption(row) else []
-        if self.others is not None:
-            known = (self.captions[kept], *self.others[kept])
-            handed_on = [text for text in (*handed_on, *self.others[row]) if text not in known]
-        if handed_on:
-            self.pooled.setdefault(kept, {}).update(dict.fromkeys(handed_on))
 
     def _keep_within_quota(self, row: int) -> bool:
         """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""
@@ -385,11 +396,12 @@ class Judge:
                 self._drop(row, kept, reason, self._image_similarity(row, kept), similarity)
                 return False
         self.images.keep(self.image_of[row], row)
-        self.texts.keep(caption, row)
+        if self.max_per_caption is not None or self.keep_differing:  # else nobody asks
+            self.texts.keep(caption, row)
         return True
 
     def _drop(self, row: int, kept: int, reason: str, image: float, caption: float) -> None:
-        self.reason[row], self.kept_by[row] = reason, kept
+        self.reason[row], self.kept_by[row] = _CODE[reason], kept
         self.image_similarity[row], self.caption_similarity[row] = image, caption
 
     def _has_caption(self, row: int) -> bool:
@@ -402,16 +414,23 @@ class Judge:
         return self.texts.similarity(self.caption_of[a], self.caption_of[b])
 
     def verdicts(self) -> Verdicts:
-        """What was decided."""
-        _, inverse, sizes = np.unique(self.group, return_inverse=True, return_counts=True)
+        """What was decided; nothing can be decided any more."""
+        del self.images, self.texts, self.order
+        group, self.group = self.group.astype(np.int64), np.empty(0, np.int64)
+        sizes = np.bincount(group, minlength=len(group))
+        group_size = sizes[group] if len(group) else group
+        del sizes
+        kept_by, self.kept_by = self.kept_by.astype(np.int64), np.empty(0, np.int64)
+        of_its_image = np.isin(self.reason, [_CODE[reason] for reason in OF_ITS_IMAGE])
+        differs = np.isnan(self.caption_similarity)
+        pooled = Pooled.of(of_its_image, kept_by, np.asarray(self.rank), differs, self.captions, self.others)
         return Verdicts(
-            kept=np.array([reason is None for reason in self.reason], bool),
-            reason=self.reason,
-            kept_by=self.kept_by,
+            kept=self.reason == 0,
+            reason=np.array([None, *REASONS], object)[self.reason],
+            kept_by=kept_by,
             image_similarity=self.image_similarity,
             caption_similarity=self.caption_similarity,
-            group=self.group,
-            group_size=sizes[inverse].astype(np.int64) if len(sizes) else np.empty(0, np.int64),
-            pooled={row: list(captions) for row, captions in self.pooled.items()},
+            group=group,
+            group_size=group_size,
+            pooled=pooled,
         )
-

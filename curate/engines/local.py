@@ -9,16 +9,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from afresh.cores import cpu_count
-from afresh.errors import UserError
+from afresh.errors import UserError, printable
 from afresh.progress import progress
 
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+AHEAD = 4  # tasks a process that are handed over before they run
+RETRIES = 2  # of a task that ended its process while nothing else ran
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class LocalEngine:
@@ -48,41 +51,70 @@ class LocalEngine:
     ) -> list[Any]:
         """``[function(task) for task in tasks]``, with progress.
 
-        With several workers the function and the tasks are pickled: the function must be a module's own. The
-        first exception stops the rest and is raised here.
+        With several workers the function and the tasks are pickled: the function must be a module's own. A task is
+        taken from ``tasks`` when it is soon to run, so these may be made then. The first exception stops the rest and
+        is raised here.
 
         Raises:
-            UserError: a worker was killed from outside (as the system does when memory runs out).
+            UserError: a task's process was killed (as the system does when memory runs out), and when it was run again,
+                too; all other tasks are finished then.
         """
-        workers = min(self.workers, len(tasks))
+        results: list[Any] = [None] * len(tasks)
+        lost: list[int] = []
+        alone = min(self.workers, len(tasks)) <= 1
         with progress(total=len(tasks), desc=desc, unit=unit) as bar:
-            results = []
-            if workers <= 1:
-                for task in tasks:
-                    results.append(function(task))
-                    bar.update(1)
-                return results
-            pool = self._started()
             try:
-                futures = [pool.submit(function, task) for task in tasks]
-                for future in as_completed(futures):
-                    future.result()
+                for number, result in enumerate(map(function, tasks)) if alone else self._run(function, tasks, lost):
+                    results[number] = result
                     bar.update(1)
-                results = [future.result() for future in futures]
-            except BrokenProcessPool as error:
-                self._end_pool()
-                message = (
-                    f"a worker process was killed while {desc}: give it fewer --workers if memory ran out"
-                )
-                raise UserError(message) from error
             except BaseException:
-                for child in set(multiprocessing.active_children()) - self._not_ours:
-                    child.terminate()
-                self._end_pool()
+                if not alone:
+                    for child in set(multiprocessing.active_children()) - self._not_ours:
+                        child.terminate()
+                    self._end_pool()
                 raise
             if not self._stays:
                 self._end_pool()
-            return results
+        if lost:
+            raise UserError(poisoned([tasks[number] for number in lost], desc))
+        return results
+
+    def _run(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], lost: list[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """Number and result of each task, as they come; the numbers of those that end their processes go to ``lost``.
+
+        A killed process takes all others of its pool with it, and what they had in hand. Each of that is run again by
+        itself, so that the one that is to blame is known.
+        """
+        waiting = list(range(len(tasks)))[::-1]
+        suspects: list[int] = []
+        deaths: Counter[int] = Counter()
+        running: dict[Future[Any], int] = {}
+        while waiting or suspects or running:
+            at_most = 1 if suspects else AHEAD * min(self.workers, len(tasks))
+            while (suspects or waiting) and len(running) < at_most:
+                number = (suspects or waiting).pop()
+                try:
+                    running[self._started().submit(function, tasks[number])] = number
+                except BrokenProcessPool:  # which the results that are waited for will tell, too
+                    waiting.append(number)
+                    break
+            if not running:
+                self._end_pool()
+                continue
+            done = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            try:
+                yield running[done], done.result()
+                del running[done]
+            except BrokenProcessPool:
+                self._end_pool()
+                wait(running)
+                broken = [one for one in running if one.exception() is not None]
+                deaths.update(running[one] for one in broken if len(broken) == 1)
+                for one in broken:
+                    number = running.pop(one)
+                    (lost if deaths[number] > RETRIES else suspects).append(number)
 
     def _started(self) -> ProcessPoolExecutor:
         """The processes, which start as tasks come: no more than there are tasks at a time."""
@@ -99,11 +131,22 @@ class LocalEngine:
             self._pool = None
 
 
+def poisoned(tasks: Sequence[Any], desc: str) -> str:
+    """What to say of tasks whose workers were killed again and again; tasks are called by their ``label``."""
+    labels = [str(getattr(task, "label", task)) for task in tasks]
+    named = ", ".join(printable(label)[:100] for label in labels[:5])
+    more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
+    return (
+        f"a worker was killed while {desc} {named}{more}, {RETRIES + 1} times each; all else of this stage is "
+        "finished: give it fewer --workers if memory ran out, or leave these out, and run the same command again"
+    )
+
+
 def _start_worker() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    for name in _THREADS:
+    for name in THREADS:
         os.environ[name] = "1"  # before numpy and torch are imported
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

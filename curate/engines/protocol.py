@@ -7,7 +7,12 @@ from typing import Any, Protocol
 
 
 class Engine(Protocol):
-    """Runs ``function`` on every task and gives the results in the order of the tasks."""
+    """Runs ``function`` on every task and gives the results in the order of the tasks.
+
+    A task may be run again after its worker was lost: it leaves files, each whole or not at all, and begins with what
+    is missing. It may say what it is called (``label``) and on how many threads it runs (``threads``). ``tasks`` may
+    make a task when it is asked for. An engine with ``workers`` says how many tasks run at a time.
+    """
 
     def map(
         self, function: Callable[[Any], Any], tasks: Sequence[Any], *, desc: str, unit: str = "shards"

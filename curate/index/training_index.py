@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from afresh.errors import UsageError, UserError, reason
 from afresh.files import write_atomic, write_json
 from afresh.storage import Store
+from curate.columns import BLOCK, Column, numbered
 from curate.index.calibration import Calibration, nearest_distinct, without_twins
 from curate.reading.captions import normalise_caption
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+ROW_GROUP = 1 << 14  # rows of the table that are read together
 FILES = ("embeddings.npy", "samples.parquet", "index.json")  # in the order in which they are written
 _BLOCK_ELEMENTS = 1 << 24  # float32 elements of the index that are compared at a time: 64 MB
 _HELD_BYTES = 1 << 30  # what a sampler may keep in memory of an index: a million rows of 256
@@ -52,7 +53,7 @@ class TrainingIndex:
 
     Attributes:
         embeddings: float16 ``[n, d]``; a memory map when loaded.
-        captions: of each row; None where there is none.
+        captions: of each row; None where there is none. When loaded they stay on disk, as shards and keys do.
         shards, keys: identity of each row.
         kept: bool ``[n]``, whether curation kept the row.
         group: int64 ``[n]``, rows of one image (and its copies) share a number.
@@ -63,9 +64,9 @@ class TrainingIndex:
     """
 
     embeddings: NDArray[np.float16]
-    captions: list[str | None]
-    shards: list[str]
-    keys: list[str]
+    captions: Sequence[str | None]
+    shards: Sequence[str]
+    keys: Sequence[str]
     kept: NDArray[np.bool_]
     group: NDArray[np.int64]
     embedder: str
@@ -114,8 +115,7 @@ class TrainingIndex:
         kept, group = np.asarray(kept, bool), np.asarray(group, np.int64)
         others = nearest_distinct(rows, kept, group, threshold)
         calibration = Calibration.fit(without_twins(others) if threshold is None else others)
-        identity = (list(captions), list(shards), list(keys))
-        return cls(rows, *identity, kept, group, embedder_name, calibration, embedder_digest)
+        return cls(rows, captions, shards, keys, kept, group, embedder_name, calibration, embedder_digest)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -124,8 +124,12 @@ class TrainingIndex:
     def digest(self) -> str:
         """Changes when the rows do, wherever the index lies: 32 hex characters."""
         content = hashlib.sha256(np.ascontiguousarray(self.embeddings).data)
-        for column in (self.shards, self.keys, self.kept.tolist()):
-            content.update(json.dumps(column).encode())
+        for column in (self.shards, self.keys, self.kept):
+            parts = (json.dumps(block)[1:-1] for block in _blocks_of(column))  # as json.dumps of all would be
+            content.update(b"[")
+            for number, part in enumerate(parts):
+                content.update(f"{', ' if number else ''}{part}".encode())
+            content.update(b"]")
         return content.hexdigest()[:32]
 
     @property
@@ -136,9 +140,13 @@ class TrainingIndex:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """``[n]``: how many rows bear the same normalised caption; 0 where there is no caption."""
-        normalised = [None if c is None else normalise_caption(c) for c in self.captions]
-        occurrences = Counter(normalised)
-        return np.array([0 if c is None else occurrences[c] for c in normalised], np.int64)
+        counts = np.zeros(len(self), np.int64)
+        texts = (c for block in _blocks_of(self.captions) for c in block)
+        there = np.fromiter((c is not None for c in texts), bool, len(self))
+        texts = (normalise_caption(c) for block in _blocks_of(self.captions) for c in block if c is not None)
+        number, first = numbered(texts, int(there.sum()))
+        counts[there] = np.bincount(number, minlength=len(first))[number]
+        return counts
 
     @cached_property
     def group_counts(self) -> NDArray[np.int64]:
@@ -248,22 +256,20 @@ class TrainingIndex:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        table = pa.table(
-            {
-                "shard": pa.array(self.shards, pa.string()),
-                "key": pa.array(self.keys, pa.string()),
-                "caption": pa.array(self.captions, pa.string()),
-                "kept": pa.array(self.kept),
-                "group": pa.array(self.group, pa.int64()),
-            }
-        )
+        texts = {"shard": self.shards, "key": self.keys, "caption": self.captions}
+        numbers = {"kept": pa.bool_(), "group": pa.int64()}
+        schema = pa.schema([*((name, pa.string()) for name in texts), *numbers.items()])
         rows = np.ascontiguousarray(self.embeddings)
         with write_atomic(folder / "embeddings.npy") as path, open(path, "wb") as file:
             # As np.save does, whose own way to write does not say why it fails (a full disk).
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
             file.write(rows.data)
-        with write_atomic(folder / "samples.parquet") as path:
-            pq.write_table(table, path)
+        with write_atomic(folder / "samples.parquet") as path, pq.ParquetWriter(path, schema) as writer:
+            for start in range(0, max(1, len(self)), ROW_GROUP):
+                some = slice(start, start + ROW_GROUP)
+                columns = [pa.array(column[some], pa.string()) for column in texts.values()]
+                columns += [pa.array(getattr(self, name)[some], kind) for name, kind in numbers.items()]
+                writer.write_table(pa.table(columns, schema=schema))
         # Last: a folder with an index.json is whole.
         write_json(
             folder / "index.json",
@@ -304,8 +310,9 @@ class TrainingIndex:
             raise UserError(f"{folder} is an index of format {stored}; this version reads format {FORMAT}")
         try:
             embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-            table = pq.read_table(folder / "samples.parquet", memory_map=True)
-            columns = {name: table[name] for name in ("shard", "key", "caption", "kept", "group")}
+            samples = folder / "samples.parquet"
+            table = pq.read_table(samples, columns=["kept", "group"], memory_map=True)
+            shards, keys, captions = (Column.of_parquet(samples, name) for name in ("shard", "key", "caption"))
         except Exception as error:
             raise UserError(f"index {folder} cannot be read: {reason(error)}") from error
         if embeddings.shape != (rows, dim) or embeddings.dtype != np.float16 or table.num_rows != rows:
@@ -316,15 +323,22 @@ class TrainingIndex:
             )
         return cls(
             embeddings,
-            columns["caption"].to_pylist(),
-            columns["shard"].to_pylist(),
-            columns["key"].to_pylist(),
-            columns["kept"].to_numpy().astype(bool),
-            columns["group"].to_numpy().astype(np.int64),
+            captions,
+            shards,
+            keys,
+            table["kept"].to_numpy().astype(bool),
+            table["group"].to_numpy().astype(np.int64),
             embedder,
             calibration,
             embedder_digest,
         )
+
+
+def _blocks_of(column: Sequence[Any] | NDArray[Any]) -> Iterator[list[Any]]:
+    """A column as lists of Python's objects, some thousands at a time."""
+    for start in range(0, len(column), BLOCK):
+        block = column[start : start + BLOCK]
+        yield block.tolist() if isinstance(block, np.ndarray) else list(block)
 
 
 def check_index(where: str | Path) -> None:

@@ -34,7 +34,8 @@ CELL_ROWS = 1024  # rows a cell has on average, before probes: small cells mean 
 _MOST_CELLS = 65_536
 _TRAINING_ROWS = 48  # per cell
 _ITERATIONS = 8
-_ASSIGNED = 8192  # rows assigned at a time
+_ASSIGNED = 8192  # rows assigned at a time, where there are few cells
+_ASSIGNED_ELEMENTS = 1 << 24  # cosines of rows with centroids that a thread holds: 64 MB; their order takes 128 MB
 
 
 def find_pairs_in_cells(
@@ -122,14 +123,16 @@ def assign(
     embeddings: NDArray, centroids: NDArray[np.float32], probes: int, pool: ThreadPoolExecutor
 ) -> NDArray[np.int32]:
     """``[n, probes]``: the nearest centroids of each row, in no order."""
+    # By the number of cells alone: products of other shapes may round otherwise.
+    step = max(1, min(_ASSIGNED, _ASSIGNED_ELEMENTS // len(centroids)))
 
     def nearest(start: int) -> NDArray[np.int32]:
-        rows = unit_rows(embeddings, slice(start, min(start + _ASSIGNED, len(embeddings))))
+        rows = unit_rows(embeddings, slice(start, min(start + step, len(embeddings))))
         if probes == len(centroids):
             return np.broadcast_to(np.arange(probes, dtype=np.int32), (len(rows), probes))
         return np.argpartition(rows @ centroids.T, -probes, axis=1)[:, -probes:].astype(np.int32)
 
-    return np.concatenate(list(pool.map(nearest, range(0, len(embeddings), _ASSIGNED))))
+    return np.concatenate(list(pool.map(nearest, range(0, len(embeddings), step))))
 
 
 def members_of(nearest: NDArray[np.int32], cells: int) -> Iterator[NDArray[np.int64]]:

@@ -177,11 +177,18 @@ def _decided(
 
 def assembled(embeddings: NDArray, found: Sequence[Pairs], crowded: NDArray[np.bool_], threshold: float) -> Pairs:
     """Pairs that were found here and there, in order, each once, without those inside the crowd."""
-    pairs = _outside(found, crowded)
-    _, first = np.unique(pairs.i * len(embeddings) + pairs.j, return_index=True)
-    rows = np.flatnonzero(crowded)
+    pairs, rows = once(_outside(found, crowded)), np.flatnonzero(crowded)
     left_out = Crowd(embeddings, rows, rows, threshold) if len(rows) else None
-    return Pairs(pairs.i[first], pairs.j[first], pairs.similarity[first], left_out)
+    return Pairs(pairs.i, pairs.j, pairs.similarity, left_out)
+
+
+def once(pairs: Pairs) -> Pairs:
+    """The pairs in order, each once. Not by ``i · n + j``, which leaves int64 at three billion rows."""
+    order = np.lexsort((pairs.j, pairs.i))
+    i, j = pairs.i[order], pairs.j[order]
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = (i[1:] != i[:-1]) | (j[1:] != j[:-1])
+    return Pairs(i[fresh], j[fresh], pairs.similarity[order[fresh]])
 
 
 def _outside(found: Sequence[Pairs], crowded: NDArray[np.bool_]) -> Pairs:

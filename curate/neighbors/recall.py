@@ -31,7 +31,8 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
         return 1.0
     lowest = candidate_threshold(threshold, d)
     queries = unit_rows(embeddings, chosen)
-    known = pairs.i * n + pairs.j
+    # Pairs are told by the place of a sampled row among those and the other row: i·n + j leaves int64 at three billion.
+    known = _told(chosen, pairs, n)
     true = np.empty(0, np.int64)
     for start, some in unit_chunks(embeddings, 0, n, max(1, _SEARCH_ELEMENTS // max(d, len(chosen)))):
         a, b = np.nonzero(queries @ some.T >= lowest)
@@ -41,6 +42,15 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
         if pairs.crowd is not None:
             inside = np.isin(true_pairs.i, pairs.crowd.rows) & np.isin(true_pairs.j, pairs.crowd.rows)
             true_pairs = Pairs(true_pairs.i[~inside], true_pairs.j[~inside], true_pairs.similarity[~inside])
-        true = np.union1d(true, true_pairs.i * n + true_pairs.j)
+        true = np.union1d(true, _told(chosen, true_pairs, n))
     return float(np.isin(true, known).mean()) if len(true) else 1.0
 
+
+def _told(chosen: NDArray[np.int64], pairs: Pairs, n: int) -> NDArray[np.int64]:
+    """A number for each pair of a sampled row: of two sampled ones by the first."""
+    place = np.searchsorted(chosen, pairs.i)
+    by_i = chosen[np.minimum(place, len(chosen) - 1)] == pairs.i
+    other = np.searchsorted(chosen, pairs.j)
+    by_j = ~by_i & (chosen[np.minimum(other, len(chosen) - 1)] == pairs.j)
+    of_i = place[by_i] * n + pairs.j[by_i]
+    return np.concatenate([of_i, (len(chosen) + other[by_j]) * n + pairs.i[by_j]])

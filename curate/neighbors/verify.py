@@ -7,6 +7,7 @@ last bit, does not depend on what it was compared beside. :class:`Crowd` answers
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,10 +67,11 @@ class Crowd:
 
     def __init__(self, embeddings: NDArray, places: NDArray[np.int64], rows: NDArray[np.int64], threshold: float):
         self.embeddings, self.places, self.rows, self.threshold = embeddings, places, rows, threshold
-        self._members = frozenset(rows.tolist())
+        self._ascending = np.ascontiguousarray(rows).data
 
     def __contains__(self, row: int) -> bool:
-        return row in self._members
+        place = bisect_left(self._ascending, row)
+        return place < len(self._ascending) and self._ascending[place] == row
 
     def at_least(self, threshold: float) -> Crowd:
         """The same rows with another threshold."""

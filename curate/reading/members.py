@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from afresh.errors import printable
 from curate.reading.tar import MAX_MEMBER_BYTES, Member, shown
@@ -81,3 +82,16 @@ def safe_name(name: str) -> str:
     """A refused member's name as it may stand in a ledger."""
     return printable(name[:MAX_NAME])
 
+
+def name_apart(key: str, shard: str, taken: Set[str]) -> str:
+    """A key for a sample whose own one is taken where it is written: its shard's name in front, and a number if that
+    is taken, too. ``0001`` of ``a/b.tar`` becomes ``a__b__0001``, then ``a__b-2__0001``.
+    """
+    name = (shard.partition("://")[2] or shard).removesuffix(".tar").replace("/", "__").replace(".", "_")
+    names = (f"{name}{number}__{key}" for number in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+    return next(one for one in names if one not in taken)
+
+
+def is_written_as(name: str, key: str) -> bool:
+    """Whether a sample of a written shard may be the one that had this key in its input shard."""
+    return name == key or name.endswith(f"__{key}")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from afresh.errors import UsageError, UserError, printable
-from afresh.storage import version
+from afresh.storage import version, why
 
 
 def expand_shards(patterns: Sequence[str] | str) -> list[str]:
@@ -104,7 +104,7 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
         else:
             opened = open(url, "rb")  # noqa: SIM115  # closed below, where errors are the reader's own
     except Exception as error:  # fsspec's file systems raise their own kinds
-        raise UserError(f"cannot open shard {url}: {error}") from error
+        raise UserError(f"cannot open shard {url}: {why(error, url)}") from error
     with opened as stream:
         yield stream
 
@@ -159,7 +159,7 @@ def _expand_url(pattern: str) -> list[str]:
         filesystem, path = fsspec.core.url_to_fs(pattern)
         found = sorted(filesystem.unstrip_protocol(file) for file in filesystem.glob(path))
     except Exception as error:
-        raise UsageError(f"shards {pattern!r}: {error}") from error
+        raise UsageError(f"shards {pattern!r}: {why(error, pattern)}") from error
     if not found:
         raise UsageError(f"shards {pattern!r}: no such file")
     return found
@@ -173,7 +173,7 @@ def fingerprint(url: str) -> list[str | int]:
         try:
             return [version(*fsspec.core.url_to_fs(url))]
         except Exception as error:
-            raise UserError(f"cannot open shard {url}: {error}") from error
+            raise UserError(f"cannot open shard {url}: {why(error, url)}") from error
     with open_shard(url) as file:
         stat = os.fstat(file.fileno())
         digest = hashlib.sha256(file.read(1 << 16))

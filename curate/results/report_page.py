@@ -7,6 +7,7 @@ It is drawn from what ``curate dedup`` leaves: ``summary.json``, ``ledger.parque
 from __future__ import annotations
 
 import base64
+import heapq
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 from afresh.errors import UserError, printable
 from afresh.files import write_atomic
 from afresh.storage import Store
+from curate.columns import BLOCK, Column, numbered, some_rows
 from curate.results.ledger import DROP_REASONS, DROPPED, KEPT, UNREADABLE
 from curate.results.report_data import BINS, Pictures, gallery
 
@@ -81,8 +83,7 @@ def render(summary: Mapping[str, Any], table: pa.Table, pictures: Pictures) -> s
     groups = gallery(table)
     wanted = {row for rows in groups for row in rows}
     wanted.update(row for a, b, _ in pictures.close_calls for row in (a, b))
-    # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
-    taken = table.select(LEDGER_COLUMNS).filter(np.isin(np.arange(table.num_rows), list(wanted)))
+    taken = some_rows(table.select(LEDGER_COLUMNS), sorted(wanted))
     shown = {fields["row"]: _card(fields, pictures) for fields in taken.to_pylist()}
     calls = [
         (shown[a], shown[b], similarity)
@@ -205,24 +206,29 @@ def _sweep_shapes(sweep: Sequence[Mapping[str, Any]], threshold: float) -> dict[
 
 def _repeated_captions(table: pa.Table) -> list[tuple[str, int, int]]:
     """Captions that most samples share, with how many samples had them and how many still do."""
-    readable = table.filter(pc.not_equal(table["status"], UNREADABLE)).select(["caption", "status"])
-    if readable["caption"].null_count == readable.num_rows:  # a set without captions shares none
+    readable = pc.not_equal(table["status"], UNREADABLE).to_numpy()
+    rows = np.flatnonzero(readable)
+    if not (readable & table["caption"].is_valid().to_numpy()).any():  # a set without captions shares none
         return []
-    captions = readable["caption"].fill_null("").cast(pa.large_string())  # all of them may be more than 2 GiB
-    counts = captions.value_counts()
-    values, numbers = counts.field("values"), counts.field("counts").to_numpy()
-    largest = np.sort(numbers[numbers > 1])[-CAPTIONS_SHOWN:]
+    captions = Column.of(table["caption"], rows, "")
+    numbers, first = numbered(captions, len(rows))  # not by value_counts, which holds them all
+    counts = np.bincount(numbers)
+    largest = np.sort(counts[counts > 1])[-CAPTIONS_SHOWN:]
     if not len(largest):
         return []
-    most = counts.filter(pa.array(numbers >= largest[0])).to_pylist()
-    most = sorted(most, key=lambda row: (-row["counts"], row["values"]))[:CAPTIONS_SHOWN]
-    kept = captions.filter(pc.equal(readable["status"], KEPT))
-    shown = pa.array([row["values"] for row in most], values.type)
-    still = {row["values"]: row["counts"] for row in kept.filter(pc.is_in(kept, shown)).value_counts().to_pylist()}
-    return [(row["values"], row["counts"], still.get(row["values"], 0)) for row in most]
+    among = np.flatnonzero(counts >= largest[0])
+    blocks = (among[start : start + BLOCK] for start in range(0, len(among), BLOCK))
+    named = (
+        (-int(counts[number]), text, number)
+        for block in blocks
+        for number, text in zip(block.tolist(), captions.take(first[block]), strict=True)
+    )
+    most = heapq.nsmallest(CAPTIONS_SHOWN, named)
+    kept = pc.equal(table["status"], KEPT).to_numpy()[rows]
+    still = np.bincount(numbers[kept], minlength=len(counts))
+    return [(text, -count, int(still[number])) for count, text, number in most]
 
 
 def _unreadable(table: pa.Table) -> list[dict[str, Any]]:
-    broken = table.select(["shard", "key", "reason"]).filter(pc.equal(table["status"], UNREADABLE))
-    return broken.slice(0, UNREADABLE_SHOWN).to_pylist()
-
+    rows = np.flatnonzero(pc.equal(table["status"], UNREADABLE).to_numpy())[:UNREADABLE_SHOWN]
+    return some_rows(table.select(["shard", "key", "reason"]), rows.tolist()).to_pylist()

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from afresh import plugins
 from afresh.errors import UsageError
 from afresh.progress import progress
+from curate.columns import BLOCK, Column
 from curate.config import RULES, DedupConfig
 from curate.decisions.sample_lists import refuse_missing
 from curate.stages.filters import REASON
@@ -66,7 +68,7 @@ def against_stage(
 
     if not others:
         return None
-    images = rows.embeddings[joined.first]
+    images = joined.images
     shard, key = (np.full(len(images), None, dtype=object) for _ in range(2))
     similarity = np.full(len(images), np.nan, dtype=np.float32)
     for folder, index in others.items():
@@ -90,11 +92,16 @@ def listed_stage(rows: Rows, names: Sequence[str], listed: Sequence[Set[str]], p
     Raises:
         UserError: a listed sample is not in its shard.
     """
-    shards, keys = rows.shard_number.tolist(), rows.table["key"].to_pylist()
-    excluded = np.array([key in listed[shard] for shard, key in zip(shards, keys, strict=True)], dtype=bool)
+    excluded = np.zeros(rows.table.num_rows, bool)
     there: list[set[str]] = [set() for _ in listed]
-    for row in np.flatnonzero(excluded).tolist():
-        there[shards[row]].add(keys[row])
+    keys = rows.texts("key")
+    for shard, wanted in enumerate(listed):
+        first, last = rows.starts[shard : shard + 2].tolist()
+        for start in range(first, last, BLOCK) if wanted else ():
+            for row, key in enumerate(keys.take(np.arange(start, min(start + BLOCK, last))), start):
+                if key in wanted:
+                    excluded[row] = True
+                    there[shard].add(key)
     refuse_missing(path, names, listed, there)
     return excluded[rows.readable]
 
@@ -113,8 +120,7 @@ def decide_stage(
     from curate.decisions.rules import EXCLUDED, decide, sweep
 
     prefer = _preference(rows, config.prefer)
-    left_out = rows.column("left_out")
-    filtered = np.array([name is not None for name in left_out], dtype=bool)
+    filtered = rows.table["left_out"].is_valid().to_numpy()[rows.readable]
     if must_stay is not None:
         filtered &= ~must_stay
     if filtered.any():
@@ -127,14 +133,23 @@ def decide_stage(
         "elsewhere": None if elsewhere is None else ~np.isnan(elsewhere.similarity),
         "excluded": excluded,
         "must_stay": must_stay,
-        "others": [() if texts is None else texts for texts in rows.column("others")],
+        "others": _others(rows),
     }
-    verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
-    for row in np.flatnonzero(filtered & (verdicts.reason == EXCLUDED)).tolist():
-        verdicts.reason[row] = REASON + left_out[row]
+    # The other thresholds first: then one decision at a time is in memory.
     others = sweep_thresholds(config) if config.sweep else []
     with progress(others, desc="trying thresholds", unit="thresholds") as bar:
-        return verdicts, sweep(joined, rows.captions, prefer, bar, **options)
+        swept = sweep(joined, rows.captions, prefer, bar, **options)
+    verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
+    left_out = rows.of_readable("left_out")
+    for row in np.flatnonzero(filtered & (verdicts.reason == EXCLUDED)).tolist():
+        verdicts.reason[row] = REASON + left_out[row]
+    return verdicts, swept
+
+
+def _others(rows: Rows) -> Column | None:
+    """Further captions of each row; None where no row has any."""
+    lengths = pc.sum(pc.list_value_length(rows.table["others"])).as_py()
+    return rows.of_readable("others", ()) if lengths else None
 
 
 def find_rule(name: str) -> Rule | OwnRule:
@@ -152,21 +167,22 @@ def find_rule(name: str) -> Rule | OwnRule:
     return own
 
 
-def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.int64]:
+def _preference(rows: Rows, prefer: Sequence[str]) -> NDArray[np.integer]:
     """Rank of each row, 0 for the one to be kept before all others; ties go by input order."""
-    width, height = rows.column("width").astype(np.int64), rows.column("height").astype(np.int64)
-    criteria: dict[str, NDArray[Any]] = {
-        "lossless": -rows.column("lossless").astype(np.int64),
-        "resolution": -(width * height),
-        "caption_length": -np.array([len(caption) for caption in rows.captions], dtype=np.int64),
-    }
-    numbers = rows.column("numbers")
-    for place, field in enumerate(preferred_fields(prefer)):
-        values = np.array([np.nan if of_row[place] is None else of_row[place] for of_row in numbers], dtype=np.float64)
-        for sign, name in ((-1, f"+{field}"), (1, f"-{field}")):
-            criteria[name] = np.where(np.isnan(values), np.inf, sign * values)
-    order = np.lexsort([np.arange(len(width)), *(criteria[name] for name in reversed(prefer))])
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
+    keys: list[NDArray[Any]] = [np.arange(len(rows.readable))]  # the last one decides first
+    fields = list(preferred_fields(prefer))
+    for criterion in reversed(prefer):
+        if criterion == "lossless":
+            keys.append(~rows.column(criterion).astype(bool))
+        elif criterion == "resolution":
+            keys.append(-(rows.column("width").astype(np.int64) * rows.column("height").astype(np.int64)))
+        elif criterion == "caption_length":
+            keys.append(-pc.fill_null(pc.utf8_length(rows.table["caption"]), 0).to_numpy()[rows.readable])
+        else:
+            values = pc.list_element(rows.table["numbers"], fields.index(criterion[1:]))
+            of_rows = values.to_numpy(zero_copy_only=False).astype(np.float64)[rows.readable]
+            keys.append(np.where(np.isnan(of_rows), np.inf, -of_rows if criterion[0] == "+" else of_rows))
+    order = np.lexsort(keys)
+    rank: NDArray[Any] = np.empty(len(order), np.int32 if len(order) < 1 << 31 else np.int64)
+    rank[order] = np.arange(len(order), dtype=rank.dtype)
     return rank
-

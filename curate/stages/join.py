@@ -6,7 +6,7 @@ Pairs are found once and cached.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from afresh.errors import printable
 from afresh.files import digest
 from afresh.progress import get_logger, progress
+from curate.columns import BLOCK, Column, array_on_disk, numbered
 from curate.config import RULES, DedupConfig
+from curate.reading.captions import normalise_caption
 from curate.results import ledger
 from curate.stages.rows import Rows
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 
 log = get_logger(__name__)
+PAIRS_FORMAT = 2
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CAPTION_BLOCK = 1 << 13  # captions embedded at a time
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors.join): bounds the pairs that are held
@@ -43,9 +46,9 @@ class Joined:
     Attributes:
         image_of: int64 [n], number of each row's distinct image (by its pixels), in order of appearance.
         first: int64 [images], the first row with each image.
+        images: float16 [images, dim], their embeddings, memory-mapped.
         image_pairs: near pairs of distinct images, down to the lowest threshold of the sweep.
         caption_of: int64 [n], number of each row's distinct normalised caption, in order of appearance.
-        captions: the distinct normalised captions.
         caption_pairs: near pairs of distinct captions.
         recall: measured of image_pairs, in [0, 1].
         caption_recall: measured of caption_pairs, in [0, 1].
@@ -54,9 +57,9 @@ class Joined:
 
     image_of: NDArray[np.int64]
     first: NDArray[np.int64]
+    images: NDArray[Any]
     image_pairs: Pairs
     caption_of: NDArray[np.int64]
-    captions: list[str]
     caption_pairs: Pairs
     recall: float
     caption_recall: float
@@ -71,39 +74,34 @@ def join_stage(
     Args:
         work: folder of the caches of pairs.
     """
-    from curate.reading.captions import normalise_caption
-
-    image_of, first = _numbered(rows.column("pixels"))
-    normalised = [normalise_caption(caption) for caption in rows.captions]
-    caption_of, first_with_caption = _numbered(np.array(normalised, dtype=object))
-    captions = [normalised[row] for row in first_with_caption]
+    n = len(rows.readable)
+    image_of, first = numbered(rows.of_readable("pixels", ""), n)
+    texts = rows.captions
+    caption_of, first_with = numbered(map(normalise_caption, texts), n)
 
     measured = [config.join, config.recall_sample, config.seed]
     lowest = min(sweep_thresholds(config))
     # Rules of one's own are shown every pair; ours ask for those within crowds one by one.
     crowd = CROWD if config.rule in RULES else None
     every_pair = [] if crowd else ["every pair"]
-    images_key = digest([list(keys), config.missing_caption, lowest, measured, *every_pair])
+    images_key = digest([PAIRS_FORMAT, list(keys), config.missing_caption, lowest, measured, *every_pair])
     images_cache = work / f"pairs-{images_key}.parquet"
-    all_differ = len(first) == len(rows.embeddings)
-
-    def distinct() -> NDArray[Any]:
-        return rows.embeddings if all_differ else rows.embeddings[first]  # no copy for nothing
-
-    image_pairs, recall = _joined(images_cache, distinct, lowest, crowd, config, "joining images")
+    images = rows.embeddings
+    if len(first) < n:
+        blocks = (images[first[start : start + BLOCK]] for start in range(0, len(first), BLOCK))
+        images = array_on_disk(work, blocks, images.shape[1], images.dtype)
+    image_pairs, recall = _joined(images_cache, lambda: images, lowest, crowd, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
-    long = np.array(
-        [row for row, text in enumerate(captions) if len(text) >= config.min_caption_chars], dtype=np.int64
-    )
+    long = np.flatnonzero(_lengths(texts, first_with) >= config.min_caption_chars)
     near_captions = [
-        list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured,
+        PAIRS_FORMAT, list(keys), config.missing_caption, config.caption_threshold, config.min_caption_chars, measured,
         captioner.digest, *every_pair,
     ]  # fmt: skip
     captions_cache = work / f"pairs-{digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
         captions_cache,
-        lambda: embedded_captions(captioner, [captions[row] for row in long]),
+        lambda: embedded_captions(captioner, _normalised(texts, first_with[long]), work),
         config.caption_threshold,
         crowd,
         config,
@@ -112,9 +110,9 @@ def join_stage(
     return Joined(
         image_of=image_of,
         first=first,
+        images=images,
         image_pairs=image_pairs,
         caption_of=caption_of,
-        captions=captions,
         caption_pairs=caption_pairs.renumbered(long),
         recall=recall,
         caption_recall=caption_recall,
@@ -122,33 +120,43 @@ def join_stage(
     )
 
 
-def embedded_captions(captioner: CaptionEmbedder, captions: Sequence[str]) -> NDArray[np.float16]:
-    """``[n, dim]``, a block at a time: in half of float32's memory, as images' embeddings are held.
+def _normalised(texts: Column, rows: NDArray[np.int64]) -> Iterator[list[str]]:
+    """The normalised captions of some rows, a block at a time."""
+    for start in range(0, len(rows), CAPTION_BLOCK):
+        yield [normalise_caption(text) for text in texts.take(rows[start : start + CAPTION_BLOCK])]
+
+
+def _lengths(texts: Column, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Characters of the normalised captions of some rows."""
+    every = (len(text) for block in _normalised(texts, rows) for text in block)
+    return np.fromiter(every, np.int64, len(rows))
+
+
+def embedded_captions(
+    captioner: CaptionEmbedder, blocks: Iterable[Sequence[str]], folder: Path
+) -> NDArray[np.float16]:
+    """``[n, dim]`` of all captions of all blocks, as a memory map of a file in ``folder`` without a name.
 
     A row that is not finite becomes zeros, which are near nothing.
     """
-    result = np.empty((len(captions), captioner.dim), np.float16)
-    for start in range(0, len(captions), CAPTION_BLOCK):
-        block = captions[start : start + CAPTION_BLOCK]
-        result[start : start + len(block)] = captioner.embed(block)
-    lost = ~np.isfinite(result).all(axis=1)
-    if lost.any():
-        first = printable(captions[int(np.argmax(lost))][:60])
+    strange: list[str] = []  # a part of each caption whose row is not finite
+
+    def embedded() -> Iterator[NDArray[np.float16]]:
+        for block in blocks:
+            with np.errstate(over="ignore"):
+                result = np.asarray(captioner.embed(list(block))).astype(np.float16)
+            lost = ~np.isfinite(result).all(axis=1)
+            result[lost] = 0  # near nothing
+            strange.extend(block[place][:60] for place in np.flatnonzero(lost).tolist())
+            yield result
+
+    result = array_on_disk(folder, embedded(), captioner.dim)
+    if strange:
         log.warning(
             "the caption embedder %s gives %d captions vectors with numbers that are not finite: these are near equal "
-            "ones only (the first: %s)", captioner.name, int(lost.sum()), first,
+            "ones only (the first: %s)", captioner.name, len(strange), printable(strange[0]),
         )  # fmt: skip
-        result[lost] = 0  # near nothing
     return result
-
-
-def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number of each value in order of appearance, and where each number appears first."""
-    number: dict[Any, int] = {}
-    numbers = np.fromiter((number.setdefault(value, len(number)) for value in values), np.int64, len(values))
-    first = np.full(len(number), len(values), dtype=np.int64)
-    np.minimum.at(first, numbers, np.arange(len(values)))
-    return numbers, first
 
 
 def _joined(
@@ -167,9 +175,10 @@ def _joined(
 
     if cache.is_file():
         table = pq.read_table(cache)
-        measured, crowded = (json.loads(table.schema.metadata[name]) for name in (b"recall", b"crowd"))
-        i, j, similarity = (table[name].to_numpy() for name in ("i", "j", "similarity"))
-        left_out = Crowd(embed(), np.array(crowded), np.array(crowded), threshold) if crowded else None
+        measured = json.loads(table.schema.metadata[b"recall"])
+        rows = table.slice(table.num_rows - table["j"].null_count)["i"].to_numpy()
+        i, j, similarity = (table[name].slice(0, table.num_rows - len(rows)).to_numpy() for name in table.column_names)
+        left_out = Crowd(embed(), rows, rows, threshold) if len(rows) else None
         return Pairs(i, j, similarity, left_out), measured
     embeddings = embed()
     if len(embeddings) < 2:
@@ -181,11 +190,18 @@ def _joined(
         with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
             pairs = find(embeddings, threshold, crowd=crowd, threads=config.workers, bar=bar)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
-    table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity})
-    crowded = [] if pairs.crowd is None else pairs.crowd.rows.tolist()
-    metadata = {"recall": json.dumps(measured), "crowd": json.dumps(crowded)}
-    ledger.write_table(table.replace_schema_metadata(metadata), cache)
+    _write_pairs(cache, pairs, measured)
     return pairs, measured
+
+
+def _write_pairs(cache: Path, pairs: Pairs, measured: float) -> None:
+    """Rows ``i, j, similarity``, the pairs first; a row without ``j`` says that ``i`` stands in the crowd."""
+    schema = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("similarity", pa.float32())])
+    table = pa.table({"i": pairs.i, "j": pairs.j, "similarity": pairs.similarity}, schema=schema)
+    if pairs.crowd is not None:
+        crowded = pa.table({"i": pairs.crowd.rows}, schema=pa.schema([schema.field("i")]))
+        table = pa.concat_tables([table, crowded], promote_options="default")
+    ledger.write_table(table.replace_schema_metadata({"recall": json.dumps(measured)}), cache)
 
 
 def join_memory(config: DedupConfig) -> int:

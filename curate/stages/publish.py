@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afresh.storage import Store
+from curate.columns import table_on_disk
 from curate.config import DedupConfig
 from curate.engines.protocol import Engine
 from curate.reading.samples import Sample, read_samples
@@ -29,61 +30,88 @@ if TYPE_CHECKING:
 
 
 HISTOGRAM_SAMPLE = 2000
+LEDGER_ROWS = 1 << 16  # made at a time: a row group of the file
 
 
-def publish_ledger(
-    out: Store, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None
-) -> pa.Table:
-    """Write the ledger, and give it."""
-    table = ledger_table(rows, verdicts, elsewhere)
-    ledger.write_table(table, out.made_in / "ledger.parquet")
+def publish_ledger(out: Store, rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None) -> pa.Table:
+    """Write the ledger, and give it, memory-mapped."""
+    with ledger.table_writer(ledger.SCHEMA, out.made_in / "ledger.parquet") as writer:
+
+        def written() -> Iterator[pa.RecordBatch]:
+            for part in ledger_parts(rows, verdicts, elsewhere):
+                writer.write_table(part)
+                yield from part.to_batches()
+
+        table = table_on_disk(out.made_in / "work", written(), ledger.SCHEMA)
     out.deliver("ledger.parquet")
     return table
 
 
 def ledger_table(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None) -> pa.Table:
-    """One row a sample, in the columns of :data:`curate.results.ledger.SCHEMA`.
+    """The ledger in memory; see :func:`ledger_parts`."""
+    return pa.concat_tables(ledger_parts(rows, verdicts, elsewhere))
+
+
+def ledger_parts(rows: Rows, verdicts: Verdicts | None, elsewhere: Elsewhere | None) -> Iterator[pa.Table]:
+    """One row a sample, in the columns of :data:`curate.results.ledger.SCHEMA`, some thousands at a time.
 
     Args:
         rows: of all samples.
         verdicts: of the readable ones; None where there are none.
         elsewhere: what stands in other sets, where there are any.
     """
-    total = rows.table.num_rows
+    without = rows.table["caption"].is_null().to_numpy()
+    for start in range(0, max(1, rows.table.num_rows), LEDGER_ROWS):
+        yield _ledger_part(rows, verdicts, elsewhere, without, start, min(start + LEDGER_ROWS, rows.table.num_rows))
+
+
+def _ledger_part(
+    rows: Rows,
+    verdicts: Verdicts | None,
+    elsewhere: Elsewhere | None,
+    without: NDArray[np.bool_],
+    start: int,
+    stop: int,
+) -> pa.Table:
+    """The rows ``start … stop``; ``without`` tells of all rows which have no caption."""
+    total = stop - start
     columns: dict[str, Any] = {
-        name: rows.table[name] for name in ("shard", "key", "sha256", "width", "height", "caption")
+        name: rows.table[name].slice(start, total) for name in ("shard", "key", "sha256", "width", "height", "caption")
     }
-    columns["row"] = np.arange(total)
+    columns["row"] = np.arange(start, stop)
+    some = slice(*np.searchsorted(rows.readable, [start, stop]).tolist())
+    readable = rows.readable[some] - start
     status = np.full(total, ledger.UNREADABLE, dtype=object)
-    reason = rows.table["reason"].to_numpy(zero_copy_only=False).copy()
+    reason = rows.table["reason"].slice(start, total).to_numpy(zero_copy_only=False).copy()
     stand_in = np.full(total, -1, dtype=np.int64)
     numbers: dict[str, NDArray[Any]] = {}
     for name in ("image_similarity", "caption_similarity", "group", "group_size"):
         numbers[name] = np.full(total, np.nan if "similarity" in name else -1)
     if verdicts is not None:
-        status[rows.readable] = np.where(verdicts.kept, ledger.KEPT, ledger.DROPPED)
-        reason[rows.readable] = verdicts.reason
-        stand_in[rows.readable] = np.where(verdicts.kept_by >= 0, rows.readable[verdicts.kept_by], -1)
+        status[readable] = np.where(verdicts.kept[some], ledger.KEPT, ledger.DROPPED)
+        reason[readable] = verdicts.reason[some]
+        kept_by = verdicts.kept_by[some]
+        stand_in[readable] = np.where(kept_by >= 0, rows.readable[kept_by], -1)
         for name, values in numbers.items():
-            values[rows.readable] = getattr(verdicts, name)
-        numbers["group"][rows.readable] = rows.readable[verdicts.group]  # named by its first member's row
+            values[readable] = getattr(verdicts, name)[some]
+        numbers["group"][readable] = rows.readable[verdicts.group[some]]  # named by its first member's row
     nobody = stand_in < 0
     for name in ("shard", "key"):
-        columns[f"kept_{name}"] = rows.table[name].take(pa.array(stand_in, mask=nobody))
+        names = np.full(total, None, dtype=object)
         if elsewhere is not None:
-            of_others = np.full(total, None, dtype=object)
-            of_others[rows.readable] = getattr(elsewhere, name)
-            columns[f"kept_{name}"] = pc.coalesce(columns[f"kept_{name}"], pa.array(of_others, pa.string()))
+            names[readable] = getattr(elsewhere, name)[some]
+        names[~nobody] = rows.texts(name).take(stand_in[~nobody])
+        columns[f"kept_{name}"] = pa.array(names, pa.string())
     if elsewhere is not None:
-        there = ~np.isnan(elsewhere.similarity)
-        numbers["image_similarity"][rows.readable[there]] = elsewhere.similarity[there]
-    without = rows.table["caption"].is_null().to_numpy()
+        similarity = elsewhere.similarity[some]
+        there = ~np.isnan(similarity)
+        numbers["image_similarity"][readable[there]] = similarity[there]
     alike = numbers["caption_similarity"]
-    alike[without | (~nobody & without[stand_in])] = np.nan  # what is not there is like nothing
+    alike[without[start:stop] | (~nobody & without[stand_in])] = np.nan  # what is not there is like nothing
     for name, values in numbers.items():
         missing = np.isnan(values) if "similarity" in name else values < 0
         columns[name] = pa.array(values, mask=missing).cast(ledger.SCHEMA.field(name).type)
-    columns["status"], columns["reason"] = pa.array(status), pa.array(reason, pa.string())
+    columns["status"], columns["reason"] = pa.array(status, pa.string()), pa.array(reason, pa.string())
     return pa.table({field.name: columns[field.name] for field in ledger.SCHEMA}, schema=ledger.SCHEMA)
 
 
@@ -93,9 +121,9 @@ def publish_index(out: Store, rows: Rows, verdicts: Verdicts, embedder: Embedder
 
     TrainingIndex.build(
         embeddings=rows.embeddings,
-        captions=rows.column("caption").tolist(),
-        shards=rows.column("shard").tolist(),
-        keys=rows.column("key").tolist(),
+        captions=rows.of_readable("caption"),
+        shards=rows.of_readable("shard"),
+        keys=rows.of_readable("key"),
         kept=verdicts.kept,
         group=rows.readable[verdicts.group],
         embedder_name=embedder.name,
@@ -110,10 +138,9 @@ def summarise(
     table: pa.Table, joined: Joined, verdicts: Verdicts, settings: Mapping[str, Any], shards: int
 ) -> dict[str, Any]:
     """The summary without its sweep; ``settings`` are those that the result depends on."""
-    status = collections.Counter(table["status"].to_pylist())
-    reasons = collections.Counter(
-        table.filter(pc.equal(table["status"], ledger.DROPPED))["reason"].to_pylist()
-    )
+    status = _counted(table["status"])
+    dropped = pc.if_else(pc.equal(table["status"], ledger.DROPPED), table["reason"], None)
+    reasons = _counted(dropped)
     by_filters = sorted(name for name in reasons if name.startswith(REASON))
     sizes = np.bincount(verdicts.group)
     return {
@@ -122,12 +149,17 @@ def summarise(
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
         "reasons": {name: reasons[name] for name in (*ledger.DROP_REASONS, *by_filters) if reasons[name]},
-        "captions_pooled": sum(bool(pooled) for pooled in verdicts.pooled.values()),
+        "captions_pooled": len(verdicts.pooled),
         "recall": joined.recall,
         "caption_recall": joined.caption_recall,
         "shards": shards,
         "settings": dict(settings),
     }
+
+
+def _counted(column: pa.ChunkedArray) -> Counter[str]:
+    """How often each value stands in a column; nulls are passed over."""
+    return Counter({row["values"]: row["counts"] for row in column.drop_null().value_counts().to_pylist()})
 
 
 def publish_report(
@@ -147,8 +179,7 @@ def publish_report(
     counts: Mapping[str, Any] = report_data.histogram(np.empty(0, dtype=np.float32))
     calls: list[tuple[int, int, float]] = []
     if len(joined.first) > 1:
-        embeddings = rows.embeddings[joined.first]
-        asked, nearest, similarity = report_data.nearest_similarities(embeddings, HISTOGRAM_SAMPLE, config.seed)
+        asked, nearest, similarity = report_data.nearest_similarities(joined.images, HISTOGRAM_SAMPLE, config.seed)
         counts = report_data.histogram(similarity)
         # The join's pairs where it went below the threshold, and else the sample's nearest neighbours, too.
         pairs, row_of = joined.image_pairs, rows.readable[joined.first]
@@ -160,8 +191,9 @@ def publish_report(
         row for a, b, _ in calls for row in (a, b)
     }
     of_shard: dict[int, list[tuple[int, int]]] = {}
-    for row in sorted(shown):
-        of_shard.setdefault(int(rows.shard_number[row]), []).append((row, int(rows.ordinal[row])))
+    wanted_rows = np.array(sorted(shown), np.int64)
+    for row, shard, ordinal in zip(wanted_rows, *rows.places(wanted_rows), strict=True):
+        of_shard.setdefault(int(shard), []).append((int(row), int(ordinal)))
     tasks = [
         _ThumbnailTask(urls[shard], tuple(wanted), config.max_pixels) for shard, wanted in of_shard.items()
     ]
@@ -178,6 +210,10 @@ class _ThumbnailTask:
     url: str
     wanted: tuple[tuple[int, int], ...]  # (ledger row, ordinal in the shard)
     max_pixels: int
+
+    @property
+    def label(self) -> str:
+        return self.url
 
 
 def _thumbnails(task: _ThumbnailTask) -> dict[int, bytes]:

@@ -63,6 +63,10 @@ class _ReadTask:
     filters: tuple[str, ...]
     threads: int
 
+    @property
+    def label(self) -> str:
+        return str(getattr(self.samples, "name", "") or self.cache)
+
 
 def read_stage(
     engine: Engine,
@@ -85,15 +89,22 @@ def read_stage(
     missing = [number for number, cache in enumerate(caches) if not cache.is_file()]
     if len(missing) < len(caches):
         log.info("%d of %d shards were read before", len(caches) - len(missing), len(caches))
-    threads = shares([shard_bytes(urls[number]) for number in missing], config.workers or cpu_count())
+    workers = getattr(engine, "workers", 0) or config.workers or cpu_count()
+    threads = shares([shard_bytes(urls[number]) for number in missing], workers)
     shards = [(Shard(urls[number], names[number], config.caption_field), caches[number]) for number in missing]
     read_into(engine, shards, threads, config)
     for number in missing if fingerprints else ():
         try:
             refuse_changed(urls[number], fingerprints[number])
         except UserError:
-            caches[number].unlink()  # it is not what its name says
+            caches[number].unlink(missing_ok=True)  # it is not what its name says
             raise
+    for number, cache in enumerate(caches):
+        if not cache.is_file():
+            raise UserError(
+                f"{names[number]} was read on another machine, which does not see {cache.parent}: all of a cluster "
+                "must have out, or work_dir, under one path"
+            )
     return caches
 
 
@@ -127,6 +138,8 @@ def read_into(
 
 def _read(task: _ReadTask) -> None:
     """Hash and embed one source's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
+    if task.cache.is_file():  # it was run before, and its worker was lost
+        return
     embedder = cached_embedder(task.embedder)
     nothing = bytes(2 * embedder.dim)
     schema = pa.schema([*READ_COLUMNS, ("embedding", pa.binary(len(nothing)))])

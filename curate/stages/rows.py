@@ -1,8 +1,8 @@
-"""What the read stage found, in memory: one row of text a sample, and the embeddings of those that can be read."""
+"""What the read stage found, on disk: one row of text a sample, and the embeddings of those that can be read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.columns import BLOCK, Column, array_on_disk, table_on_disk
 from curate.reading.samples import NO_SAMPLE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
 
 
 READ_COLUMNS = (
@@ -43,24 +43,20 @@ class Rows:
     """Every sample of the input, in input order.
 
     Attributes:
-        table: READ_COLUMNS of all N rows; ``reason`` says of each row why it is unreadable, or is null.
-        shard_number: int32 [N], which input shard.
-        ordinal: int64 [N], which sample of it.
+        table: READ_COLUMNS of all N rows, memory-mapped; ``reason`` says of each row why it is unreadable, or is null.
+        starts: int64 [shards + 1], the first row of each input shard, and N.
         readable: int64 [n], the rows that can be curated.
-        embeddings: float16 [n, dim] of the readable rows.
-        captions: of the readable rows.
+        embeddings: float16 [n, dim] of the readable rows, memory-mapped.
     """
 
     table: pa.Table
-    shard_number: NDArray[np.int32]
-    ordinal: NDArray[np.int64]
+    starts: NDArray[np.int64]
     readable: NDArray[np.int64]
     embeddings: NDArray[np.float16]
-    captions: list[str]
 
     @classmethod
     def load(cls, caches: Sequence[Path], dim: int, missing_caption: str, shards: Sequence[str] = ()) -> Rows:
-        """What the caches hold.
+        """What the caches hold, brought into two files that are memory-mapped and gone with the process.
 
         Args:
             caches: of the read stage, in input order.
@@ -68,47 +64,69 @@ class Rows:
             missing_caption: as in the settings; ``auto`` is ``unreadable`` where some sample has a caption.
             shards: names; with them a shard that holds nothing has a row that says so.
         """
-        names = [name for name, _ in READ_COLUMNS]
-        tables = [pq.read_table(cache, columns=names) for cache in caches]
-        for number, shard in enumerate(shards):
-            if tables[number].num_rows == 0:
-                nothing = {"shard": shard, "key": "", "reason": NO_SAMPLE}
-                tables[number] = pa.Table.from_pylist([nothing], schema=pa.schema(READ_COLUMNS))
-        sizes = [table.num_rows for table in tables]
-        table = pa.concat_tables(tables)
+        folder, names = caches[0].parent, [name for name, _ in READ_COLUMNS]
+        sizes: list[int] = []
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for number, cache in enumerate(caches):
+                sizes.append(0)
+                with pq.ParquetFile(cache) as file:
+                    for batch in file.iter_batches(BLOCK, columns=names):
+                        sizes[-1] += len(batch)
+                        yield from pa.Table.from_batches([batch]).cast(schema).to_batches()
+                if shards and sizes[-1] == 0:
+                    sizes[-1] = 1
+                    nothing = {"shard": shards[number], "key": "", "reason": NO_SAMPLE}
+                    yield from pa.Table.from_pylist([nothing], schema=schema).to_batches()
+
+        schema = pa.schema(READ_COLUMNS)
+        table = table_on_disk(folder, batches(), schema)
         reason = table["reason"]
         if missing_caption == "unreadable" or (missing_caption == "auto" and not _of_images_alone(table)):
             reason = pc.coalesce(reason, table["caption_problem"])
             table = table.set_column(names.index("reason"), "reason", reason)
-        usable = reason.is_null().to_numpy(zero_copy_only=False)
-        embeddings = np.empty((int(usable.sum()), dim), dtype=np.float16)
-        start = row = 0
-        for cache, size in zip(caches, sizes, strict=True):
-            stored = pq.read_table(cache, columns=["embedding"])["embedding"].combine_chunks()
-            data = np.frombuffer(stored.buffers()[1] or b"", dtype=np.float16)[: len(stored) * dim].reshape(-1, dim)
-            of_shard = data[usable[start : start + len(stored)]]
-            embeddings[row : row + len(of_shard)] = of_shard
-            start, row = start + size, row + len(of_shard)
-        readable = np.flatnonzero(usable)
-        return cls(
-            table=table,
-            shard_number=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
-            ordinal=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
-            readable=readable,
-            embeddings=embeddings,
-            captions=[caption or "" for caption in table["caption"].filter(usable).to_pylist()],
-        )
+        usable = reason.is_null().to_numpy()
+        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+        def vectors() -> Iterator[NDArray[np.float16]]:
+            for cache, start in zip(caches, starts.tolist(), strict=False):
+                with pq.ParquetFile(cache) as file:
+                    for batch in file.iter_batches(BLOCK, columns=["embedding"]):
+                        stored = batch["embedding"]
+                        data = np.frombuffer(stored.buffers()[1] or b"", np.float16).reshape(-1, dim)
+                        data = data[stored.offset : stored.offset + len(stored)]
+                        yield data[usable[start : start + len(stored)]]
+                        start += len(stored)
+
+        return cls(table, starts, np.flatnonzero(usable), array_on_disk(folder, vectors(), dim))
 
     @property
     def of_images_alone(self) -> bool:
         """Whether no sample has a caption."""
         return _of_images_alone(self.table)
 
+    @property
+    def captions(self) -> Column:
+        """Of the readable rows, [n]; the empty text where there is none."""
+        return self.of_readable("caption", "")
+
+    def places(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which input shard each row comes from, and which sample of it it is."""
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        return shards, rows - self.starts[shards]
+
+    def texts(self, name: str) -> Column:
+        """A column of all rows, [N], read as it is asked for."""
+        return Column.of(self.table[name])
+
+    def of_readable(self, name: str, default: Any = None) -> Column:
+        """A column of the readable rows, [n], read as it is asked for."""
+        return Column.of(self.table[name], self.readable, default)
+
     def column(self, name: str) -> NDArray[Any]:
-        """A column of the readable rows, [n]."""
+        """A column of numbers of the readable rows, [n], in memory."""
         usable = np.zeros(self.table.num_rows, bool)
         usable[self.readable] = True
-        # Not by `take`, which puts the pieces of a column together and fails where they are text of more than 2 GiB.
         return self.table[name].filter(usable).to_numpy(zero_copy_only=False)
 
 

@@ -1,23 +1,28 @@
 """The write stage of curation: kept (or dropped) samples, with the bytes they came with, into shards of their own.
 
-Which sample goes where is planned first; each shard is then written by itself, and not again while its plan stands.
-What is taken from an input shard is told by its place there, which webdataset's pipelines do not keep.
+Which sample goes where is planned first; shards are then written a few at a time, so that an input shard is read once
+for all that it feeds, and not again while their plan stands. What is taken from an input shard is told by its place
+there, which webdataset's pipelines do not keep.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from afresh.files import digest
 from afresh.storage import Store
 from curate.engines.protocol import Engine
 from curate.reading.captions import MAX_JSON_BYTES
+from curate.reading.members import name_apart
 from curate.reading.samples import Sample, read_samples
 from curate.reading.tar import shown
 from curate.reading.urls import changed, refuse_changed, shard_names
@@ -29,42 +34,48 @@ if TYPE_CHECKING:
     from curate.decisions.rules import Verdicts
 
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
+TASK_SAMPLES = 100_000  # that a task holds at most, unless an output shard or an input shard has more
 
 
 class Picked(NamedTuple):
     """A sample to be written.
 
     Attributes:
-        ordinal: which sample of its shard.
-        key: its key.
+        source: number of its input shard.
+        ordinal: which sample of that shard.
+        key: its key there.
+        name: its key where it is written.
         sha256: of its image, when it was judged.
         duplicates: copies of it that were dropped.
         captions: that it inherits from them.
     """
 
+    source: int
     ordinal: int
     key: str
+    name: str
     sha256: str
     duplicates: int
     captions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class WriteTask:
-    """One output shard: which samples of which input shards, and what their json members gain.
+class Output(NamedTuple):
+    """One output shard.
 
     Attributes:
-        out: where it is written.
-        shard: its name there.
-        sources: of each input shard the URL, the name, its fingerprint when it was read, and what is taken from it.
+        shard: its name.
+        start, stop: which of the samples that are written.
         plan: changes when what is to be written does.
+        first, last: numbers of the input shards that its samples come from.
     """
 
-    out: Store
     shard: str
-    sources: tuple[tuple[str, str, Sequence[str | int], tuple[Picked, ...]], ...]
+    start: int
+    stop: int
     plan: str
+    first: int
+    last: int
 
     @property
     def marker(self) -> str:
@@ -72,21 +83,31 @@ class WriteTask:
         return f"work/{self.shard.removesuffix('.tar')}.json"
 
 
-def plan_shards(
-    out: Store,
-    folder: str,
-    rows: Rows,
-    verdicts: Verdicts,
-    urls: Sequence[str],
-    fingerprints: Sequence[Sequence[str | int]],
-    per_shard: int,
-    *,
-    kept: bool,
-) -> list[WriteTask]:
-    """Which kept (or dropped) samples go where in ``folder`` of ``out``, in input order.
+@dataclass(frozen=True)
+class WriteTask:
+    """Some output shards, one after the other, for which each input shard is read once.
 
-    A shard is full at ``per_shard`` samples, or when a key would stand in it twice: keys repeat across input
-    shards, and a sample keeps its key.
+    Attributes:
+        out: where they are written.
+        outputs: their names, markers and plans, and the number of samples of each.
+        sources: URL, name and fingerprint when it was read of each input shard, by number.
+        picked: all samples, in input order.
+    """
+
+    out: Store
+    outputs: tuple[tuple[Output, int], ...]
+    sources: Mapping[int, tuple[str, str, Sequence[str | int]]]
+    picked: tuple[Picked, ...]
+
+    @property
+    def label(self) -> str:
+        return self.outputs[0][0].shard
+
+
+class Plan:
+    """Which kept (or dropped) samples go where in ``folder`` of ``out``, in input order, ``per_shard`` into each.
+
+    What is to be written of a sample is made when it is asked for: memory holds a number a sample.
 
     Args:
         out: the place.
@@ -95,41 +116,72 @@ def plan_shards(
         verdicts: on them.
         urls: of the input shards.
         fingerprints: of these, when they were read.
-        per_shard: samples that a shard holds at most.
+        per_shard: samples that a shard holds, but for the last.
         kept: whether the kept samples are meant, or the dropped ones.
     """
-    names = shard_names(urls)
-    keys, hashes = rows.table["key"].to_pylist(), rows.column("sha256")
-    tasks: list[WriteTask] = []
-    duplicates = copies_dropped(verdicts, rows.column("duplicates"))
-    sources: dict[int, list[Picked]] = {}
-    used: set[str] = set()
 
-    def close() -> None:
-        picked = tuple((urls[n], names[n], fingerprints[n], tuple(samples)) for n, samples in sources.items())
-        plan = digest([PLAN_FORMAT, [[fingerprint, samples] for _, _, fingerprint, samples in picked]])
-        tasks.append(WriteTask(out, f"{folder}/{len(tasks):06d}.tar", picked, plan))
-        sources.clear()
-        used.clear()
+    def __init__(
+        self,
+        out: Store,
+        folder: str,
+        rows: Rows,
+        verdicts: Verdicts,
+        urls: Sequence[str],
+        fingerprints: Sequence[Sequence[str | int]],
+        per_shard: int,
+        *,
+        kept: bool,
+    ) -> None:
+        self.out, self.rows, self.verdicts = out, rows, verdicts
+        self.sources = list(zip(urls, shard_names(urls), fingerprints, strict=True))
+        self.chosen = np.flatnonzero(verdicts.kept == kept)
+        self._duplicates = copies_dropped(verdicts, rows.column("duplicates"))
+        starts = range(0, len(self.chosen), per_shard)
+        self.outputs = [self._output(f"{folder}/{n:06d}.tar", at, at + per_shard) for n, at in enumerate(starts)]
 
-    for sample, row in enumerate(rows.readable.tolist()):
-        if verdicts.kept[sample] != kept:
-            continue
-        key = keys[row]
-        if len(used) == per_shard or key in used:
-            close()
-        used.add(key)
-        account = int(duplicates[sample]), tuple(verdicts.pooled.get(sample, ()))  # of dropped samples nothing
-        one = Picked(int(rows.ordinal[row]), key, hashes[sample], *account)
-        sources.setdefault(int(rows.shard_number[row]), []).append(one)
-    if used:
-        close()
-    return tasks
+    def __len__(self) -> int:
+        """The number of output shards."""
+        return len(self.outputs)
+
+    def _output(self, shard: str, start: int, stop: int) -> Output:
+        stop = min(stop, len(self.chosen))
+        picked = self.picked(start, stop)
+        by_source = itertools.groupby(picked, key=lambda one: one.source)
+        plan = digest([PLAN_FORMAT, [[self.sources[n][2], [one[1:] for one in some]] for n, some in by_source]])
+        return Output(shard, start, stop, plan, picked[0].source, picked[-1].source)
+
+    def picked(self, start: int, stop: int) -> list[Picked]:
+        """The samples of one output shard.
+
+        Keys repeat across input shards. One that stands there already has its input shard's name before it.
+        """
+        samples = self.chosen[start:stop]
+        rows = self.rows.readable[samples]
+        numbers, ordinals = self.rows.places(rows)
+        used: set[str] = set()
+        found = []
+        for sample, source, ordinal, key, sha256 in zip(
+            samples.tolist(), numbers.tolist(), ordinals.tolist(),
+            self.rows.texts("key").take(rows), self.rows.texts("sha256").take(rows), strict=True,
+        ):  # fmt: skip
+            name = key if key not in used else name_apart(key, self.sources[source][1], used)
+            used.add(name)
+            account = int(self._duplicates[sample]), tuple(self.verdicts.pooled.get(sample, ()))  # of dropped none
+            found.append(Picked(source, ordinal, key, name, sha256, *account))
+        return found
+
+    def task(self, outputs: Sequence[Output]) -> WriteTask:
+        """What writes some output shards."""
+        picked = [self.picked(output.start, output.stop) for output in outputs]
+        every = tuple(itertools.chain.from_iterable(picked))
+        sources = {number: self.sources[number] for number in {one.source for one in every}}
+        sizes = tuple((output, len(some)) for output, some in zip(outputs, picked, strict=True))
+        return WriteTask(self.out, sizes, sources, every)
 
 
-def write_stage(engine: Engine, out: Store, plan: Sequence[WriteTask]) -> None:
+def write_stage(engine: Engine, out: Store, plans: Sequence[Plan]) -> None:
     """Write what is planned and not there yet; remove what is there and not planned."""
-    planned = {task.shard for task in plan}
+    planned = {output.shard for plan in plans for output in plan.outputs}
     there: dict[str, int | None] = {}
     for folder in ("shards", "dropped"):
         there |= {f"{folder}/{name}": size for name, size in out.entries(folder).items() if fnmatch(name, "[0-9]*.tar")}
@@ -139,17 +191,57 @@ def write_stage(engine: Engine, out: Store, plan: Sequence[WriteTask]) -> None:
     if not out.remote:
         with contextlib.suppress(OSError):  # it is not there, or not empty
             (out.made_in / "dropped").rmdir()
-    found = [task for task in plan if task.shard in there]
-    markers = out.read_many([task.marker for task in found])
-    written = {
-        task.shard
-        for task, marker in zip(found, markers, strict=True)
-        if marker is not None and _parsed(marker) == {"plan": task.plan, "bytes": there[task.shard]}
-    }
-    missing = [task for task in plan if task.shard not in written]
-    if missing:
+    groups = []
+    for plan in plans:
+        found = [output for output in plan.outputs if output.shard in there]
+        markers = out.read_many([output.marker for output in found])
+        written = {
+            output.shard
+            for output, marker in zip(found, markers, strict=True)
+            if marker is not None and _parsed(marker) == {"plan": output.plan, "bytes": there[output.shard]}
+        }
+        missing = [output for output in plan.outputs if output.shard not in written]
+        groups += [(plan, some) for some in together(missing, getattr(engine, "workers", 1))]
+    if groups:
         out.remove("summary.json")  # which speaks of them
-    engine.map(_write_shard, missing, desc="writing")
+    engine.map(_write_shards, _Tasks(groups), desc="writing")
+
+
+class _Tasks(Sequence[WriteTask]):
+    """The tasks, each made when it is asked for."""
+
+    def __init__(self, groups: Sequence[tuple[Plan, Sequence[Output]]]) -> None:
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, at: Any) -> Any:
+        plan, outputs = self._groups[at]
+        return plan.task(outputs)
+
+
+def together(outputs: Sequence[Output], workers: int) -> list[list[Output]]:
+    """Output shards by task: few and even ones, four a worker.
+
+    One task reads an input shard once, whatever it feeds. Two tasks meet inside an input shard where no other cut is
+    near, and at most once in each: then both read it.
+    """
+    total = sum(output.stop - output.start for output in outputs)
+    share = total if workers == 1 else -(-total // (4 * workers))
+    share = min(share, TASK_SAMPLES)
+    groups: list[list[Output]] = []
+    held = 0
+    for output in outputs:
+        last = groups[-1][-1] if groups else None
+        apart = last is None or output.first > last.last
+        within = last is not None and output.first > groups[-1][0].first
+        if apart and held >= share // 2 or within and held >= share or last is None:
+            groups.append([])
+            held = 0
+        groups[-1].append(output)
+        held += output.stop - output.start
+    return groups
 
 
 def _parsed(marker: bytes) -> Any:
@@ -159,31 +251,32 @@ def _parsed(marker: bytes) -> Any:
         return None
 
 
-def _write_shard(task: WriteTask) -> None:
-    path = task.out.made_in / task.shard
-    task.out.remove(task.marker)
-    write_shard(path, _picked(task))
-    size = path.stat().st_size
-    task.out.deliver(task.shard)
-    task.out.write_json(task.marker, {"plan": task.plan, "bytes": size})
+def _write_shards(task: WriteTask) -> None:
+    samples = _picked(task)
+    for output, size in task.outputs:
+        path = task.out.made_in / output.shard
+        task.out.remove(output.marker)
+        write_shard(path, itertools.islice(samples, size))
+        written = path.stat().st_size
+        task.out.deliver(output.shard)
+        task.out.write_json(output.marker, {"plan": output.plan, "bytes": written})
+    next(samples, None)  # sees that the last input shard is as it was read
 
 
 def _picked(task: WriteTask) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    for url, name, as_read, picked in task.sources:
-        wanted = {one.ordinal: one for one in picked}
-        for ordinal, item in enumerate(read_samples(url, name=name)):
-            if (one := wanted.pop(ordinal, None)) is None:
-                continue
+    for number, some in itertools.groupby(task.picked, key=lambda one: one.source):
+        url, name, as_read = task.sources[number]
+        ahead = enumerate(read_samples(url, name=name))
+        for one in some:
+            item = next((item for ordinal, item in ahead if ordinal == one.ordinal), None)
+            if item is None:
+                raise changed(url, f"sample {shown(one.key)} is gone")
             if not isinstance(item, Sample) or item.key != one.key or not is_as_judged(item, one.sha256):
                 raise changed(url, f"sample {shown(one.key)}")
             members = item.members
             if one.duplicates or one.captions:
                 members = with_account(members, added_to(item, one.duplicates, one.captions))
-            yield one.key, members
-            if not wanted:
-                break
-        if wanted:
-            raise changed(url, f"sample {shown(next(iter(wanted.values())).key)} is gone")
+            yield one.name, members
         refuse_changed(url, as_read)
 
 

@@ -27,10 +27,10 @@ SAYS = re.compile(r"(?P<path>\S+) cannot be written: (No space left on device|Fi
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, sample_shards) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    samples = [(sample.key, sample.members) for sample in read_samples(sample_shards[0])][:24]
+    folder = tmp_path_factory.mktemp("shards")  # their vectors fill more pages than a run gives free
+    samples = [(sample.key, sample.members) for sample in read_samples(sample_shards[0])][:32]
     for number in range(2):
-        write_shard(folder / f"{number}.tar", samples[12 * number : 12 * (number + 1)])
+        write_shard(folder / f"{number}.tar", samples[16 * number : 16 * (number + 1)])
     return folder
 
 
@@ -89,7 +89,7 @@ def kind(message: str, out: Path) -> str:
 def what_did_not_fit(
     run: Callable[[Path], dict], disk: Callable[[int], Path], expected: dict[str, bytes]
 ) -> set[str]:
-    """Run on a disk that gains three pages after each failure; the kinds of files that did not fit.
+    """Run on a disk that gains a page after each failure; the kinds of files that did not fit.
 
     After each failure what has its name is whole, nothing else is there, and finished shards are not written again.
     """
@@ -103,7 +103,7 @@ def what_did_not_fit(
             assert error.exit_code == 1
             failed.add(kind(str(error), out))
             assert bytes_of(out).items() <= expected.items() and not list(out.rglob(".tmp-*"))
-            size += 3 * PAGE
+            size += PAGE
         else:
             assert bytes_of(out) == expected
             assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
@@ -117,7 +117,9 @@ def test_a_full_disk_stops_each_stage_of_curation_which_goes_on_once_there_is_ro
     disk(PAGE)
     dedup(shards, tmp_path / "whole")
     failed = what_did_not_fit(lambda out: dedup(shards, out), disk, bytes_of(tmp_path / "whole"))
-    assert failed >= {"work/read/*.parquet", "shards/*.tar", "ledger.parquet", "index/embeddings.npy", "report.html"}
+    # While the job runs, the rows that were read and those of the ledger lie on the disk once more.
+    assert failed >= {"work/read/*.parquet", "work/read/table", "shards/*.tar", "index/embeddings.npy"}
+    assert failed & {"work/table", "ledger.parquet"}
 
 
 def test_a_full_disk_stops_an_import_which_goes_on_once_there_is_room(images, tmp_path, disk):

@@ -11,20 +11,7 @@ import pytest
 from afresh.cores import cpu_count
 from afresh.errors import UserError
 from curate.engines.local import LocalEngine
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def process_id(_: int) -> int:
-    return os.getpid()
-
-
-def fail_at_two(number: int) -> int:
-    if number == 2:
-        raise UserError("shard two is broken")
-    return number
+from tests.curate.engines.deadly import die_at_three, die_once, fail_at_two, process_id, square
 
 
 def die(_: int) -> None:
@@ -63,6 +50,39 @@ def test_an_error_is_raised_as_it_was(workers):
 def test_a_killed_worker_is_one_clear_error_not_a_hang():
     with pytest.raises(UserError, match="killed while reading"):
         LocalEngine(2).map(die, [0, 1], desc="reading")
+
+
+def test_a_task_whose_process_is_killed_is_run_again(tmp_path):
+    tasks = [(str(tmp_path), number) for number in range(8)]
+    assert LocalEngine(2).map(die_once, tasks, desc="reading") == list(range(8))
+    assert len(list(tmp_path.glob("done-*"))) == 8 and len(list(tmp_path.glob("died-*"))) == 3
+
+
+def test_a_task_that_always_kills_its_process_is_named_when_all_others_are_finished():
+    done = []
+
+    class Noted(list):
+        def __getitem__(self, number):
+            done.append(number)
+            return super().__getitem__(number)
+
+    with LocalEngine(2) as engine, pytest.raises(UserError, match=r"killed while reading 3, 3 times each"):
+        engine.map(die_at_three, Noted(range(12)), desc="reading")
+    assert set(done) == set(range(12))
+
+
+def test_tasks_are_made_when_they_are_soon_to_run(tmp_path):
+    made = []
+
+    class Made(list):
+        def __getitem__(self, number):
+            made.append(len(list(tmp_path.glob("done-*"))))
+            return super().__getitem__(number)
+
+    for number in range(40):
+        (tmp_path / f"died-{number}").touch()
+    LocalEngine(2).map(die_once, Made((str(tmp_path), number) for number in range(40)), desc="writing")
+    assert all(finished >= number - 8 for number, finished in enumerate(made))
 
 
 def test_zero_workers_means_the_cores_at_hand():

@@ -127,6 +127,6 @@ def test_a_shard_that_is_written_again_takes_the_summary_with_it_first(curated, 
 
     (tmp_path / "out" / "shards" / "000000.tar").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("curate.stages.write._write_shard", stop)
+        patch.setattr("curate.stages.write._write_shards", stop)
         run_dedup(curated)
     assert not (tmp_path / "out" / "summary.json").exists()

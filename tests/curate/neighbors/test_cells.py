@@ -1,11 +1,15 @@
 """The join within cells: nothing false, little lost, and what is lost is measured."""
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from curate.neighbors.cells import find_pairs_in_cells
-from curate.neighbors.join import find_pairs
+from curate.neighbors.cells import assign, find_pairs_in_cells
+from curate.neighbors.join import find_pairs, once
 from curate.neighbors.recall import recall
+from curate.neighbors.verify import Pairs
 
 
 def rows_with_copies(n: int = 6000, d: int = 32, seed: int = 0) -> np.ndarray:
@@ -69,3 +73,26 @@ def test_few_rows_and_bad_numbers():
     for name, value in (("probes", 0), ("clusterings", 0), ("cells", -1)):
         with pytest.raises(ValueError, match=name):
             find_pairs_in_cells(rows, 0.9, **{name: value})
+
+
+def test_rows_are_assigned_to_many_cells_in_little_memory():
+    rng = np.random.default_rng(0)
+    rows, centroids = (rng.standard_normal((n, 4)).astype(np.float32) for n in (6000, 1 << 14))
+    with ThreadPoolExecutor(1) as pool:
+        tracemalloc.start()
+        found = assign(rows, centroids, 2, pool)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 3e8
+    unit = rows[:50] / np.linalg.norm(rows[:50], axis=1, keepdims=True)
+    cosine = unit @ centroids.T
+    assert np.allclose(np.sort(np.take_along_axis(cosine, found[:50], 1)), np.sort(cosine)[:, -2:])
+
+
+def test_rows_by_the_billion_are_told_apart():
+    n = 1 << 33
+    i, j = np.array([n // 2, 0, n // 2]), np.array([n - 1, n - 1, n - 1])
+    assert (i * n + j).tolist() == [n - 1] * 3  # in int64
+    pairs = once(Pairs(i, j, np.array([0.9, 0.95, 0.9], np.float32)))
+    assert pairs.i.tolist() == [0, n // 2] and pairs.j.tolist() == [n - 1, n - 1]
+    assert pairs.similarity.tolist() == np.array([0.95, 0.9], np.float32).tolist()
