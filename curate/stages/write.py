@@ -201,7 +201,7 @@ def write_stage(engine: Engine, out: Store, plans: Sequence[Plan]) -> None:
             if marker is not None and _parsed(marker) == {"plan": output.plan, "bytes": there[output.shard]}
         }
         missing = [output for output in plan.outputs if output.shard not in written]
-        groups += [(plan, some) for some in together(missing, getattr(engine, "workers", 1))]
+        groups += [(plan, some) for some in together(missing, getattr(engine, "workers", 1) or 1)]
     if groups:
         out.remove("summary.json")  # which speaks of them
     engine.map(_write_shards, _Tasks(groups), desc="writing")

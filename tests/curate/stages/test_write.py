@@ -100,7 +100,7 @@ def test_shards_hold_as_many_samples_as_asked_for_where_keys_begin_anew(restarti
     rows = [row for row in read_ledger(out).to_pylist() if row["status"] == "kept"]
     assert all(is_written_as(sample.key, row["key"]) for sample, row in zip(written, rows, strict=True))
     exported = list(kept_samples(str(out)))
-    assert [(row["shard"], row["key"]) for row in exported] == [(row["shard"], row["key"]) for row in rows]
+    assert [(shard, sample.key) for sample, shard in exported] == [(row["shard"], row["key"]) for row in rows]
 
 
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 1000])

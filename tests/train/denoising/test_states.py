@@ -35,7 +35,7 @@ def index(emoji) -> TrainingIndex:
     images, captions = zip(*emoji[:12], strict=True)
     n, embeddings = len(images), load_embedder("layout").embed(list(images))
     names = [str(i) for i in range(n)]
-    # Not calibrated: cosines of unrelated images lie above 0, so that every part of AMG acts.
+    # Not calibrated: most cosines of unrelated images lie above 0, so that every part of AMG acts.
     return TrainingIndex(embeddings.astype(np.float16), list(captions), ["s"] * n, names, np.ones(n, bool),
                          np.arange(n), "layout")  # fmt: skip
 
@@ -85,7 +85,8 @@ def test_prompt_embeddings_longer_than_the_tokenizers_limit_are_guided(pipe, ind
     guidance = [always(index, through_unet=through_unet, despecification=False), Looking(look)]
     output = drawn(pipe, guidance, prompt_embeds=embeds, negative_prompt_embeds=negative)
     assert seen == [0, 1, 2]
-    assert all("deduplication" in row["fired"] for row in output.trace if row["step"])
+    alike = [row for row in output.trace if row["step"] and row["similarity"] > 0]  # its strength goes with it
+    assert len(alike) > 2 and all("deduplication" in row["fired"] for row in alike)
     assert np.isfinite(output.images).all()
 
 
