@@ -83,7 +83,7 @@ class Neighbours:
         company |= np.bincount(things, minlength=len(company)) > 1
         return company[things]
 
-    def will_be_asked(self, things: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+    def will_be_asked(self, things: NDArray[np.int64], order: NDArray[np.integer]) -> None:
         """In which order ``kept_near`` will be asked, if it is, so that crowded things are looked up many at a time.
 
         Args:

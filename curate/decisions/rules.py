@@ -225,7 +225,7 @@ def sweep(
 
 
 def _checked(
-    rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int, must_stay: NDArray[np.bool_]
+    rule: OwnRule, stand_in: Any, order: NDArray[np.integer], n: int, must_stay: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
     """What a rule gave, if it can be followed; what must stay does, whatever it gave for that."""
     name = getattr(rule, "__name__", type(rule).__name__)
@@ -263,7 +263,7 @@ class Judge:
         near: Near,
         image_pairs: Pairs,
         captions: Sequence[str],
-        order: NDArray[np.int64],
+        order: NDArray[np.integer],
         keep_copies: int,
         max_per_caption: int | None,
         keep_differing: bool,
@@ -329,7 +329,7 @@ class Judge:
             if self._keep_within_quota(row):
                 kept.add(component, row)
 
-    def by_stand_ins(self, stand_in: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+    def by_stand_ins(self, stand_in: NDArray[np.int64], order: NDArray[np.integer]) -> None:
         """As somebody else decided: ``stand_in`` ``[n]`` is a kept row for each that is dropped, -1 for the others."""
         for row in order[stand_in[order] >= 0].tolist():
             kept = int(stand_in[row])

@@ -132,12 +132,11 @@ def without_twins(cosines: NDArray[np.floating]) -> NDArray[np.float64]:
     Args:
         cosines: ``[n]``; of twins, less than a tenth.
     """
-    cosines = np.asarray(cosines, np.float64)
-    cosines = cosines[np.isfinite(cosines)]
-    if len(cosines) < 2:
-        return cosines
-    distances = np.log(np.maximum(1 - cosines, 1e-6))
+    finite: NDArray[np.float64] = np.asarray(cosines, np.float64)[np.isfinite(cosines)]
+    if len(finite) < 2:
+        return finite
+    distances = np.log(np.maximum(1 - finite, 1e-6))
     nearest, middle = np.quantile(distances, (0.1, 0.5))
     # Log distances are linear in these, by the law.
     tenth, half, twins = np.log(-np.log1p(-np.array([0.1, 0.5, _TWINS])))
-    return cosines[distances >= nearest - (middle - nearest) * (tenth - twins) / (half - tenth) - 1e-9]
+    return finite[distances >= nearest - (middle - nearest) * (tenth - twins) / (half - tenth) - 1e-9]

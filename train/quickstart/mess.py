@@ -104,8 +104,8 @@ def make_mess(out: Path, config: QuickstartConfig) -> dict[str, Any]:
     few = sorted(rng.choice(alone, min(config.detect_held_out, len(alone)), replace=False).tolist())
     for name, negatives in (("detect", alone), ("detect_few", few)):
         with write_atomic(out / "prompts" / f"{name}.jsonl") as temporary:
-            rows = [prompt_line(held_out[row], 0, out) for row in negatives]
-            temporary.write_text("".join(lines + rows), encoding="utf-8")
+            further = [prompt_line(held_out[row], 0, out) for row in negatives]
+            temporary.write_text("".join(lines + further), encoding="utf-8")
     return {"samples": len(raw), "planted": len(raw) - len(samples), "repeated": len(repeated)}
 
 

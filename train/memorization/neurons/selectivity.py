@@ -68,4 +68,4 @@ def per_cost(slopes: NDArray[np.float32], sensitivity: NDArray[np.float32]) -> N
 
     A neuron that costs next to nothing is taken to cost a tenth of the median, so that none leads by a division by 0.
     """
-    return slopes / np.maximum(sensitivity, 0.1 * np.median(sensitivity))
+    return (slopes / np.maximum(sensitivity, 0.1 * np.median(sensitivity))).astype(np.float32)
