@@ -22,6 +22,7 @@ import torch
 from afresh.errors import UsageError, UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
+from train.denoising.latents.scaling import to_network
 from train.denoising.network import network_of
 from train.denoising.opening.attention import set_attention
 from train.denoising.schedules import NoiseSchedule
@@ -168,9 +169,9 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
     captions = Captions(model, shard_set.captions, config.caption_dropout, texts, config.random_words, config.seed)
 
-    def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
-            return model.predict_unconditional(x_t, t)
+            return model.predict_unconditional(x_t, t, frames)
 
     nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
     samples = world * nominal  # and on all of them
@@ -224,10 +225,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             )
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             readable = batch.weight > 0
-            x_0 = sample_posterior(batch.moments, draws.posterior.to(device), vae.config.scaling_factor)
+            x_0 = to_network(sample_posterior(batch.moments, draws.posterior.to(device), 1.0), vae)
             x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
+            prompt = model.denoiser.framed(prompt, batch.frames)
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
@@ -235,7 +237,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 with accelerator.autocast():
                     output = denoiser(x_t, t, prompt).float()
                 kept, magnitudes = memorization.weigh(
-                    output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
+                    output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step, batch.frames
                 )
                 weights = batch.weight * kept
                 errors = squared_errors(counted(output, weights), schedule.target(x_0, noise, t))

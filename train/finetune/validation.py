@@ -61,14 +61,14 @@ class Validation:
             folder: of the images.
             source: the pipeline whose parts are used as they are, in their training modes afterwards again.
         """
-        from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
+        from train.sampling.pipelines.registry import guided
 
         config = self.config
         # A scheduler of its own: drawing sets its timesteps.
         scheduler = type(source.scheduler).from_config(source.scheduler.config)
-        pipe: Any = GuidedStableDiffusion.from_pipe(source, scheduler=scheduler)
+        pipe: Any = guided(source, scheduler=scheduler)
         pipe.set_progress_bar_config(disable=True)
-        modules = [module for module in (source.unet, source.text_encoder, source.vae) if module.training]
+        modules = [part for part in source.components.values() if isinstance(part, torch.nn.Module) and part.training]
         for module in modules:
             module.eval()
         images: list[Image.Image] = []

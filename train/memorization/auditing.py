@@ -109,9 +109,10 @@ def audit(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     pairs = [(image, restart) for image in range(len(images)) for restart in range(restarts)]
     x_0 = encode_images(pipe, images)[[image for image, _ in pairs]]
-    captions = denoiser_of(pipe).encode(list(prompts)).embeds.float()
+    about = denoiser_of(pipe).encode(list(prompts))
+    captions, about = about.embeds.float(), about[[image for image, _ in pairs]]
     start = torch.stack([starting_point(captions[image], search_seed, restart) for image, restart in pairs])
-    look = partial(draw, pipe, seeds=numbers, num_inference_steps=num_inference_steps,
+    look = partial(draw, pipe, about=about, seeds=numbers, num_inference_steps=num_inference_steps,
                    guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
     points = _Points(measures, [images[image] for image, _ in pairs for _ in numbers], (len(images), restarts, -1))
     points.add(0, look(start))
@@ -127,6 +128,7 @@ def audit(
         seed=search_seed,
         batch_size=batch_size,
         gradient_checkpointing=gradient_checkpointing,
+        about=about,
     )
     for step, (embeds, loss) in enumerate(search, 1):
         losses.append(loss)
@@ -193,6 +195,7 @@ def search_embeds(
     seed: int,
     batch_size: int,
     gradient_checkpointing: bool = False,
+    about: Conditioning | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Adam on the embeddings ``e`` of the diffusion loss ``E_{t,ε} ‖ε − ε(x_t, e)‖² / numel`` of each ``x_0``
     (arXiv 2507.16880, §3; the weights stay as they are).
@@ -206,6 +209,7 @@ def search_embeds(
         start: ``[n, tokens, width]`` float32.
         restarts: ``[n]``: the randomness of each search; those of one number see the same noises.
         steps, learning_rate, noises, seed, batch_size, gradient_checkpointing: see :func:`audit`.
+        about: of n images, what the model is conditioned on beside the embeddings, which stays: pooled ones.
 
     Yields:
         After each step the embeddings ``[n, tokens, width]`` (a copy), and the loss ``[n]`` before it.
@@ -228,7 +232,8 @@ def search_embeds(
                 eps = torch.stack([draw[1][place] for draw, place in zip(chosen, places, strict=True)])
                 t, eps = t.to(x_0.device), eps.to(x_0.device)
                 x_t = schedule.noised(x_0[rows], eps, t).to(denoiser.dtype)
-                cond = Conditioning({"embeds": embeds[rows].to(denoiser.dtype)})
+                sought = embeds[rows].to(denoiser.dtype)
+                cond = Conditioning({"embeds": sought}) if about is None else about[rows].with_embeds(sought)
                 predicted = denoiser.predict(x_t, t, cond).eps
                 squared = (predicted - eps).square().flatten(1).mean(1)
                 # Summed over images, so that each has the gradient it would have by itself; Adam minds no gain.
@@ -259,14 +264,19 @@ def draw(
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
+    about: Conditioning | None = None,
 ) -> list[Image]:
-    """What the stock pipeline draws by DDIM for each of the embeddings ``[n, tokens, width]`` and each seed."""
+    """What the stock pipeline draws by DDIM for each of the embeddings ``[n, tokens, width]`` and each seed.
+
+    For ``about`` see :func:`search_embeds`.
+    """
     denoiser = denoiser_of(pipe)
     pairs = [(row, seed) for row in range(len(embeds)) for seed in seeds]
     images: list[Image] = []
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
-        cond, noise = Conditioning({"embeds": embeds[[row for row, _ in batch]]}), denoiser.noise([s for _, s in batch])
+        rows, noise = [row for row, _ in batch], denoiser.noise([seed for _, seed in batch])
+        cond = Conditioning({"embeds": embeds[rows]}) if about is None else about[rows].with_embeds(embeds[rows])
         images += denoiser.draw(cond, noise, steps=num_inference_steps, guidance_scale=guidance_scale)
     return images
 

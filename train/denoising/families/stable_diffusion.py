@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from train.denoising.conditioning import GAIN, MASK, Conditioning
+from train.denoising.latents.scaling import to_network, without_overflow
 from train.denoising.network import FLOAT16_GAIN, frozen, gained, running_device
 from train.denoising.predictions import Prediction
 from train.denoising.schedules import NoiseSchedule
@@ -60,6 +61,12 @@ class StableDiffusionDenoiser(torch.nn.Module):
         return self.unet
 
     @property
+    def encoders(self) -> dict[str, Any]:
+        """The text encoders by the names that the pipeline has for them, each trained along if asked for."""
+        names = ("text_encoder", "text_encoder_2")
+        return {name: part for name in names if (part := getattr(self, name, None)) is not None}
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """``(c, h, w)`` of the latents that the UNet takes by default."""
         return latent_shape(self.unet)
@@ -93,6 +100,18 @@ class StableDiffusionDenoiser(torch.nn.Module):
         with contextlib.nullcontext() if trained else torch.no_grad():
             ids = conditioning.parts[IDS].to(running_device(self.text_encoder))
             return Conditioning({"embeds": self.text_encoder(ids)[0]})
+
+    def framed(self, conditioning: Conditioning, frames: Tensor) -> Conditioning:
+        """With what the network is to know of the images that are trained on, ``[n, 6]``: nothing here.
+
+        Args:
+            conditioning: of n images, or of one for all.
+            frames: original height and width, top and left of the crop, height and width, in pixels.
+        """
+        return conditioning
+
+    def leave_unused_alone(self) -> None:
+        """Freeze weights of the text encoders that no output hangs on: there are none here."""
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -160,12 +179,17 @@ class StableDiffusionDenoiser(torch.nn.Module):
             options["encoder_attention_mask"] = parts[MASK]
         if TIMESTEP in parts:
             options["timestep_cond"] = parts[TIMESTEP]
-        if images := [parts[name] for name in sorted(parts) if name.startswith(f"{IMAGE}.")]:
-            options["added_cond_kwargs"] = {IMAGE: images}
+        if added := self._added(parts, x_t):
+            options["added_cond_kwargs"] = added
         if self._cross_attention_kwargs is not None:
             options["cross_attention_kwargs"] = self._cross_attention_kwargs
         with gained(self.unet, parts[GAIN]) if GAIN in parts else contextlib.nullcontext():
             return self.unet(x_t, t, encoder_hidden_states=parts["embeds"], return_dict=False, **options)[0]
+
+    def _added(self, parts: Mapping[str, Tensor], x_t: Tensor) -> dict[str, Any]:
+        """What the UNet is conditioned on beside the sequence: image prompts."""
+        images = [parts[name] for name in sorted(parts) if name.startswith(f"{IMAGE}.")]
+        return {IMAGE: images} if images else {}
 
     def predict(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Prediction:
         """The output in float32, in every space."""
@@ -190,10 +214,11 @@ class StableDiffusionDenoiser(torch.nn.Module):
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents ``[n, c, h, w]`` float32 of ``[n, 3, H, W]`` in [0, 1]: the VAE's posterior means."""
-        vae, latents = self.pipe.vae, []
-        for one in pixels.split(1):  # a VAE's activations are large
-            one = one.to(running_device(vae), vae.dtype)
-            latents.append(vae.encode(one * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor)
+        latents = []
+        with without_overflow(self.pipe.vae) as vae:
+            for one in pixels.split(1):  # a VAE's activations are large
+                one = one.to(running_device(vae), vae.dtype)
+                latents.append(to_network(vae.encode(one * 2 - 1).latent_dist.mean.float(), vae))
         return torch.cat(latents)
 
     @torch.no_grad()
@@ -201,33 +226,41 @@ class StableDiffusionDenoiser(torch.nn.Module):
         self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float
     ) -> list[Image]:
         """What the stock pipeline draws by DDIM from noise ``x_T [n, c, h, w]`` under a conditioning of n images."""
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers import DDIMScheduler
 
-        parts = {name: getattr(self.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
-        stock = StableDiffusionPipeline(
-            **parts,
-            scheduler=DDIMScheduler.from_config(self.pipe.scheduler.config),  # its own: drawing moves its state
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        # A scheduler of its own: drawing moves its state.
+        stock, texts = self._stock(conditioning, DDIMScheduler.from_config(self.pipe.scheduler.config))
         stock.set_progress_bar_config(disable=True)
-        embeds = conditioning.embeds.to(self.device, self.dtype)
         return stock(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=self.encode([""]).embeds.to(self.dtype).expand_as(embeds),
+            **texts,
             latents=x_T.to(self.device, self.dtype),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
         ).images
 
+    def _stock(self, conditioning: Conditioning, scheduler: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The stock pipeline of the same parts, and the conditioning as it takes it."""
+        from diffusers import StableDiffusionPipeline
 
-def tokenize(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+        stock = StableDiffusionPipeline(
+            **{name: getattr(self.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")},
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        embeds = conditioning.embeds.to(self.device, self.dtype)
+        negative = self.encode([""]).embeds.to(self.dtype).expand_as(embeds)
+        return stock, {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+
+def tokenize(pipe: Any, captions: Sequence[str], part: str = "tokenizer") -> Tensor:
     """Token ids padded to the tokenizer's length: ``[n, tokens]`` int64. Longer captions are cut."""
-    return pipe.tokenizer(
+    tokenizer = getattr(pipe, part)
+    return tokenizer(
         list(captions),
         padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids

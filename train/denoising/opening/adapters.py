@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al., ICLR 2022) on the attention of Stable Diffusion: add, save, fuse.
+"""Low-rank adapters (LoRA, Hu et al., ICLR 2022) on the attention of a model: add, save, fuse.
 
 A weight ``W`` of the base stays as it is, and ``(alpha / rank) B A`` is trained beside it, ``A [rank, in]`` random and
 ``B [out, rank]`` zero at the start: an untrained adapter changes nothing. Adapters are peft's, and are saved in the
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UsageError, UserError, reason
+from train.denoising.kinds import STABLE_DIFFUSION, family_of
+from train.denoising.network import network_of
 from train.denoising.opening.files import ADAPTERS, adapter_options
 
 if TYPE_CHECKING:
@@ -36,12 +38,12 @@ def add_lora(
     base: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> None:
-    """Freeze the UNet and the text encoder and add trainable adapters, in float32, in place.
+    """Freeze the network and the text encoders and add trainable adapters, in float32, in place.
 
     Args:
         pipe: a pipeline from ``train.denoising.opening.loading.load_pipeline``.
         lora: rank, scale and place of the adapters.
-        text_encoder: give the text encoder adapters too.
+        text_encoder: give the text encoders adapters too.
         base: dtype that the frozen weights are held in; half precision needs autocast in the forward pass.
         seed: of the adapters' random half.
 
@@ -53,7 +55,8 @@ def add_lora(
     from peft import LoraConfig
 
     adaptable = (torch.nn.Linear, torch.nn.Conv2d)
-    layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, adaptable)]
+    network, encoders = network_of(pipe), text_encoders(pipe)
+    layers = [name for name, module in network.named_modules() if isinstance(module, adaptable)]
     for target in lora.targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UsageError(f"lora.targets: no layer of the UNet is called {target}; to_q, to_k, to_v, to_out.0 are")
@@ -67,14 +70,15 @@ def add_lora(
             init_lora_weights=True,
         )
 
-    for part in (pipe.unet, pipe.text_encoder):
+    parts = [network, *encoders.values()]
+    for part in parts:
         part.requires_grad_(False).to(base)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipe.unet.add_adapter(settings(lora.targets))
-        if text_encoder:
-            pipe.text_encoder.add_adapter(settings(TEXT_TARGETS))
-    for parameter in [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]:
+        network.add_adapter(settings(lora.targets))
+        for encoder in encoders.values() if text_encoder else ():
+            encoder.add_adapter(settings(TEXT_TARGETS))
+    for parameter in [parameter for part in parts for parameter in part.parameters()]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
@@ -85,12 +89,12 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
     The file's metadata holds rank, alpha and targets, so that it is loaded at the scale it was trained at. The folder
     is written aside and renamed.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
     layers: dict[str, Any] = {}
-    for name, part in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
+    for name, part in parts_of(pipe).items():
         if getattr(part, "peft_config", None):
             state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
             layers[f"{name}_lora_layers"] = {key: value.float().contiguous() for key, value in state.items()}
@@ -99,7 +103,8 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
             layers[f"{name}_lora_adapter_metadata"] = settings
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    StableDiffusionPipeline.save_lora_weights(aside, weight_name=WEIGHTS, **layers)
+    kind = family_of(one.__name__ for one in type(pipe).__mro__) or STABLE_DIFFUSION
+    getattr(diffusers, kind.pipeline).save_lora_weights(aside, weight_name=WEIGHTS, **layers)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -118,13 +123,24 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
     options = adapter_options(source)
     try:
         pipe.load_lora_weights(str(source), **options)
-        adapted = [name for name in ("unet", "text_encoder") if getattr(getattr(pipe, name), "peft_config", None)]
+        adapted = [name for name, part in parts_of(pipe).items() if getattr(part, "peft_config", None)]
         if not adapted:
-            raise ValueError("it holds no adapters for a UNet or a text encoder")
+            raise ValueError(f"it holds no adapters for a {' or a '.join(parts_of(pipe))}")
         pipe.fuse_lora(components=adapted)
         pipe.unload_lora_weights()
     except Exception as error:  # of many kinds, as in load_pipeline
         raise UserError(f"{source}: cannot load the LoRA into this model: {reason(error)}") from error
+
+
+def text_encoders(pipe: Any) -> dict[str, Any]:
+    """A pipeline's text encoders by name, in order, of those that it has."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """The parts that may have adapters, by name: the network, and the text encoders."""
+    return {"unet" if hasattr(pipe, "unet") else "transformer": network_of(pipe), **text_encoders(pipe)}
 
 
 def require_peft() -> None:

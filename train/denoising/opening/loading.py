@@ -1,4 +1,4 @@
-"""Open a Stable Diffusion: a hub name, a diffusers directory or a single-file checkpoint.
+"""Open a model of a known family: a hub name, a diffusers directory or a single-file checkpoint.
 
 Everything that opens a model goes through :func:`load_pipeline`, so that a missing part, or a model of another kind, is
 reported in one way.
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UserError, reason
+from train.denoising.kinds import STABLE_DIFFUSION, supported
+from train.denoising.network import network_of
 from train.denoising.opening.attention import Attention, set_attention
 from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
-from train.denoising.opening.files import SUPPORTED, check_kind, check_model, is_single_file
+from train.denoising.opening.files import check_kind, check_model, is_single_file
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -32,8 +34,9 @@ def load_pipeline(
     variant: str | None = None,
     model_config: str | None = None,
     lora: str | None = None,
-) -> StableDiffusionPipeline:
-    """Load a Stable Diffusion 1.x or 2.x pipeline, without its safety checker. Weights are safetensors, always.
+) -> Any:
+    """Load a pipeline of a known family (:mod:`train.denoising.kinds`), without its safety checker or watermark.
+    Weights are safetensors, always.
 
     Args:
         name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint in the layout of
@@ -51,7 +54,7 @@ def load_pipeline(
 
     Raises:
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
-            kind than Stable Diffusion, or its scheduler for flow matching.
+            kind than is known here, or its scheduler for flow matching.
     """
     check_model(name_or_path, variant)  # before anything else is imported
 
@@ -62,23 +65,19 @@ def load_pipeline(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    from diffusers import StableDiffusionPipeline
-
     path = Path(name_or_path)
     is_file = is_single_file(path)
-    options: dict[str, Any] = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
-    if is_file:
-        check_file(path)
-        options |= {"config": model_config}
-    else:
-        options |= {"revision": revision, "variant": variant, "use_safetensors": True}
+    family = check_file(path) if is_file else STABLE_DIFFUSION
     try:
         if is_file:
-            pipe = StableDiffusionPipeline.from_single_file(name_or_path, **options)
+            options: dict[str, Any] = {"dtype": dtype, "config": model_config, **family.options}
+            pipe = getattr(diffusers, family.pipeline).from_single_file(name_or_path, **options)
         else:
             with contextlib.suppress(OSError):  # not there: what follows says so better
-                check_kind(name_or_path, StableDiffusionPipeline.load_config(name_or_path, revision=revision))
-            pipe = StableDiffusionPipeline.from_pretrained(name_or_path, **options)
+                index = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+                family = check_kind(name_or_path, index)
+            options = {"dtype": dtype, "revision": revision, "variant": variant, **family.options}
+            pipe = getattr(diffusers, family.pipeline).from_pretrained(name_or_path, use_safetensors=True, **options)
     except UserError:
         raise
     except Exception as error:  # of many kinds: parsers', torch's, the hub's
@@ -90,8 +89,9 @@ def load_pipeline(
                 else "; a single file holds no configs: give --model_config, a diffusers folder of its architecture"
             )
         raise UserError(f"{name_or_path}: cannot load the model: {why}") from error
-    if (problem := unsupported(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config.hidden_size)) is not None:
-        raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
+    width = sum(getattr(pipe, encoder).config.hidden_size for encoder in family.encoders)
+    if (problem := unsupported(pipe.unet.config, pipe.vae.config, width, family.added)) is not None:
+        raise UserError(f"{name_or_path}: {problem}; {supported()}")
     check_scheduler(pipe.scheduler, name_or_path)
     pipe.set_progress_bar_config(disable=True)
     if lora:
@@ -100,7 +100,7 @@ def load_pipeline(
         fuse_lora(pipe, lora)
     if device is not None:
         pipe.to(device)
-    set_attention(pipe.unet, attention)
+    set_attention(network_of(pipe), attention)
     return pipe
 
 
@@ -130,7 +130,7 @@ def chosen_device(device: str) -> str:
     return device
 
 
-def open_pipeline(config: Any) -> StableDiffusionPipeline:
+def open_pipeline(config: Any) -> Any:
     """The pipeline that a job's settings name: :func:`load_pipeline` with their fields of the same names.
 
     Args:

@@ -46,7 +46,8 @@ class MemorizationFilter:
     Args:
         policy: the settings, with a calibration's lengths in numbers (``settings.with_lengths``).
         schedule: brings the model's output to ε-space.
-        predict_unconditional: ``(x_t, t) →`` the model's output under the empty caption, without gradients.
+        predict_unconditional: ``(x_t, t, frames) →`` the model's output under the empty caption, without gradients;
+            ``frames`` where :meth:`weigh` has them.
         samples: how many samples the shard set has.
         seed: of the run.
         thresholds: what is memorized; None if it is to be calibrated.
@@ -59,7 +60,7 @@ class MemorizationFilter:
         self,
         policy: FilterConfig,
         schedule: NoiseSchedule,
-        predict_unconditional: Callable[[Tensor, Tensor], Tensor],
+        predict_unconditional: Callable[..., Tensor],
         samples: int,
         seed: int,
         thresholds: Thresholds | None = None,
@@ -98,6 +99,7 @@ class MemorizationFilter:
         captioned: Tensor,
         counted: Tensor,
         step: int,
+        frames: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Judge one batch.
 
@@ -110,6 +112,8 @@ class MemorizationFilter:
             captioned: ``[n]`` bool, False where the caption was dropped for guidance training, on the CPU.
             counted: ``[n]`` bool, False where the sample counts nothing anyway, its image being unreadable.
             step: optimizer step.
+            frames: ``[n, 6]`` sizes and crops of the images, for models that are told them
+                (``train.finetune.data.images.ImageLoader.frame``).
 
         Returns:
             weights ``[n]`` float32, 0 where left out and 1 elsewhere; magnitudes ``[n]`` float32, NaN where not judged.
@@ -135,7 +139,8 @@ class MemorizationFilter:
             if len(asked):
                 index = asked.to(device)
                 x, times = x_t[index], t[asked].to(device)
-                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times), x, times).eps
+                framed = () if frames is None else (frames[asked],)
+                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times, *framed), x, times).eps
                 if len(chosen):
                     eps_cond = self.schedule.prediction(output[index], x, times).eps
                     limits = self._limits(keys[chosen], bands[chosen], step).to(device)

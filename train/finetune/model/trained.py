@@ -1,4 +1,4 @@
-"""What is trained: Stable Diffusion's parts, which of their weights change, and how the result is saved."""
+"""What is trained: a model's parts, which of their weights change, and how the result is saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from afresh.files import full_disk_named
 from train.denoising.conditioning import Conditioning
-from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
-from train.denoising.opening.adapters import add_lora, save_lora
+from train.denoising.families.registry import denoiser_of
+from train.denoising.network import network_of
+from train.denoising.opening.adapters import add_lora, parts_of, save_lora, text_encoders
 from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.finetune.config import FinetuneConfig
 
@@ -30,7 +31,7 @@ class Model:
 
     Attributes:
         pipe: the pipeline that the parts belong to.
-        denoiser: network and text encoder as one module; the optimizer and the data-parallel wrapper go around it.
+        denoiser: network and text encoders as one module; the optimizer and the data-parallel wrapper go around it.
         size: side of the training images in pixels.
         device: that it trains on.
     """
@@ -38,14 +39,14 @@ class Model:
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
-        denoiser: StableDiffusionDenoiser,
+        denoiser: Any,
         device: torch.device,
         fused: Callable[[str], StableDiffusionPipeline] | None = None,
     ) -> None:
         self.pipe, self.denoiser = pipe, denoiser
         self._fused = fused
         self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
-        self.size = pixel_size(pipe)
+        self.size = denoiser.side
         self.device = device
         self._empty: Conditioning | None = None
 
@@ -55,16 +56,18 @@ class Model:
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def predict_unconditional(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model's output under the empty caption: like ``x_t``, float32.
+    def predict_unconditional(self, x_t: Tensor, t: Tensor, frames: Tensor | None = None) -> Tensor:
+        """The model's output under the empty caption: like ``x_t``, float32; of images with these ``frames [n, 6]``.
 
         Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
         """
         if self._empty is None:  # encoded once, unless the text encoder changes
             tokens = self.denoiser.tokens([""]).to(self.device)
-            trained = any(p.requires_grad for p in self.denoiser.text_encoder.parameters())
+            encoders = self.denoiser.encoders.values()
+            trained = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
             self._empty = tokens if trained else self.denoiser.encoded(tokens)
-        return self.denoiser(x_t, t, self._empty).float()
+        empty = self._empty if frames is None else self.denoiser.framed(self._empty, frames)
+        return self.denoiser(x_t, t, empty).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that change, by name."""
@@ -88,7 +91,9 @@ class Model:
 
     def _save(self, folder: Path) -> None:
         pipe = self.pipe
-        pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
+        self.denoiser.eval()
+        for name in parts_of(pipe):
+            setattr(pipe, name, getattr(self.denoiser, name))
         if self._fused is not None:
             adapters = folder.with_name("lora")
             save_lora(pipe, adapters)
@@ -126,10 +131,13 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
         base = HALF.get(config.mixed_precision, torch.float32)
         add_lora(pipe, config.lora, text_encoder=config.train_text_encoder, base=base, seed=config.seed)
     else:
-        pipe.unet.requires_grad_(True)
-        pipe.text_encoder.requires_grad_(config.train_text_encoder)
+        network_of(pipe).requires_grad_(True)
+        for encoder in text_encoders(pipe).values():
+            encoder.requires_grad_(config.train_text_encoder)
     if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        network_of(pipe).enable_gradient_checkpointing()
+    denoiser: Any = denoiser_of(pipe)
+    denoiser.leave_unused_alone()
     fused = (lambda adapters: load(lora=adapters)) if config.lora.rank else None
-    return Model(pipe, StableDiffusionDenoiser(pipe).train(), device, fused)
+    return Model(pipe, denoiser.train(), device, fused)
 

@@ -19,7 +19,7 @@ from train.sampling.guidance import Guidance
 from train.sampling.job import shares
 from train.sampling.job.records import Task, batches
 from train.sampling.pipelines.session import NEAREST, Opened
-from train.sampling.pipelines.stable_diffusion import GuidedOutput, GuidedStableDiffusion
+from train.sampling.pipelines.stable_diffusion import GuidedOutput
 from train.sampling.terms import registry
 from train.sampling.terms.rejection import Accepted, NeverAbove, Rejection, unjudged
 
@@ -70,7 +70,7 @@ def draw_images(
 
 
 def _draw_batch(
-    pipe: GuidedStableDiffusion,
+    pipe: Any,
     config: SampleConfig,
     batch: Sequence[Task],
     guidance: Sequence[Guidance],
@@ -96,7 +96,7 @@ def _draw_batch(
 
 
 def _pipe(
-    pipe: GuidedStableDiffusion,
+    pipe: Any,
     config: SampleConfig,
     prompts: list[str],
     seeds: list[int],
@@ -109,7 +109,8 @@ def _pipe(
 
     output = pipe(
         prompts,
-        negative_prompt=[config.negative_prompt] * len(prompts),
+        # The stock pipelines' own unconditional branch where there is none: not every family's is the empty prompt.
+        negative_prompt=[config.negative_prompt] * len(prompts) if config.negative_prompt else None,
         num_inference_steps=config.steps,
         guidance_scale=config.scale,
         height=config.height or None,
@@ -118,7 +119,6 @@ def _pipe(
         guidance=guidance,
         callback_on_step_end=told,
     )
-    assert isinstance(output, GuidedOutput)
     return output
 
 

@@ -16,7 +16,7 @@ from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
-from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
+from train.sampling.pipelines.registry import guided
 from train.sampling.similarity import check_not_empty
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class Opened:
         self.config, self.prompts = config, prompts
 
     @cached_property
-    def pipe(self) -> GuidedStableDiffusion:
+    def pipe(self) -> Any:
         """The guided pipeline; says which prompts are too long for it."""
         pipe = open_pipeline(self.config)
-        guided = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(self.config, pipe))
-        check_scheduler(guided.scheduler, self.config.scheduler or self.config.model, self.config.steps)
-        guided.set_progress_bar_config(disable=True)
-        _say_what_is_cut(guided.tokenizer, self.prompts)
-        return guided
+        drawing = guided(pipe, **_scheduler(self.config, pipe))
+        check_scheduler(drawing.scheduler, self.config.scheduler or self.config.model, self.config.steps)
+        drawing.set_progress_bar_config(disable=True)
+        _say_what_is_cut(drawing.tokenizer, self.prompts)
+        return drawing
 
     @cached_property
     def index(self) -> tuple[TrainingIndex, Embedder] | tuple[None, None]:

@@ -1,0 +1,89 @@
+"""Random models of a few thousand weights of each family, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from train.sample_model.small import train_tokenizer
+
+CAPTIONS = ["grinning face, face smiling", "red apple, food fruit"]
+TOKENS, WIDTH = 16, 32
+
+
+def clip(projected: bool, width: int = WIDTH, layers: int = 2, seed: int = 0) -> tuple[Any, Any]:
+    """A CLIP text encoder and its tokenizer; ``projected`` is the kind with a pooled output."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = train_tokenizer(CAPTIONS, 600, TOKENS)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval(), tokenizer
+
+
+def autoencoder(channels: int = 4, **config: Any) -> Any:
+    """An ``AutoencoderKL`` that shrinks a side by four."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        **config,
+    )
+
+
+def tiny_xl(seed: int = 0, **pipeline: Any) -> Any:
+    """A random Stable Diffusion XL (64 pixels, latents 4 × 16 × 16)."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        cross_attention_dim=2 * WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    )
+    vae = autoencoder(scaling_factor=0.13025, force_upcast=True)
+    text_encoder, tokenizer = clip(False, seed=seed + 1)
+    text_encoder_2, tokenizer_2 = clip(True, seed=seed + 2)
+    tokenizer_2.pad_token = "!"
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+        **pipeline,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
