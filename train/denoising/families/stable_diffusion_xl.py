@@ -111,11 +111,13 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         width = pooled.shape[-1] if pipe.text_encoder_2 is None else pipe.text_encoder_2.config.projection_dim
 
         def frame(one: Sequence[tuple[int, int]]) -> Tensor:
-            ids = pipe._get_add_time_ids(*one, dtype=embeds.dtype, text_encoder_projection_dim=int(width))
-            return ids.to(device).repeat(len(embeds), 1)
+            return pipe._get_add_time_ids(*one, dtype=embeds.dtype, text_encoder_projection_dim=int(width))
 
-        cond = {"embeds": embeds, POOLED: pooled.to(device), SIZES: frame(sizes[0])}
-        uncond = {"embeds": negative, POOLED: negative_pooled, SIZES: frame(sizes[1] or sizes[0])}
+        # Of several images with negative sizes the stock pipeline gives each half both in turn; so does this.
+        both = torch.cat([frame(sizes[1] or sizes[0]), frame(sizes[0])] if cfg else [frame(sizes[0])] * 2)
+        frames = both.to(device).repeat(len(embeds), 1).chunk(2)
+        cond = {"embeds": embeds, POOLED: pooled.to(device), SIZES: frames[1]}
+        uncond = {"embeds": negative, POOLED: negative_pooled, SIZES: frames[0]}
         if any(picture is not None for picture in pictures):
             images = pipe.prepare_ip_adapter_image_embeds(*pictures, device, len(embeds), cfg)
             for number, image in enumerate(images):
