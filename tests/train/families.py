@@ -87,3 +87,58 @@ def tiny_xl(seed: int = 0, **pipeline: Any) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def t5(seed: int = 0) -> tuple[Any, Any]:
+    """A T5 encoder and its tokenizer."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    words = sorted({f"▁{word}" for caption in CAPTIONS for word in caption.replace(",", "").split()})
+    letters = [(letter, -9.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *[(word, -2.0) for word in words], *letters]
+    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def tiny_sd3(seed: int = 0, with_t5: bool = False) -> Any:
+    """A random Stable Diffusion 3 (64 pixels, latents 4 × 16 × 16), with or without T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=24,
+    )
+    for parameter in transformer.parameters():  # some begin at zero, and the prompt would change nothing
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    vae = autoencoder(scaling_factor=1.5, shift_factor=0.06)
+    text_encoder, tokenizer = clip(True, seed=seed + 1)
+    text_encoder_2, tokenizer_2 = clip(True, seed=seed + 2)
+    text_encoder_3, tokenizer_3 = t5(seed + 3) if with_t5 else (None, None)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

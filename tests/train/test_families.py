@@ -1,4 +1,4 @@
-"""Every verb on every family: random models of a few thousand weights, through the jobs as the command line runs them."""
+"""Every verb on every family: random models of a few thousand weights, through the jobs behind the commands."""
 
 from __future__ import annotations
 

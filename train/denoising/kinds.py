@@ -28,6 +28,7 @@ class Family:
         files: what diffusers calls its single-file checkpoints.
         prefixes: part → how its weights' names begin in a single file of the original layout.
         added: how the network is conditioned on more than the caption (``addition_embed_type`` of a UNet).
+        flow: whether it is trained by flow matching, and its schedulers are.
         options: of loading: parts to leave out, and switches.
     """
 
@@ -42,6 +43,7 @@ class Family:
     files: tuple[str, ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     added: str | None = None
+    flow: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -82,7 +84,18 @@ XL = Family(
     added="text_time",
     options={"add_watermarker": False},
 )
-FAMILIES = (STABLE_DIFFUSION, XL)
+SD3 = Family(
+    name="Stable Diffusion 3 and 3.5",
+    pipeline="StableDiffusion3Pipeline",
+    denoiser=f"{FAMILY_FILES}.stable_diffusion_3:StableDiffusion3Denoiser",
+    guided=f"{PIPELINES}.stable_diffusion_3:GuidedStableDiffusion3",
+    network="transformer",
+    encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"},
+    optional=("text_encoder_3", "tokenizer_3"),
+    also=("GuidedStableDiffusion3",),
+    flow=True,
+)
+FAMILIES = (STABLE_DIFFUSION, XL, SD3)
 
 
 def family_of(names: Iterable[str]) -> Family | None:

@@ -52,6 +52,30 @@ class RandomWords:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """How flow-matching models are trained; others do not look at it.
+
+    Args:
+        density: of the noise levels that are trained at: logit_normal, mode or uniform, before the schedule's shift.
+        logit_mean: of logit_normal.
+        logit_std: of logit_normal.
+        mode_scale: of mode.
+        weighting: of the loss by noise level: none, sigma_sqrt or cosmap.
+        error_of: the velocity, or the sample that it stands for, whose error is σ² times as large.
+        shift: of the noise levels, ``σ → s σ / (1 + (s − 1) σ)``, in training and in what is saved; 0 keeps the
+        model's own.
+    """
+
+    density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    error_of: Literal["velocity", "sample"] = "velocity"
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -206,6 +230,7 @@ class FinetuneConfig:
             row with others it counts too.
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
         ema_device: where the average is kept; cpu spares the GPU a copy of the weights, for a transfer every step.
+        flow: noise levels and weights of flow-matching models.
         snr_gamma: weigh timesteps by Min-SNR-γ (5 is usual); 0 weighs all alike.
         noise_offset: one more normal number per sample and channel in the noise, times this (0.05 to 0.1 is usual), so
             that the model learns very dark and very bright images.
@@ -276,6 +301,7 @@ class FinetuneConfig:
     max_bad_steps: int = 5
     ema_decay: float = 0.0
     ema_device: Literal["auto", "cpu"] = "auto"
+    flow: Flow = field(default_factory=Flow)
     snr_gamma: float = 0.0
     noise_offset: float = 0.0
     input_perturbation: float = 0.0

@@ -25,7 +25,6 @@ from afresh.progress import get_logger, progress
 from train.denoising.latents.scaling import to_network
 from train.denoising.network import network_of
 from train.denoising.opening.attention import set_attention
-from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.batches import batch_positions, dead_workers_named, make_batches, upcoming_positions
 from train.finetune.batches.captions import Captions
 from train.finetune.batches.faults import FaultLog
@@ -35,8 +34,8 @@ from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
 from train.finetune.filter.settings import make_filter
-from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.model.loss import counted, min_snr_weights, squared_errors, weighted_loss
+from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler, timesteps_of
+from train.finetune.model.loss import counted, loss_weights, squared_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
 from train.finetune.preparation import (
@@ -152,7 +151,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     model = load_model(config, device)
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
-    schedule = NoiseSchedule(model.pipe.scheduler, device)
+    schedule = model.denoiser.schedule_on(model.pipe.scheduler, device)
+    draw_timestep = timesteps_of(schedule, config)
     optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
     trained = model.trained  # only now: where weights are spread, they are others than before
@@ -163,7 +163,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     average = Average(trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
-    sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
+    sizes = image_sizes(config, model.size, model.denoiser.multiple)
     shard_set = scan_once(config, accelerator)
     loader, order = lay_out(shard_set, sizes, config, planned)
     texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
@@ -222,6 +222,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 config.seed,
                 noise_offset=config.noise_offset,
                 input_perturbation=config.input_perturbation,
+                timestep=draw_timestep,
             )
             noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
             readable = batch.weight > 0
@@ -241,7 +242,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 )
                 weights = batch.weight * kept
                 errors = squared_errors(counted(output, weights), schedule.target(x_0, noise, t))
-                losses = errors * min_snr_weights(schedule.snr(t), schedule.space, config.snr_gamma)
+                losses = errors * loss_weights(schedule, t, config)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
             tally.add(loss, errors, t, readable, weights, kept, magnitudes)

@@ -200,8 +200,8 @@ def search_embeds(
     """Adam on the embeddings ``e`` of the diffusion loss ``E_{t,ε} ‖ε − ε(x_t, e)‖² / numel`` of each ``x_0``
     (arXiv 2507.16880, §3; the weights stay as they are).
 
-    The loss is in ε-space whatever the model predicts. Adam works element by element, so an image's search does not
-    depend on the others.
+    The loss is in ε-space whatever the model predicts, of flow-matching models in that of velocities. Adam works
+    element by element, so an image's search does not depend on the others.
 
     Args:
         pipe: the model.
@@ -234,8 +234,9 @@ def search_embeds(
                 x_t = schedule.noised(x_0[rows], eps, t).to(denoiser.dtype)
                 sought = embeds[rows].to(denoiser.dtype)
                 cond = Conditioning({"embeds": sought}) if about is None else about[rows].with_embeds(sought)
-                predicted = denoiser.predict(x_t, t, cond).eps
-                squared = (predicted - eps).square().flatten(1).mean(1)
+                predicted = denoiser.predict(x_t, t, cond).compared
+                target = eps if schedule.space != "velocity" else schedule.target(x_0[rows], eps, t)
+                squared = (predicted - target).square().flatten(1).mean(1)
                 # Summed over images, so that each has the gradient it would have by itself; Adam minds no gain.
                 (denoiser.gain * squared.sum() / noises).backward()
                 loss.index_add_(0, torch.from_numpy(rows).to(loss.device), squared.detach() / noises)

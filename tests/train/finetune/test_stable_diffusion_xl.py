@@ -180,7 +180,9 @@ def test_the_frame_of_an_image_is_the_part_that_is_trained_on(shards, tmp_path):
         assert (height, width, target) == (64, 96, [64, 64]) and top == 0 and 0 <= left <= 32
         image = np.asarray(Image.open(io.BytesIO(loader.reader.read(0)))).transpose(2, 0, 1)
         seen = loader.load(0, visit).astype(int)
-        distances = [np.abs(one[:, :, left : left + 64].astype(int) - seen).mean() for one in (image, image[:, :, ::-1])]
+        distances = [
+            np.abs(one[:, :, left : left + 64].astype(int) - seen).mean() for one in (image, image[:, :, ::-1])
+        ]
         assert min(distances) < 12 and max(distances) > 20  # the crop lies between pixels
         flipped, plain = flipped + (distances[1] < distances[0]), plain + (distances[0] < distances[1])
     assert flipped and plain

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from train.denoising.conditioning import GAIN, MASK, Conditioning
-from train.denoising.latents.scaling import to_network, without_overflow
-from train.denoising.network import FLOAT16_GAIN, frozen, gained, running_device
-from train.denoising.predictions import Prediction
-from train.denoising.schedules import NoiseSchedule
+from train.denoising.families.pipeline import PipelineDenoiser
+from train.denoising.families.pipeline import initial_noise as initial_noise
+from train.denoising.families.pipeline import latent_shape as latent_shape
+from train.denoising.network import gained, running_device
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    from PIL.Image import Image
 
 IDS, TIMESTEP, IMAGE = "ids", "timestep_cond", "image_embeds"
 """Parts of a conditioning beside the prompt's embeddings: token ids that are not encoded yet, the guidance scale of a
 distilled model, and image prompts (``image_embeds.00``, …)."""
 
 
-class StableDiffusionDenoiser(torch.nn.Module):
+class StableDiffusionDenoiser(PipelineDenoiser):
     """A pipeline's UNet and text encoder as one module, so that both train under one data-parallel wrapper.
 
     Args:
@@ -43,48 +40,16 @@ class StableDiffusionDenoiser(torch.nn.Module):
         cross_attention_kwargs: dict[str, Any] | None = None,
         encoding: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(pipe)
         # A pipeline that was loaded without its text encoder takes embeddings alone.
         self.text_encoder: Any = getattr(pipe, "text_encoder", None)
         self.unet = pipe.unet
-        self.pipe = pipe
         self._cross_attention_kwargs, self._encoding = cross_attention_kwargs, encoding
-
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        """Of the pipeline's scheduler, as it was when first asked for."""
-        return NoiseSchedule(self.pipe.scheduler)
 
     @property
     def network(self) -> UNet2DConditionModel:
         """The UNet."""
         return self.unet
-
-    @property
-    def encoders(self) -> dict[str, Any]:
-        """The text encoders by the names that the pipeline has for them, each trained along if asked for."""
-        names = ("text_encoder", "text_encoder_2")
-        return {name: part for name in names if (part := getattr(self, name, None)) is not None}
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(c, h, w)`` of the latents that the UNet takes by default."""
-        return latent_shape(self.unet)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet runs."""
-        return running_device(self.unet)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the UNet's weights."""
-        return self.unet.dtype
-
-    @property
-    def gain(self) -> float:
-        """Factor on what is differentiated, so that float16's gradients do not vanish."""
-        return FLOAT16_GAIN if self.dtype == torch.float16 else 1.0
 
     # ------------------------------------------------------------------------------------------------- conditioning
 
@@ -100,18 +65,6 @@ class StableDiffusionDenoiser(torch.nn.Module):
         with contextlib.nullcontext() if trained else torch.no_grad():
             ids = conditioning.parts[IDS].to(running_device(self.text_encoder))
             return Conditioning({"embeds": self.text_encoder(ids)[0]})
-
-    def framed(self, conditioning: Conditioning, frames: Tensor) -> Conditioning:
-        """With what the network is to know of the images that are trained on, ``[n, 6]``: nothing here.
-
-        Args:
-            conditioning: of n images, or of one for all.
-            frames: original height and width, top and left of the crop, height and width, in pixels.
-        """
-        return conditioning
-
-    def leave_unused_alone(self) -> None:
-        """Freeze weights of the text encoders that no output hangs on: there are none here."""
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -191,53 +144,6 @@ class StableDiffusionDenoiser(torch.nn.Module):
         images = [parts[name] for name in sorted(parts) if name.startswith(f"{IMAGE}.")]
         return {IMAGE: images} if images else {}
 
-    def predict(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Prediction:
-        """The output in float32, in every space."""
-        return self.schedule.prediction(self(x_t, t, conditioning).float(), x_t.float(), t)
-
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """``x_T`` of seeds, ``[n, c, h, w]``."""
-        drawn = torch.stack([initial_noise(self.shape, int(seed)) for seed in seeds])
-        return drawn.to(self.device, self.dtype) * self.schedule.init_sigma
-
-    def frozen(self, *, checkpointing: bool = False) -> AbstractContextManager[None]:
-        """See :func:`train.denoising.network.frozen`."""
-        return frozen(self.unet, checkpointing=checkpointing)
-
-    # ------------------------------------------------------------------------------------------------------- images
-
-    @property
-    def side(self) -> int:
-        """Of the square that it draws by default, in pixels."""
-        return pixel_size(self.pipe)
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents ``[n, c, h, w]`` float32 of ``[n, 3, H, W]`` in [0, 1]: the VAE's posterior means."""
-        latents = []
-        with without_overflow(self.pipe.vae) as vae:
-            for one in pixels.split(1):  # a VAE's activations are large
-                one = one.to(running_device(vae), vae.dtype)
-                latents.append(to_network(vae.encode(one * 2 - 1).latent_dist.mean.float(), vae))
-        return torch.cat(latents)
-
-    @torch.no_grad()
-    def draw(
-        self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float
-    ) -> list[Image]:
-        """What the stock pipeline draws by DDIM from noise ``x_T [n, c, h, w]`` under a conditioning of n images."""
-        from diffusers import DDIMScheduler
-
-        # A scheduler of its own: drawing moves its state.
-        stock, texts = self._stock(conditioning, DDIMScheduler.from_config(self.pipe.scheduler.config))
-        stock.set_progress_bar_config(disable=True)
-        return stock(
-            **texts,
-            latents=x_T.to(self.device, self.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-        ).images
-
     def _stock(self, conditioning: Conditioning, scheduler: Any) -> tuple[Any, dict[str, Tensor]]:
         """The stock pipeline of the same parts, and the conditioning as it takes it."""
         from diffusers import StableDiffusionPipeline
@@ -274,18 +180,6 @@ def encode_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> T
 def end_positions(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
     """``[n]`` int64: where the first end-of-text token of each prompt stands."""
     return (tokenize(pipe, prompts) == pipe.tokenizer.eos_token_id).int().argmax(dim=1)
-
-
-def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
-    """``(c, h, w)`` of the latents that the UNet takes by default."""
-    side = unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    return int(unet.config.in_channels), int(height), int(width)
-
-
-def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """``x_T`` of a seed, float32 on the CPU: one noise on every device and in every dtype."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pixel_size(pipe: StableDiffusionPipeline) -> int:

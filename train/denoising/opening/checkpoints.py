@@ -11,24 +11,30 @@ import torch
 from afresh.errors import UserError, reason
 from train.denoising.kinds import FAMILIES, Family, supported
 from train.denoising.opening.files import check_header
+from train.denoising.schedules import is_flow
 
 
-def check_scheduler(scheduler: Any, name: str, steps: int | None = None) -> None:
-    """Refuse a scheduler that no Stable Diffusion is drawn with, and one that cannot take so many steps.
+def check_scheduler(scheduler: Any, name: str, steps: int | None = None, *, flow: bool = False) -> None:
+    """Refuse a scheduler that no model of the family is drawn with, and one that cannot take so many steps.
 
     Args:
         scheduler: of diffusers; its timesteps are set where ``steps`` are given.
         name: of the model or option that it comes from, for messages.
         steps: denoising steps.
+        flow: whether the model is one of flow matching.
 
     Raises:
-        UserError: it is for flow matching, or cannot take the steps.
+        UserError: it is for flow matching where the model is not, or the other way round; or it cannot take the steps.
     """
     kind = type(scheduler).__name__
-    if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "init_noise_sigma"):
+    if flow and not is_flow(scheduler):
+        raise UserError(f"{name}: {kind} is not for flow matching, by which this model is trained")
+    if not flow and hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "init_noise_sigma"):
         raise UserError(f"{name}: {kind} has no noise schedule of betas (is it for flow matching?); {supported()}")
     if steps is None:
         return
+    if getattr(scheduler.config, "use_dynamic_shifting", False):
+        return  # the pipeline says by how much
     try:
         scheduler.set_timesteps(steps)
     except Exception as error:  # whatever their arithmetic leads them to

@@ -19,6 +19,7 @@ from train.denoising.network import network_of
 from train.denoising.opening.attention import Attention, set_attention
 from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
 from train.denoising.opening.files import check_kind, check_model, is_single_file
+from train.denoising.schedules import is_flow
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -89,10 +90,11 @@ def load_pipeline(
                 else "; a single file holds no configs: give --model_config, a diffusers folder of its architecture"
             )
         raise UserError(f"{name_or_path}: cannot load the model: {why}") from error
-    width = sum(getattr(pipe, encoder).config.hidden_size for encoder in family.encoders)
-    if (problem := unsupported(pipe.unet.config, pipe.vae.config, width, family.added)) is not None:
-        raise UserError(f"{name_or_path}: {problem}; {supported()}")
-    check_scheduler(pipe.scheduler, name_or_path)
+    if family.network == "unet":
+        width = sum(getattr(pipe, encoder).config.hidden_size for encoder in family.encoders)
+        if (problem := unsupported(pipe.unet.config, pipe.vae.config, width, family.added)) is not None:
+            raise UserError(f"{name_or_path}: {problem}; {supported()}")
+    check_scheduler(pipe.scheduler, name_or_path, flow=family.flow)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         from train.denoising.opening.adapters import fuse_lora
@@ -114,6 +116,8 @@ def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
     Raises:
         UserError: the model predicts neither ε nor v, or is distilled for a few guided steps.
     """
+    if is_flow(pipe.scheduler):
+        return
     kind = pipe.scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"{name}: a model that predicts {kind!r} cannot be trained here: epsilon and v_prediction can")

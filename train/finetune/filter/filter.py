@@ -140,15 +140,15 @@ class MemorizationFilter:
                 index = asked.to(device)
                 x, times = x_t[index], t[asked].to(device)
                 framed = () if frames is None else (frames[asked],)
-                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times, *framed), x, times).eps
+                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times, *framed), x, times).compared
                 if len(chosen):
-                    eps_cond = self.schedule.prediction(output[index], x, times).eps
+                    eps_cond = self.schedule.prediction(output[index], x, times).compared
                     limits = self._limits(keys[chosen], bands[chosen], step).to(device)
                     kept[index], magnitudes[index] = filter_weights(eps_cond, eps_uncond, limits, self.policy.form)
                     magnitudes = torch.where(counted, magnitudes, torch.nan)
             kept = torch.where(counted, kept, 1.0)  # what counts nothing anyway is not the filter's doing
         left_out = (kept == 0).int()
-        known = torch.stack([rows, t, keys], dim=1).int().to(device)
+        known = torch.stack([rows, t.long(), keys], dim=1).int().to(device)
         seen = torch.stack([magnitudes.view(torch.int32), left_out], dim=1)
         self._records.append(torch.cat([known, seen], dim=1))
         return kept, magnitudes

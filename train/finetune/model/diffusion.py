@@ -7,7 +7,7 @@ changes no other draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from afresh.errors import UsageError
 from train.denoising.opening.checkpoints import check_scheduler
+from train.denoising.schedules import FlowSchedule, NoiseSchedule, is_flow
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.order import generator
 
@@ -29,7 +30,7 @@ class Draws(NamedTuple):
     input_noise: Tensor
     """``[n, c, h, w]``: what is added to the latents; ``noise`` itself unless it is perturbed."""
     t: Tensor
-    """``[n]`` int64 timesteps."""
+    """``[n]`` timesteps: int64, of flow matching float32."""
     uniform: Tensor
     """``[n, 2]`` in [0, 1): for the choice of the caption and its dropout."""
 
@@ -42,6 +43,7 @@ def draw_randomness(
     *,
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
+    timestep: Callable[[torch.Generator], Tensor] | None = None,
 ) -> Draws:
     """The random numbers of the samples at some positions.
 
@@ -54,13 +56,14 @@ def draw_randomness(
             Noise", 2023), so that a model learns to change the mean.
         input_perturbation: ``γ``; the latents get ``ε + γ ξ`` with ``ξ`` normal, while the target keeps the clean
             ``ε`` (Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models", ICML 2023, algorithm 1).
+        timestep: draws one timestep, where they are not uniform (:func:`timesteps_of`).
     """
     posterior, noise, times, uniform = [], [], [], []
     for position in positions:
         g = generator(seed, "step", position)
         posterior.append(torch.randn(shape, generator=g))
         noise.append(torch.randn(shape, generator=g))
-        times.append(torch.randint(timesteps, (), generator=g))
+        times.append(torch.randint(timesteps, (), generator=g) if timestep is None else timestep(g))
         uniform.append(torch.rand(2, generator=g))
     eps = torch.stack(noise)
     if noise_offset:
@@ -71,6 +74,29 @@ def draw_randomness(
         xi = [torch.randn(shape, generator=generator(seed, "input perturbation", p)) for p in positions]
         input_noise = eps + input_perturbation * torch.stack(xi)
     return Draws(torch.stack(posterior), eps, input_noise, torch.stack(times), torch.stack(uniform))
+
+
+def timesteps_of(schedule: NoiseSchedule, config: FinetuneConfig) -> Callable[[torch.Generator], Tensor] | None:
+    """How a sample's timestep is drawn; None for uniformly, of a model that is defined by betas.
+
+    Of flow matching it is one of the schedule's (shifted) noise levels, at a place ``u`` of their list: a logit-normal
+    one, ``u = sigmoid(m + s z)``, or by the mode ``u = 1 − v − c (cos²(π v / 2) − 1 + v)``, or uniform (Esser et al.,
+    ICML 2024, §3.1), as diffusers' scripts draw it.
+    """
+    if not isinstance(schedule, FlowSchedule):
+        return None
+    flow, sigmas = config.flow, schedule.sigmas.cpu()
+
+    def draw(g: torch.Generator) -> Tensor:
+        if flow.density == "logit_normal":
+            u = torch.sigmoid(flow.logit_mean + flow.logit_std * torch.randn((), generator=g))
+        else:
+            u = torch.rand((), generator=g)
+            if flow.density == "mode":
+                u = 1 - u - flow.mode_scale * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+        return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)] * schedule.timesteps
+
+    return draw
 
 
 def sample_posterior(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:
@@ -96,6 +122,15 @@ def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
 
     kind: Any = type(scheduler)
     changes: dict[str, Any] = {}
+    if is_flow(scheduler):
+        for name, wrong in (
+            ("prediction_type", config.prediction_type != "model"),
+            ("zero_terminal_snr", config.zero_terminal_snr),
+            ("snr_gamma", config.snr_gamma > 0),
+        ):
+            if wrong:
+                raise UsageError(f"{name} is for models with a schedule of betas; this one is of flow matching")
+        return kind.from_config(scheduler.config, shift=config.flow.shift) if config.flow.shift else scheduler
     if config.prediction_type != "model":
         changes["prediction_type"] = config.prediction_type
     predicts = changes.get("prediction_type", scheduler.config.prediction_type)

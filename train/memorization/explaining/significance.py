@@ -68,7 +68,7 @@ def gradients_along(
         with torch.no_grad():
             uncond = denoiser.predict(x_t, t, empty)
         prompted = denoiser.predict(x_t, t, cond.with_embeds(embeds.to(cond.embeds.dtype)))
-        m = magnitude(prompted.eps, uncond.eps, form=form)
+        m = magnitude(prompted.compared, uncond.compared, form=form)
         yield m.detach(), token_significance(m * denoiser.gain, embeds) / denoiser.gain
         if step + 1 < len(timesteps):
             with torch.no_grad():

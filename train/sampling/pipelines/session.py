@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
-from train.denoising.families.registry import denoiser_of
+from train.denoising.families.registry import denoiser_of, pipeline_family
 from train.denoising.opening.checkpoints import check_scheduler
 from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.thresholds import FILE, Thresholds, model_thresholds
@@ -38,7 +38,9 @@ class Opened:
         """The guided pipeline; says which prompts are too long for it."""
         pipe = open_pipeline(self.config)
         drawing = guided(pipe, **_scheduler(self.config, pipe))
-        check_scheduler(drawing.scheduler, self.config.scheduler or self.config.model, self.config.steps)
+        flow = pipeline_family(pipe).flow
+        name = self.config.scheduler or self.config.model
+        check_scheduler(drawing.scheduler, name, self.config.steps, flow=flow)
         drawing.set_progress_bar_config(disable=True)
         _say_what_is_cut(drawing.tokenizer, self.prompts)
         return drawing

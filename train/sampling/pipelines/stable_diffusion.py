@@ -17,13 +17,13 @@ from torch import Tensor
 
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
 from train.sampling.guidance import Guidance
+from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated
 from train.sampling.pipelines.loop import GuidedLoop
-from train.sampling.pipelines.unet import Callback, GuidedOutput, GuidedUNet, asked_for, repeated
 
 __all__ = ["GuidedOutput", "GuidedStableDiffusion"]
 
 
-class GuidedStableDiffusion(GuidedUNet, StableDiffusionPipeline):
+class GuidedStableDiffusion(GuidedPipeline, StableDiffusionPipeline):
     """``StableDiffusionPipeline`` whose ``ε̂`` guidance terms may correct at each step.
 
     Takes any Stable Diffusion 1.x or 2.x pipeline and any of its schedulers. Without terms it draws the stock

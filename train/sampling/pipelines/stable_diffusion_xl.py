@@ -14,13 +14,13 @@ from train.denoising.families.stable_diffusion_xl import POOLED, SIZES, StableDi
 from train.denoising.latents.scaling import to_vae, without_overflow
 from train.denoising.network import running_device
 from train.sampling.guidance import Guidance
+from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated
 from train.sampling.pipelines.loop import GuidedLoop
-from train.sampling.pipelines.unet import Callback, GuidedOutput, GuidedUNet, asked_for, repeated
 
 Pair = tuple[int, int]
 
 
-class GuidedStableDiffusionXL(GuidedUNet, StableDiffusionXLPipeline):
+class GuidedStableDiffusionXL(GuidedPipeline, StableDiffusionXLPipeline):
     """``StableDiffusionXLPipeline`` whose ``ε̂`` guidance terms may correct at each step.
 
     Takes any Stable Diffusion XL base and any of its schedulers. Without terms it draws the stock pipeline's images bit

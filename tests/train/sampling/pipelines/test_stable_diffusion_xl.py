@@ -1,4 +1,4 @@
-"""Guided Stable Diffusion XL: the stock pipeline's images bit for bit without terms, and terms that touch only theirs."""
+"""Guided Stable Diffusion XL: the stock images bit for bit without terms, and terms that touch only theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guided pipelines of UNet families share: their parts, their denoising loop, their callbacks."""
+"""What the guided pipelines of the families share: their parts, their denoising loop, their callbacks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class GuidedOutput(StableDiffusionPipelineOutput):
     ``fired`` (names of the parts that changed ε̂), and the terms' own columns."""
 
 
-class GuidedUNet:
-    """The loop of a pipeline with a UNet; stands before its stock pipeline among a class's bases.
+class GuidedPipeline:
+    """The loop of a guided pipeline; stands before its stock pipeline among a class's bases.
 
     Attributes:
         STOCK: the stock pipeline.
@@ -123,16 +123,19 @@ class GuidedUNet:
                 if self.interrupt:
                     continue
                 cfg = uncond is not None
-                x_t = self.scheduler.scale_model_input(torch.cat([latents] * 2) if cfg else latents, t)
+                x_t = torch.cat([latents] * 2) if cfg else latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    x_t = self.scheduler.scale_model_input(x_t, t)
                 # One pass over both halves.
                 output = loop.denoiser(x_t, t, Conditioning.join([uncond, cond]) if uncond is not None else cond)
                 output_uncond, output_cond = output.chunk(2) if cfg else (None, output)
                 if output_uncond is not None:
                     output = output_uncond + self.guidance_scale * (output_cond - output_uncond)
+                    output = self._beside(loop, i, t, latents, output, output_cond, cond)
                 output = loop.correct(
                     i, t, x_t[: len(latents)], output_uncond, output_cond, output, uncond, cond, self.guidance_scale
                 )
-                if cfg and self.guidance_rescale > 0.0:
+                if cfg and getattr(self, "guidance_rescale", 0.0) > 0.0:
                     output = rescale_noise_cfg(output, output_cond, guidance_rescale=self.guidance_rescale)
                 latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback is not None:
@@ -141,6 +144,12 @@ class GuidedUNet:
                 if i == len(timesteps) - 1 or due:
                     progress_bar.update()
         return latents
+
+    def _beside(
+        self, loop: Any, i: int, t: Any, latents: Tensor, output: Tensor, output_cond: Tensor, cond: Any
+    ) -> Tensor:
+        """The guided output with a family's own guidance beside the classifier-free one, of which most have none."""
+        return output
 
     def _called_back(
         self,
@@ -164,9 +173,7 @@ class GuidedUNet:
         cfg = self.do_classifier_free_guidance
         new = {name: changed.pop(name, one) for name, one in whole.items()}
         if any(new[name] is not one for name, one in whole.items()) or cfg != (uncond is not None):
-            own = {
-                self.CALLED[name]: one.chunk(2) if cfg else [one[-len(latents) :]] for name, one in new.items()
-            }
+            own = {self.CALLED[name]: one.chunk(2) if cfg else [one[-len(latents) :]] for name, one in new.items()}
             base = cond if uncond is None else uncond
             first, last = ({name: parts[at] for name, parts in own.items()} for at in (0, -1))
             uncond = Conditioning({**base.padded(length).parts, **first}) if cfg else None
