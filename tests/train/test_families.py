@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
+from afresh.errors import UserError
 from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from curate.reading.images import decode_image
@@ -27,7 +28,11 @@ from train.memorization.thresholds import read_thresholds
 from train.sampling.config import SampleConfig
 from train.sampling.job.job import run_sample
 
-KINDS = {"xl": families.tiny_xl}
+KINDS = {
+    "xl": families.tiny_xl,
+    "sd3": families.tiny_sd3,
+    "sd3-t5": lambda: families.tiny_sd3(with_t5=True),
+}
 CROSS_ATTENTION = ["xl"]
 
 
@@ -77,8 +82,16 @@ def test_detect_calibrates_and_sample_flags_by_it(model, data, tmp_path):
     signals = ["magnitude", "consistency", "agreement", "anisotropy"]
     found = run_detect(
         DetectConfig(
-            model=model, prompts=prompts, out=str(tmp_path / "d.parquet"), steps=2, num_inference_steps=4, seeds=2,
-            signals=signals, calibrate=0.5, device="cpu", bootstrap=10,
+            model=model,
+            prompts=prompts,
+            out=str(tmp_path / "d.parquet"),
+            steps=2,
+            num_inference_steps=4,
+            seeds=2,
+            signals=signals,
+            calibrate=0.5,
+            device="cpu",
+            bootstrap=10,
         )  # fmt: skip
     )
     assert found["prompts"] == 4
@@ -96,11 +109,15 @@ def test_detect_calibrates_and_sample_flags_by_it(model, data, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", ["amg-strong", "prompt", "tokens", "anisotropy", "attention", "opposite", "noise"])
-def test_sample_with_the_rivals_that_make_sense(model, data, tmp_path, guidance):
+def test_sample_with_the_rivals_that_make_sense(kind, model, data, tmp_path, guidance):
     config = SampleConfig(
         model=model, prompts=str(data / "prompts.jsonl"), out=str(tmp_path / "s"), index=str(data / "index"),
         guidance=guidance, steps=2, seeds=1, device="cpu",
     )  # fmt: skip
+    if guidance == "attention" and kind not in CROSS_ATTENTION:
+        with pytest.raises(UserError, match="joint attention takes neither masks nor weights of tokens"):
+            run_sample(config)
+        return
     run_sample(config)
     assert len(list((tmp_path / "s").glob("*-s?.png"))) == 4
 
@@ -108,8 +125,15 @@ def test_sample_with_the_rivals_that_make_sense(model, data, tmp_path, guidance)
 def test_explain_joins_the_tokens_of_all_encoders_to_words(model, tmp_path):
     summary = run_explain(
         ExplainConfig(
-            model=model, prompt="grinning face, smiling", out=str(tmp_path / "e.html"), steps=1, num_inference_steps=3,
-            seeds=1, words=1, replacements=1, device="cpu",
+            model=model,
+            prompt="grinning face, smiling",
+            out=str(tmp_path / "e.html"),
+            steps=1,
+            num_inference_steps=3,
+            seeds=1,
+            words=1,
+            replacements=1,
+            device="cpu",
         )  # fmt: skip
     )
     (found,) = summary["explanations"]
@@ -136,13 +160,15 @@ def test_audit_and_evaluate(model, data, tmp_path):
 
 
 def test_localize_finds_value_neurons_where_there_is_cross_attention(kind, model, data, tmp_path):
-    if kind not in CROSS_ATTENTION:
-        pytest.skip("no cross-attention")
     config = LocalizeConfig(
         model=model, prompts=str(data / "prompts.jsonl"), out=str(tmp_path / "n.json"), seeds=2, criterion="magnitude",
         threshold=0.4, number=5, up_blocks=True, image_seeds=1, others=1, steps=2, device="cpu",
         edited_model=str(tmp_path / "edited"),
     )  # fmt: skip
+    if kind not in CROSS_ATTENTION:
+        with pytest.raises(UserError, match="no cross-attention"):
+            run_localize(config)
+        return
     run_localize(config)
     together, own = read_neurons(config.out)
     assert together and len(own) == 2

@@ -29,7 +29,7 @@ def check_scheduler(scheduler: Any, name: str, steps: int | None = None, *, flow
     kind = type(scheduler).__name__
     if flow and not is_flow(scheduler):
         raise UserError(f"{name}: {kind} is not for flow matching, by which this model is trained")
-    if not flow and hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "init_noise_sigma"):
+    if not flow and not (hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "init_noise_sigma")):
         raise UserError(f"{name}: {kind} has no noise schedule of betas (is it for flow matching?); {supported()}")
     if steps is None:
         return
