@@ -142,3 +142,36 @@ def tiny_sd3(seed: int = 0, with_t5: bool = False) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_flux(seed: int = 0, guidance_embeds: bool = True, side: int | None = 16) -> Any:
+    """A random FLUX.1: dev, or schnell without ``guidance_embeds``; of so many latents a side until it is saved."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = autoencoder(scaling_factor=0.3611, shift_factor=0.1159)
+    text_encoder, tokenizer = clip(False, seed=seed + 1)
+    text_encoder_2, tokenizer_2 = t5(seed + 2)
+    pipe = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+    pipe.default_sample_size = side or pipe.default_sample_size
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

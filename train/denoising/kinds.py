@@ -95,7 +95,17 @@ SD3 = Family(
     also=("GuidedStableDiffusion3",),
     flow=True,
 )
-FAMILIES = (STABLE_DIFFUSION, XL, SD3)
+FLUX = Family(
+    name="FLUX.1",
+    pipeline="FluxPipeline",
+    denoiser=f"{FAMILY_FILES}.flux:FluxDenoiser",
+    guided=f"{PIPELINES}.flux:GuidedFlux",
+    network="transformer",
+    encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    also=("GuidedFlux",),
+    flow=True,
+)
+FAMILIES = (STABLE_DIFFUSION, XL, SD3, FLUX)
 
 
 def family_of(names: Iterable[str]) -> Family | None:

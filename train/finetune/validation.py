@@ -79,7 +79,7 @@ class Validation:
                     images += pipe(
                         prompts,
                         num_inference_steps=config.steps,
-                        guidance_scale=config.scale,
+                        **pipe.asked(config.scale, None),
                         generator=[torch.Generator("cpu").manual_seed(config.seed) for _ in prompts],
                         guidance=self.guidance,
                     ).images

@@ -307,7 +307,7 @@ class Scoring:
             )
             for signal in watching:
                 observed[signal.name].append(signal.observe(seen).float())
-            return own if other is None else own.guided_from(other, self.guidance_scale)
+            return own if other is None else denoiser.guided(own, other, self.guidance_scale)
 
         for step, t in enumerate(self.timesteps):
             last = step + 1 == len(self.timesteps)

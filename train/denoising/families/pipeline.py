@@ -98,6 +98,10 @@ class PipelineDenoiser(torch.nn.Module):
         """The output in float32, in every space."""
         return self.schedule.prediction(self(x_t, t, conditioning).float(), x_t.float(), t)
 
+    def guided(self, cond: Prediction, uncond: Prediction, scale: float) -> Prediction:
+        """What a trajectory follows: classifier-free guidance."""
+        return cond.guided_from(uncond, scale)
+
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """``x_T`` of seeds, ``[n, c, h, w]``."""
         drawn = torch.stack([initial_noise(self.shape, int(seed)) for seed in seeds])

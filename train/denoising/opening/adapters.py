@@ -76,9 +76,9 @@ def add_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network.add_adapter(settings(lora.targets))
-        for name, encoder in encoders.items():
-            if text_encoder and name != "text_encoder_3":  # T5 is not trained
-                encoder.add_adapter(settings(TEXT_TARGETS))
+        for encoder in encoders.values():
+            if text_encoder and any(layer.endswith(TEXT_TARGETS[0]) for layer, _ in encoder.named_modules()):
+                encoder.add_adapter(settings(TEXT_TARGETS))  # CLIP: T5 is not trained
     for parameter in [parameter for part in parts for parameter in part.parameters()]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -69,6 +69,7 @@ def load_pipeline(
     path = Path(name_or_path)
     is_file = is_single_file(path)
     family = check_file(path) if is_file else STABLE_DIFFUSION
+    left_out: dict[str, None] = {}
     try:
         if is_file:
             options: dict[str, Any] = {"dtype": dtype, "config": model_config, **family.options}
@@ -77,7 +78,8 @@ def load_pipeline(
             with contextlib.suppress(OSError):  # not there: what follows says so better
                 index = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
                 family = check_kind(name_or_path, index)
-            options = {"dtype": dtype, "revision": revision, "variant": variant, **family.options}
+                left_out = {part: None for part in family.optional if index.get(part) in (None, [None, None])}
+            options = {"dtype": dtype, "revision": revision, "variant": variant, **family.options, **left_out}
             pipe = getattr(diffusers, family.pipeline).from_pretrained(name_or_path, use_safetensors=True, **options)
     except UserError:
         raise
@@ -116,6 +118,8 @@ def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
     Raises:
         UserError: the model predicts neither ε nor v, or is distilled for a few guided steps.
     """
+    if network_of(pipe).config.get("guidance_embeds") is False:
+        raise UserError(f"{name}: a model distilled to a few steps (FLUX.1 schnell) cannot be trained here: take dev")
     if is_flow(pipe.scheduler):
         return
     kind = pipe.scheduler.config.prediction_type

@@ -72,7 +72,7 @@ def gradients_along(
         yield m.detach(), token_significance(m * denoiser.gain, embeds) / denoiser.gain
         if step + 1 < len(timesteps):
             with torch.no_grad():
-                guided = prompted.guided_from(uncond, guidance_scale)
+                guided = denoiser.guided(prompted, uncond, guidance_scale)
                 x_t = denoiser.schedule.step(guided, timesteps[step + 1]).to(denoiser.dtype)
 
 

@@ -107,12 +107,12 @@ def _pipe(
         bar.set_postfix_str(f"{len(prompts)} more at step {i + 1} of {len(pipe.scheduler.timesteps)}")
         return {}
 
+    # The model's own unconditional half where there is no negative prompt: not every family's is the empty prompt.
+    negative = [config.negative_prompt] * len(prompts) if config.negative_prompt else None
     output = pipe(
         prompts,
-        # The stock pipelines' own unconditional branch where there is none: not every family's is the empty prompt.
-        negative_prompt=[config.negative_prompt] * len(prompts) if config.negative_prompt else None,
+        **pipe.asked(config.scale, negative),
         num_inference_steps=config.steps,
-        guidance_scale=config.scale,
         height=config.height or None,
         width=config.width or None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],

@@ -126,8 +126,7 @@ class GuidedPipeline:
                 x_t = torch.cat([latents] * 2) if cfg else latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     x_t = self.scheduler.scale_model_input(x_t, t)
-                # One pass over both halves.
-                output = loop.denoiser(x_t, t, Conditioning.join([uncond, cond]) if uncond is not None else cond)
+                output = self._both(loop, x_t, t, uncond, cond)
                 output_uncond, output_cond = output.chunk(2) if cfg else (None, output)
                 if output_uncond is not None:
                     output = output_uncond + self.guidance_scale * (output_cond - output_uncond)
@@ -144,6 +143,15 @@ class GuidedPipeline:
                 if i == len(timesteps) - 1 or due:
                     progress_bar.update()
         return latents
+
+    def _both(self, loop: Any, x_t: Tensor, t: Any, uncond: Conditioning | None, cond: Conditioning) -> Tensor:
+        """The model's output for both halves, or the one: in one pass, as most stock pipelines do."""
+        return loop.denoiser(x_t, t, Conditioning.join([uncond, cond]) if uncond is not None else cond)
+
+    @staticmethod
+    def asked(scale: float, negative: list[str] | None) -> dict[str, Any]:
+        """Arguments for a guidance scale and negative prompts; None for the model's own unconditional half."""
+        return {"guidance_scale": scale, "negative_prompt": negative}
 
     def _beside(
         self, loop: Any, i: int, t: Any, latents: Tensor, output: Tensor, output_cond: Tensor, cond: Any
