@@ -63,7 +63,7 @@ class Flow:
         weighting: of the loss by noise level: none, sigma_sqrt or cosmap.
         error_of: the velocity, or the sample that it stands for, whose error is σ² times as large.
         shift: of the noise levels, ``σ → s σ / (1 + (s − 1) σ)``, in training and in what is saved; 0 keeps the
-        model's own.
+            model's own.
     """
 
     density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"

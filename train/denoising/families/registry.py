@@ -25,12 +25,6 @@ def denoiser_of(pipe: Any) -> Denoiser:
     return named(pipeline_family(pipe).denoiser)(pipe)
 
 
-def sequence_of(pipe: Any) -> list[tuple[str, int]]:
-    """The tokenizers whose tokens make a pipeline's sequence, one after the other, and how many each has."""
-    denoiser: Any = denoiser_of(pipe)
-    return denoiser.sequence
-
-
 def pipeline_family(pipe: Any) -> Family:
     """The family of a pipeline.
 

@@ -68,8 +68,7 @@ def load_pipeline(
         library.utils.logging.set_verbosity_error()
     path = Path(name_or_path)
     is_file = is_single_file(path)
-    family = check_file(path) if is_file else STABLE_DIFFUSION
-    left_out: dict[str, None] = {}
+    family, left_out = (check_file(path) if is_file else STABLE_DIFFUSION), {}
     try:
         if is_file:
             options: dict[str, Any] = {"dtype": dtype, "config": model_config, **family.options}

@@ -27,7 +27,7 @@ from train.finetune.filter.evidence import Evidence
 from train.finetune.filter.policies import caption_key, filter_weights, is_judged
 from train.finetune.filter.share import DroppedShare, what_to_change
 from train.finetune.filter.table import VerdictTable
-from train.memorization.thresholds import BANDS, Thresholds, timestep_band
+from train.memorization.thresholds import BANDS, Thresholds, compared_space, timestep_band
 
 if TYPE_CHECKING:
     from train.denoising.schedules import NoiseSchedule
@@ -302,7 +302,8 @@ class MemorizationFilter:
         summary: dict[str, Any] = {"samples_seen": seen, **totals}
         if self.policy.policy != "off":
             summary["dropped_share"] = round(totals["dropped"] / max(seen, 1), 3)
-            found: dict[str, Any] = {"form": self.policy.form, "by_band": self.by_band()}
+            space = compared_space(self.schedule.space)
+            found: dict[str, Any] = {"form": self.policy.form, "space": space, "by_band": self.by_band()}
             if self.quantiles is not None:
                 how = self.policy.calibrate
                 found |= {"quantile": how.quantile, "magnitudes": self.quantiles.sizes(), "window": how.window}

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from train.denoising.families.registry import sequence_of
-
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
@@ -135,9 +133,18 @@ class Explanation:
         }
 
 
-def read_tokens(pipe: StableDiffusionPipeline, prompt: str) -> tuple[Token, ...]:
-    """The text encoders' input for a prompt, token by token, as the family's sequence has them."""
-    read = [_read(getattr(pipe, name), length, prompt) for name, length in sequence_of(pipe)]
+def read_tokens(
+    pipe: StableDiffusionPipeline, prompt: str, sequence: Sequence[tuple[str, int]] | None = None
+) -> tuple[Token, ...]:
+    """The text encoders' input for a prompt, token by token.
+
+    Args:
+        pipe: with the tokenizers.
+        prompt: any text.
+        sequence: the tokenizers of the family's sequence by name, and how many tokens each has; None for the one.
+    """
+    sequence = sequence or [("tokenizer", pipe.tokenizer.model_max_length)]
+    read = [_read(getattr(pipe, name), length, prompt) for name, length in sequence]
     return tuple(token for tokens in read for token in tokens)
 
 

@@ -59,7 +59,10 @@ class Opened:
     def thresholds(self) -> Thresholds | None:
         """The model's calibrated ones; None, and a warning, where magnitudes here are not to be compared with them."""
         found = model_thresholds(self.config.model)
-        if found is None or not (why := found.unlike(self.config.negative_prompt, self.elements)):
+        if found is None:
+            return None
+        space = denoiser_of(self.pipe).schedule.space
+        if not (why := found.unlike(self.config.negative_prompt, self.elements, space)):
             return found
         if is_main_process():
             log.warning(f"{Path(self.config.model) / FILE}: {why}; no image is called memorized by its magnitude")
