@@ -109,9 +109,9 @@ def audit(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     pairs = [(image, restart) for image in range(len(images)) for restart in range(restarts)]
     x_0 = encode_images(pipe, images)[[image for image, _ in pairs]]
-    about = denoiser_of(pipe).encode(list(prompts))
-    captions, about = about.embeds.float(), about[[image for image, _ in pairs]]
-    start = torch.stack([starting_point(captions[image], search_seed, restart) for image, restart in pairs])
+    about = denoiser_of(pipe).encode(list(prompts))[[image for image, _ in pairs]]
+    found = zip(about.embeds.float(), pairs, strict=True)
+    start = torch.stack([starting_point(caption, search_seed, restart) for caption, (_, restart) in found])
     look = partial(draw, pipe, about=about, seeds=numbers, num_inference_steps=num_inference_steps,
                    guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
     points = _Points(measures, [images[image] for image, _ in pairs for _ in numbers], (len(images), restarts, -1))
@@ -122,14 +122,11 @@ def audit(
         x_0,
         start,
         [restart for _, restart in pairs],
-        steps=steps,
-        learning_rate=learning_rate,
-        noises=noises,
-        seed=search_seed,
+        steps=steps, learning_rate=learning_rate, noises=noises, seed=search_seed,
         batch_size=batch_size,
         gradient_checkpointing=gradient_checkpointing,
         about=about,
-    )
+    )  # fmt: skip
     for step, (embeds, loss) in enumerate(search, 1):
         losses.append(loss)
         if not torch.isfinite(loss).all():

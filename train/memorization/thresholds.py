@@ -35,7 +35,7 @@ def timestep_band(t: torch.Tensor, timesteps: int = 1000) -> torch.Tensor:
 
 
 def compared_space(predicts: str) -> str:
-    """What the magnitude compares of a model that predicts in a space: velocities of flow matching, ``epsilon`` else."""
+    """What the magnitude compares of a model that predicts in a space: velocities as they are, all else as ε."""
     return "velocity" if predicts == "velocity" else "epsilon"
 
 
@@ -66,7 +66,8 @@ class Thresholds:
         by_band: ``[BANDS]`` smallest magnitude that does; None where nothing is judged.
         against: the negative prompt that they were found against; empty for the empty prompt.
         elements: numbers in the latents that they were found on; None where that is not known.
-        space: what the magnitude compares, ``epsilon`` or ``velocity``; None of numbers that somebody gave.
+        space: what the magnitude compares, ``epsilon`` or ``velocity``; None of numbers that somebody gave, and of
+            older files.
     """
 
     form: Form
@@ -161,7 +162,7 @@ def read_thresholds(path: str | Path, against: str | None = "") -> Thresholds:
             raise ValueError(f"form {form!r}")
         bare = Thresholds.of(by_band, form)
         found = replace(bare, against=str(content.get("against", "")), elements=content.get("elements"))
-        found = replace(found, space=str(content.get("space", "epsilon")))
+        found = replace(found, space=content.get("space"))
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{path}: not a file of thresholds ({error})") from error
     if against is not None and (why := found.unlike(against)):

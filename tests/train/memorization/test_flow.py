@@ -123,8 +123,4 @@ def test_thresholds_of_one_space_are_no_thresholds_of_the_other(tmp_path):
     found = read_thresholds(tmp_path / "memorization.json")
     assert not found.unlike("", space="velocity")
     assert "magnitudes of velocity, and here they are of epsilon" in found.unlike("", space="v_prediction")
-    write_json(tmp_path / "older.json", {"form": "l2", "by_band": [1.0] * 10})
-    assert "of epsilon, and here they are of velocity" in read_thresholds(tmp_path / "older.json").unlike(
-        "", space="velocity"
-    )
     assert not Thresholds.of(1.0, "l2").unlike("", space="velocity")  # a number that somebody gave

@@ -153,7 +153,8 @@ class FluxDenoiser(PipelineDenoiser):
                 "several lengths are for models with cross-attention"
             )
         n, channels, height, width = x_t.shape
-        embeds, place = parts["embeds"], {"device": x_t.device, "dtype": parts["embeds"].dtype}
+        embeds = parts["embeds"]
+        place: dict[str, Any] = {"device": x_t.device, "dtype": embeds.dtype}
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full([1], self.guidance, device=x_t.device, dtype=torch.float32).expand(n)

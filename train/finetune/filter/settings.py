@@ -30,7 +30,7 @@ LEAST_STEPS = 50
 def make_filter(
     config: FinetuneConfig,
     schedule: NoiseSchedule,
-    predict_unconditional: Callable[[Tensor, Tensor], Tensor],
+    predict_unconditional: Callable[..., Tensor],
     shard_set: ShardSet,
     samples: int,
     together: bool,

@@ -53,7 +53,7 @@ class GuidedFlux(GuidedPipeline, FluxPipeline):
         output = loop.denoiser(second, t, cond)
         return torch.cat([loop.denoiser(first, t, uncond), output])
 
-    def _called_back(  # type: ignore[override]
+    def _called_back(
         self, callback: Any, names: Sequence[str], step: int, t: Any, latents: Tensor, uncond: Any, cond: Any
     ) -> tuple[Tensor, Any, Any]:
         """As the stock pipeline calls it: packed latents, and the prompt's embeddings alone."""
@@ -65,7 +65,7 @@ class GuidedFlux(GuidedPipeline, FluxPipeline):
         return self._unpack_latents(packed, height, width, self.vae_scale_factor), uncond, cond
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -16,7 +16,6 @@ from torch import Tensor
 from train.denoising.conditioning import Conditioning
 from train.denoising.latents.decoder import Decoder
 from train.denoising.latents.preview import preview_of
-from train.denoising.protocol import Denoiser
 from train.sampling.guidance import Run
 from train.sampling.pipelines.loop import GuidedLoop
 
@@ -45,9 +44,11 @@ class GuidedPipeline:
 
     STOCK: ClassVar[Any]
     CALLED: ClassVar[Mapping[str, str]] = {"prompt_embeds": "embeds"}
-    unet: Any
-    vae: Any
-    scheduler: Any
+    _optional_components: ClassVar[Any]
+
+    if TYPE_CHECKING:  # what the stock pipeline has
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **overrides: Any) -> Any:
@@ -90,7 +91,7 @@ class GuidedPipeline:
         rows, columns = (size, size) if isinstance(size, int) else size
         return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
-    def _run(self, denoiser: Denoiser, batch_size: int) -> Run:
+    def _run(self, denoiser: Any, batch_size: int) -> Run:
         """What terms see of the call."""
         device = self._execution_device
         decode = Decoder(self.vae, device)

@@ -32,7 +32,7 @@ class GuidedStableDiffusion3(GuidedPipeline, StableDiffusion3Pipeline):
         return {}
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,

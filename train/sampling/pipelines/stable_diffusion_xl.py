@@ -37,7 +37,7 @@ class GuidedStableDiffusionXL(GuidedPipeline, StableDiffusionXLPipeline):
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": watermark}
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,
