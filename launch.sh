@@ -308,6 +308,8 @@ run_config() {
   [[ "$job" =~ ^(curate|train)\ [a-z]+$ ]] ||
     usage_error "$config: no line 'job: train VERB' or 'job: curate VERB' that says what to run"
 
+  # The project beside this file runs, whatever is called train.py or curate.py in the folder that it is started from.
+  export PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   if [[ -z "$dry_run" ]]; then
     install
     # Mistakes are told before torch is loaded; and behind a launcher they would cost a traceback for each process.

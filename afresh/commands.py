@@ -1,4 +1,4 @@
-"""How ``python -m curate VERB`` and ``python -m train VERB`` work: one verb, one dataclass, one job function.
+"""How ``afresh-curate VERB`` and ``afresh-train VERB`` work: one verb, one dataclass, one job function.
 
 A command line is turned into the verb's dataclass (defaults, then ``--config FILE``, then ``--key value``),
 the dataclass is handed to the job, and the job's summary is printed. Only the chosen verb's modules are
@@ -14,9 +14,21 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
 
 from afresh import __version__
-from afresh.configs import Options, Verb, did_you_mean, field_type, load, placeholder, read_config, takes_list
+from afresh.configs import (
+    Options,
+    Verb,
+    config_file,
+    did_you_mean,
+    field_type,
+    load,
+    placeholder,
+    read_config,
+    takes_list,
+)
 from afresh.cores import share_the_machine
 from afresh.errors import UsageError, UserError, one_line, printable
 from afresh.progress import is_main_process
@@ -43,8 +55,10 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
     """
     share_the_machine()  # before anything loads torch
     argv = list(sys.argv[1:] if argv is None else argv)
-    prog = f"python -m {package}"
+    script = f"afresh-{package}"
+    prog = script if Path(sys.argv[0]).stem == script else f"python -m {package}"
     try:
+        _refuse_namesakes(script)
         if not argv or argv[0] in ("-h", "--help"):
             print(_help(prog, description, verbs), file=sys.stdout if argv else sys.stderr)
             return 0 if argv else 2
@@ -77,10 +91,29 @@ def run(package: str, description: str, verbs: Mapping[str, Verb], argv: Sequenc
         return error.exit_code if isinstance(error, UserError) else 1
 
 
+def _refuse_namesakes(script: str) -> None:
+    """See that ``curate`` and ``train`` are the packages that belong to this one: ``python -m`` looks first into the
+    working folder, where somebody may have a file of that name.
+
+    Raises:
+        UsageError: another file is found under one of the names.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for name in ("curate", "train"):
+        found = find_spec(name)
+        where = "" if found is None else found.origin or ""
+        if Path(where).resolve().parent.parent != here:
+            raise UsageError(
+                f"{where or 'nothing'} is found in the place of the package {name}: start {script}, which does not "
+                "look into the working folder, or rename that file"
+            )
+
+
 def _split(verb: Verb, argv: Sequence[str], prog: str) -> Options:
     """Sort a verb's arguments into settings, config files and flags; positions become settings.
 
-    Every option but the flags takes exactly one value, so options and positions may come in any order.
+    Every option but the flags takes exactly one value, so options and positions may come in any order; one that is
+    true or false may stand without, before another option or at the end, and is true.
     """
     options = Options([], [], [])
     positions: list[str] = []
@@ -101,11 +134,14 @@ def _split(verb: Verb, argv: Sequence[str], prog: str) -> Options:
         elif token.startswith("--"):
             key, equals, value = token[2:].partition("=")
             if not equals:
-                if not rest or rest[0].startswith("--"):
+                if rest and not rest[0].startswith("--"):
+                    value = rest.pop(0)
+                elif key != "config" and field_type(load(verb.config), key) is bool:
+                    value = "true"
+                else:
                     raise UsageError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
-                value = rest.pop(0)
             if key == "config":
-                options.configs.append(value)
+                options.configs.append(config_file(value))
             else:
                 options.settings.append((key, value))
         elif token.startswith("-") and len(token) > 1:

@@ -14,6 +14,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from afresh.errors import UsageError, one_line, reason
@@ -110,6 +111,18 @@ def read_config(package: str, name: str, verb: Verb, options: Options) -> Any:
                 f"{job} needs {placeholder(field, many)}: on the command line, or {field!r} in a --config file"
             )
     return config
+
+
+def config_file(path: str) -> str:
+    """Where a config file lies that a command line names: one that is not there, and is called as one of the project's
+    own (``quickstart.yaml``, ``configs/quickstart.yaml``), is that one, also where there is no checkout.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "carried", here.parent / "configs"):  # of a wheel, and of a checkout
+        own = folder / path.removeprefix("configs/")
+        if not Path(path).exists() and own.is_file():
+            return str(own)
+    return path
 
 
 def _settings_in(path: str, job: str, config_class: type) -> list[_Setting]:

@@ -1,6 +1,6 @@
 """How well each signal of memorization tells what a model memorized, and what it costs.
 
-    python -m benchmarks.detection RUN             RUN: the folder of a finished `python -m train quickstart`
+    python -m benchmarks.detection RUN             RUN: the folder of a finished `afresh-train quickstart`
 
 On the quickstart's raw model, whose repeated captions are known: these against captions that were never trained on,
 with and without those that the model draws copies for all the same. Costs are per prompt, of each signal alone and of

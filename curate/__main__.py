@@ -1,4 +1,4 @@
-"""``python -m curate VERB``."""
+"""``afresh-curate VERB``, or ``python -m curate VERB``."""
 
 from __future__ import annotations
 

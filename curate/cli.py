@@ -1,4 +1,4 @@
-"""The verbs of ``python -m curate`` (console script ``afresh-curate``)."""
+"""The verbs of ``afresh-curate``, which is ``python -m curate``, too."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VERBS = {
     "export": Verb(
         "curate.config:ExportConfig",
         "curate.export:run_export",
-        "hand on what a curation kept: as a Hugging Face dataset, as parquet files, or as a list of ids",
+        "hand on what a curation kept: as a Hugging Face dataset, parquet files, a trainer's folder, or a list of ids",
         positionals=("out", "dest"),
     ),
 }

@@ -7,6 +7,7 @@ from typing import Literal
 
 PREFERENCES = ("lossless", "resolution", "caption_length")
 RULES = ("greedy", "components")
+TRAINERS = ("imagefolder", "kohya", "simpletuner", "onetrainer", "ai-toolkit")
 
 
 @dataclass
@@ -22,6 +23,8 @@ class ImportConfig:
         caption_field: of the ``.json`` beside an image, the field with its caption, which then goes before a ``.txt``;
             empty takes the ``.txt`` (or ``.caption``, ``.cap``), else the first of the fields caption, text, prompt and
             captions that holds text.
+        caption_lines: each line of a text file beside an image is a caption of its own, as several trainers have it:
+            the first is the sample's caption, and all stand in ``captions`` of its json. Else the file is one caption.
         text_column: the column of captions, in tables and in a folder's metadata files; null for the only one of
             text, caption and prompt that there is, empty (``--text_column=``) for none.
         image_column: the column of images; null for the only one that looks like it.
@@ -44,6 +47,7 @@ class ImportConfig:
     out: str = ""
     kind: Literal["auto", "folder", "dataset", "parquet"] = "auto"
     caption_field: str = ""
+    caption_lines: bool = False
     text_column: str | None = None
     image_column: str | None = None
     image_root: str | None = None
@@ -84,6 +88,8 @@ class DedupConfig:
             dropped (evaluation sets that must not be trained on; batches that were curated before).
         exclude: a list of samples that are dropped whatever else they are, a line ``shard<TAB>key`` each, as ``train
             verdicts`` writes of those that a run's filter left out; empty for none.
+        keep: a list like ``exclude`` of samples that are kept whatever else is said of them, by the rule, by a filter,
+            by ``max_per_caption`` or by ``against``; copies of them are dropped for them. Empty for none.
         keep_copies: how many near copies of an image may stay; 1 keeps one of each.
         prefer: which of several copies is kept: the first criterion decides, then the next, then input order.
             ``lossless`` prefers PNG, GIF, BMP and lossless WebP to what was compressed with loss (an enlarged
@@ -134,6 +140,7 @@ class DedupConfig:
     steps: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     exclude: str = ""
+    keep: str = ""
     keep_copies: int = 1
     prefer: list[str] = field(default_factory=lambda: ["resolution", "caption_length"])
     on_caption_differs: Literal["pool", "keep"] = "pool"
@@ -213,14 +220,24 @@ class ExportConfig:
         out: folder that ``curate dedup`` wrote, or its URL.
         dest: what to write, and must not exist yet: a folder, or with ``ids`` a file, which is replaced.
         format: ``dataset`` is a Hugging Face dataset as ``save_to_disk`` writes it; ``parquet`` a folder of parquet
-            files, which ``load_dataset`` reads too; ``ids`` a sorted list of input samples, ``shard/key`` a line.
+            files, which ``load_dataset`` reads too; ``ids`` a sorted list of input samples, ``shard/key`` a line; or
+            a folder of images and captions with what a trainer needs to be told of it: ``imagefolder`` (diffusers'
+            scripts), ``kohya`` (sd-scripts), ``simpletuner``, ``onetrainer``, ``ai-toolkit`` (docs/trainers.md).
         status: which samples an id list names; the others hold those that were kept.
         file_bytes: image bytes a parquet file holds at most, unless a single image has more.
+        repeats_field: field of the samples' ``json`` with how often an epoch shows their image, as ``curate import``
+            reads it off folders called ``10_name``; a sample without it, or with less than 1, is seen once.
+        concept: what the images show; trainers' folders are called ``10_CONCEPT``, and kohya's trainer takes it for the
+            caption of images that have none.
     """
 
     out: str = ""
     dest: str = ""
-    format: Literal["dataset", "parquet", "ids"] = "dataset"
+    format: Literal[
+        "dataset", "parquet", "ids", "imagefolder", "kohya", "simpletuner", "onetrainer", "ai-toolkit"
+    ] = "dataset"
     status: Literal["kept", "dropped", "unreadable"] = "kept"
     file_bytes: int = 500_000_000
+    repeats_field: str = "repeats"
+    concept: str = "images"
 

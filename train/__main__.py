@@ -1,4 +1,4 @@
-"""``python -m train VERB``."""
+"""``afresh-train VERB``, or ``python -m train VERB``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ def end(code: int) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run this process's command line, and end with its exit code."""
     if sys.argv[1:2] == ["finetune"]:
         listen()
     end(main())
+
+
+if __name__ == "__main__":
+    script()

@@ -1,4 +1,4 @@
-"""The verbs of ``python -m train`` (console script ``afresh-train``)."""
+"""The verbs of ``afresh-train``, which is ``python -m train``, too."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ VERBS = {
         "train.evaluation.evaluate:run_evaluate",
         "compare models and guidances: copies, alignment, quality, time",
         check="train.evaluation.checks:check_evaluate",
+    ),
+    "check": Verb(
+        "train.machine.config:CheckConfig",
+        "train.machine.job:run_check",
+        "try what this machine can do, compare it with the CPU's result, and say what to put into a config",
     ),
     "reports": Verb(
         "train.evaluation.config:ReportsConfig",

@@ -123,6 +123,7 @@ def decide(
     on_caption_differs: OnCaptionDiffers = "pool",
     elsewhere: NDArray[np.bool_] | None = None,
     excluded: NDArray[np.bool_] | None = None,
+    must_stay: NDArray[np.bool_] | None = None,
     others: Sequence[Sequence[str]] | None = None,
 ) -> Verdicts:
     """Keep or drop each row.
@@ -151,6 +152,7 @@ def decide(
         elsewhere: ``[n]``, rows that are dropped before all others since they stand in another set; they stand for
             nothing, and each is a group of its own.
         excluded: ``[n]``, rows that are dropped likewise since somebody listed them.
+        must_stay: ``[n]``, rows that somebody listed to be kept, whatever else would drop them; judged before others.
         others: further captions of each row, as earlier curations pooled them; handed on with the row's own. None has
             none.
 
@@ -169,16 +171,17 @@ def decide(
         raise ValueError(f"max_per_caption must be at least 1, not {max_per_caption}")
     if keep_copies < 1:
         raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
-    order = np.arange(n) if prefer is None else np.argsort(np.asarray(prefer), kind="stable")
+    stays = np.zeros(n, bool) if must_stay is None else must_stay
+    order = np.lexsort([np.zeros(n) if prefer is None else np.asarray(prefer), ~stays])
     for apart in (elsewhere, excluded):
         if apart is not None:
             order = order[~apart[order]]
     image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
     differing = on_caption_differs == "keep"
-    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others)
+    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others, stays)
     if callable(rule):
         shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
-        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n), order)
+        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.copy()), order, n, stays), order)
     elif rule == "greedy":
         judge.greedy()
     else:
@@ -218,13 +221,16 @@ def sweep(
     return table
 
 
-def _checked(rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """What a rule gave, if it can be followed."""
+def _checked(
+    rule: OwnRule, stand_in: Any, order: NDArray[np.int64], n: int, must_stay: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """What a rule gave, if it can be followed; what must stay does, whatever it gave for that."""
     name = getattr(rule, "__name__", type(rule).__name__)
     given = np.asarray(stand_in)
     if given.shape != (n,) or given.dtype.kind not in "iu":
         shape = f"{given.dtype} {list(given.shape)}"
         raise UserError(f"rule {name}: gave {shape} where a row or -1 for each of the {n} rows belongs, int64 [{n}]")
+    given = np.where(must_stay, -1, given)
     judged = np.zeros(n, bool)
     judged[order] = True
     dropped = judged & (given != -1)
@@ -248,6 +254,7 @@ class Judge:
         max_per_caption: int | None,
         keep_differing: bool,
         others: Sequence[Sequence[str]] | None,
+        must_stay: NDArray[np.bool_],
     ):
         n = len(near.image_of)
         self.captions, self.others = captions, others
@@ -262,6 +269,7 @@ class Judge:
         self.order = order.tolist()
         self.images.will_be_asked(near.image_of[order])
         self.texts.will_be_asked(near.caption_of[order])
+        self.must_stay = must_stay
         self.reason = np.full(n, None, object)
         self.kept_by = np.full(n, -1, np.int64)
         self.image_similarity = np.full(n, np.nan, np.float32)
@@ -333,7 +341,9 @@ class Judge:
         return self.keep_differing and copies > FEW and self._has_caption(row)
 
     def _drop_as_copy(self, row: int, copies: list[tuple[int, float]]) -> bool:
-        """Drop ``row`` for one of the kept ``copies``, unless its caption forbids; whether it did."""
+        """Drop ``row`` for one of the kept ``copies``, unless its caption or a list forbids; whether it did."""
+        if self.must_stay[row]:
+            return False
         with_caption = [(kept, similarity, self._caption_similarity(row, kept)) for kept, similarity in copies]
         if self.keep_differing:
             with_caption = [c for c in with_caption if not math.isnan(c[2]) or not self._has_caption(row)]
@@ -367,7 +377,7 @@ class Judge:
     def _keep_within_quota(self, row: int) -> bool:
         """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""
         caption = self.caption_of[row]
-        if self.max_per_caption is not None and self._has_caption(row):
+        if self.max_per_caption is not None and self._has_caption(row) and not self.must_stay[row]:
             same = self.texts.kept_near(caption)
             if len(same) >= self.max_per_caption:
                 kept, similarity = min(same, key=lambda c: (self.caption_of[c[0]] != caption, -c[1], self.rank[c[0]]))

@@ -101,6 +101,24 @@ def refuse_missing(
             )
 
 
+def refuse_both(
+    exclude: str,
+    to_drop: Sequence[Set[str]] | None,
+    keep: str,
+    to_keep: Sequence[Set[str]] | None,
+    names: Sequence[str],
+) -> None:
+    """See that no sample is to be dropped by one list and to be kept by another.
+
+    Raises:
+        UsageError: one is; the message names it, and the lists at ``exclude`` and ``keep``.
+    """
+    for name, dropped, kept in zip(names, to_drop or (), to_keep or (), strict=False):
+        if both := sorted(dropped & kept):
+            sample = f"{printable(name)}: {printable(both[0])}"
+            raise UsageError(f"{sample} stands in {exclude} and in {keep}: take it off one")
+
+
 def ids_digest(path: str | os.PathLike[str]) -> str:
     """What a list holds, as a short text that differs where the samples differ."""
     ids = sorted(set(read_ids(path)))

@@ -54,6 +54,7 @@ class Folder:
 
     def __init__(self, url: str, config: ImportConfig, *, metadata: bool = True) -> None:
         self.url, self.caption_field, self.text_column = url, config.caption_field, config.text_column
+        self.by_line = config.caption_lines
         self.filesystem, self.root = open_folder(url)
         self.images: list[str] = []
         self.metadata: dict[str, str | None] = {}  # file → its caption column
@@ -158,7 +159,8 @@ class Folder:
             with opened(self.filesystem, posixpath.join(self.root, name)) as file:
                 image = read_image(file)
             text, table = self.beside(name)
-            caption, problem, fields = read_beside(self.filesystem, self.root, text, table, self.caption_field)
+            place = self.filesystem, self.root
+            caption, problem, fields = read_beside(*place, text, table, self.caption_field, self.by_line)
             if column is not None:
                 in_row, why_none = caption_of(record.get(column), column)
                 if in_row is not None:

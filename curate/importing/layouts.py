@@ -54,15 +54,16 @@ def of_split(entries: Sequence[Entry], split: str | None, url: str) -> Sequence[
 def folder_repeats(images: Sequence[str]) -> dict[str, tuple[int, str]]:
     """How often the images of each folder are to be seen, and what they show, where folders are named ``10_name``.
 
-    So have them the trainers of adapters (kohya's sd-scripts). Nothing is said where other folders hold images, too.
+    So have them the trainers of adapters (kohya's sd-scripts). Nothing is said where other folders hold images, too;
+    what trainers keep beside them (``dataset.toml``, latents as ``.npz``, folders of caches) are no images.
 
     Args:
-        images: paths.
+        images: paths of whatever may be an image.
 
     Returns:
         Repeats and name by folder.
     """
-    folders = {posixpath.dirname(name) for name in images}
+    folders = {posixpath.dirname(name) for name in images if name.lower().endswith(IMAGE_SUFFIXES)}
     matches = {folder: _REPEATED.fullmatch(posixpath.basename(folder)) for folder in folders}
     if None in matches.values() or len({posixpath.dirname(folder) for folder in folders}) > 1:
         return {}

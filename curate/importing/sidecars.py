@@ -5,15 +5,21 @@ from __future__ import annotations
 import posixpath
 from typing import TYPE_CHECKING, Any
 
+from afresh.files import text_lines
 from curate.importing.rows import RowError, opened, printable
-from curate.reading.captions import CAPTION_FIELDS, MAX_JSON_BYTES, field_captions, json_fields
+from curate.reading.captions import CAPTION_FIELDS, MAX_JSON_BYTES, field_captions, json_fields, text_caption
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
 def read_beside(
-    filesystem: AbstractFileSystem, root: str, text: str | None, table: str | None, caption_field: str
+    filesystem: AbstractFileSystem,
+    root: str,
+    text: str | None,
+    table: str | None,
+    caption_field: str,
+    by_line: bool = False,
 ) -> tuple[bytes | None, str | None, dict[str, Any]]:
     """Caption, why there is none, and fields, from the files beside an image.
 
@@ -24,6 +30,7 @@ def read_beside(
         table: likewise of the ``.json``.
         caption_field: of the ``.json``, the field with the caption, which goes before the ``.txt``; empty for the
             ``.txt``, else the first of ``CAPTION_FIELDS`` that holds text.
+        by_line: each line of the ``.txt`` is a caption: the first is returned, several are the field ``captions``.
     """
     caption: bytes | None = None
     problem: str | None = "no caption: neither a .txt nor a .json stands beside the image"
@@ -45,6 +52,11 @@ def read_beside(
         except RowError as error:
             if caption is None:
                 problem = f"no caption: {printable(text)}: {error}"
+        else:
+            lines = [line.strip() for line in text_lines(text_caption(caption)[0] or "")] if by_line else []
+            if lines := list(filter(None, lines)):
+                caption = lines[0].encode()
+                fields |= {"captions": lines} if len(lines) > 1 else {}
     return caption, problem, fields
 
 

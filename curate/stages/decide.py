@@ -1,4 +1,4 @@
-"""The decide stage of curation: what stands in other sets, what a list excludes, and who is kept.
+"""The decide stage of curation: what stands in other sets, what lists exclude and keep, and who is kept.
 
 Verdicts, and what other thresholds would do, are made of the pairs anew every time.
 """
@@ -55,9 +55,13 @@ def open_others(config: DedupConfig, embedder: Embedder) -> dict[str, TrainingIn
 
 
 def against_stage(
-    rows: Rows, joined: Joined, others: Mapping[str, TrainingIndex], config: DedupConfig
+    rows: Rows,
+    joined: Joined,
+    others: Mapping[str, TrainingIndex],
+    config: DedupConfig,
+    must_stay: NDArray[np.bool_] | None = None,
 ) -> Elsewhere | None:
-    """The nearest sample of other sets, kept there or dropped there, for each distinct image."""
+    """The nearest sample of other sets, kept there or dropped there, for each distinct image but what a list keeps."""
     from curate.neighbors.nearest import find_nearest
 
     if not others:
@@ -73,13 +77,15 @@ def against_stage(
             shard[image], key[image] = f"{folder}:{index.shards[near[image]]}", index.keys[near[image]]
             similarity[image] = cosine[image]
     image_of = joined.image_of
-    return Elsewhere(shard[image_of], key[image_of], similarity[image_of])
+    found = Elsewhere(shard[image_of], key[image_of], similarity[image_of])
+    if must_stay is not None:
+        found.shard[must_stay] = found.key[must_stay] = None
+        found.similarity[must_stay] = np.nan
+    return found
 
 
-def exclude_stage(
-    rows: Rows, names: Sequence[str], listed: Sequence[Set[str]], config: DedupConfig
-) -> NDArray[np.bool_]:
-    """``[n]``, which readable rows the list ``exclude`` names; ``listed`` are its keys in each shard.
+def listed_stage(rows: Rows, names: Sequence[str], listed: Sequence[Set[str]], path: str) -> NDArray[np.bool_]:
+    """``[n]``, which readable rows the list at ``path`` names; ``listed`` are its keys in each shard.
 
     Raises:
         UserError: a listed sample is not in its shard.
@@ -89,19 +95,28 @@ def exclude_stage(
     there: list[set[str]] = [set() for _ in listed]
     for row in np.flatnonzero(excluded).tolist():
         there[shards[row]].add(keys[row])
-    refuse_missing(config.exclude, names, listed, there)
+    refuse_missing(path, names, listed, there)
     return excluded[rows.readable]
 
 
 def decide_stage(
-    rows: Rows, joined: Joined, elsewhere: Elsewhere | None, excluded: NDArray[np.bool_] | None, config: DedupConfig
+    rows: Rows,
+    joined: Joined,
+    elsewhere: Elsewhere | None,
+    excluded: NDArray[np.bool_] | None,
+    config: DedupConfig,
+    must_stay: NDArray[np.bool_] | None = None,
 ) -> tuple[Verdicts, list[dict[str, Any]]]:
-    """The verdicts, and the table of other thresholds. What a filter leaves out is judged like what a list excludes."""
+    """The verdicts, and the table of other thresholds. What a filter leaves out is judged like what a list excludes,
+    but where another list keeps it.
+    """
     from curate.decisions.rules import EXCLUDED, decide, sweep
 
     prefer = _preference(rows, config.prefer)
     left_out = rows.column("left_out")
     filtered = np.array([name is not None for name in left_out], dtype=bool)
+    if must_stay is not None:
+        filtered &= ~must_stay
     if filtered.any():
         excluded = filtered if excluded is None else filtered | excluded
     options: dict[str, Any] = {
@@ -111,6 +126,7 @@ def decide_stage(
         "on_caption_differs": config.on_caption_differs,
         "elsewhere": None if elsewhere is None else ~np.isnan(elsewhere.similarity),
         "excluded": excluded,
+        "must_stay": must_stay,
         "others": [() if texts is None else texts for texts in rows.column("others")],
     }
     verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,16 @@ def test_one_of_several_processes_keeps_its_code_and_words_and_is_not_taken_apar
     env = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": processes}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (3, rest)
+
+
+@pytest.mark.parametrize(("verb", "listened"), [("finetune", 1), ("detect", 0)])
+def test_the_console_script_listens_for_signals_while_a_training_run_is_loaded(verb, listened, monkeypatch):
+    target = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["afresh-train"]
+    module, function = target.split(":")
+    main = importlib.import_module(module)
+    heard: list[int] = []
+    monkeypatch.setattr(main, "listen", lambda: heard.append(1))
+    monkeypatch.setattr(sys, "argv", ["afresh-train", verb, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(main, function)()
+    assert ended.value.code == 0 and len(heard) == listened

@@ -179,7 +179,7 @@ def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
     return (
         f"`FOLDER` is the one that holds this file.\n\n```python\n{code}\n```\n\n"
         f"Or with Afresh, where `--guidance amg --index CURATED` steers away from the training images:\n\n"
-        f"    python -m train sample --model {model} --prompts prompts.txt --out drawn"
+        f"    afresh-train sample --model {model} --prompts prompts.txt --out drawn"
     )
 
 
@@ -250,7 +250,7 @@ def _memorization(config: FinetuneConfig, training: Training, summary: Mapping[s
         "None of this rules out that the model gives back a training image. The base model may have memorized images "
         "of its own training set, which fine-tuning on other data does not remove. Copies below the similarity that "
         "curation looked for, and captions that many images share, can still be learned by heart. Before "
-        "publishing, measure it: `python -m train detect` scores captions, `python -m train evaluate` compares what is "
+        "publishing, measure it: `afresh-train detect` scores captions, `afresh-train evaluate` compares what is "
         "drawn with the training images."
     )
     return "\n\n".join(lines)

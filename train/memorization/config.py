@@ -15,12 +15,14 @@ class DetectConfig:
     """Score prompts by how strongly a model has memorized them.
 
     Args:
-        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors).
+        model: Stable Diffusion: a diffusers directory, a hub name or a checkpoint file (.safetensors); of the output
+            folder of a trainer, the checkpoint that it made.
         revision: branch, tag or commit of a hub name.
         variant: of the weight files, as in model.fp16.safetensors; null takes those without one.
         model_config: of a checkpoint file: a diffusers directory of its architecture, for the configs, tokenizer and
             scheduler that a single file lacks; null asks the hub.
-        lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
+        lora: adapters to add to the weights: a folder (of a trainer's output, those that the run ended with), a
+            .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet); with labels 1 and 0 the scores are judged. Or what
             ``curate dedup`` wrote (its folder, its index, or the URL of one): the captions that occur most often in the
             training set.

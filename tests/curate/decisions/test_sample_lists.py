@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from afresh.errors import UsageError, UserError
@@ -43,6 +44,82 @@ def test_a_list_of_other_shards_is_refused(tmp_path):
     assert listed_keys(tmp_path / "ids", ["/data/b.tar", "/data/c.tar"]) == [{"y"}, set()]
     with pytest.raises(UsageError, match="names none of the shards"):
         listed_keys(tmp_path / "ids", ["/data/c.tar"])
+
+
+def review(tmp_path, samples, **settings) -> tuple[dict, dict[str, dict]]:
+    """A curation of samples under a review's lists; the summary, and the ledger's rows by key."""
+    write_shard(tmp_path / "in" / "000000.tar", samples)
+    shards = [str(tmp_path / "in")]
+    summary = run_dedup(DedupConfig(shards=shards, out=str(tmp_path / "out"), workers=1, **settings))
+    return summary, {row["key"]: row for row in read_ledger(tmp_path / "out").to_pylist()}
+
+
+@pytest.mark.parametrize("rule", ["greedy", "components", "tests.curate.decisions.test_sample_lists:first_of_all"])
+def test_what_a_list_keeps_stays_and_stands_for_its_copies(rule, tmp_path):
+    first, other, *_ = load_part("finetune")
+    copies = [(name, dict(first.members)) for name in ("one", "two", "three", "four")]
+    write_ids(tmp_path / "keep", [("000000.tar", "two"), ("000000.tar", "four")])
+    samples = [*copies, (other.key, dict(other.members))]
+    quota = {} if ":" in rule else {"max_per_caption": 1}
+    summary, rows = review(tmp_path, samples, rule=rule, keep=str(tmp_path / "keep"), **quota)
+    assert [key for key, row in rows.items() if row["status"] == "kept"] == ["two", "four", other.key]
+    assert {rows[key]["kept_key"] for key in ("one", "three")} == {"two"}
+    assert {rows[key]["group"] for key in ("one", "two", "three")} == {rows["two"]["group"]}
+    assert summary["reasons"] == {"exact_image": 2}
+
+
+def first_of_all(near, captions, order):
+    """A rule of one's own: the first row stands for all that have its image."""
+    stand_in = np.full(len(captions), -1, np.int64)
+    same = near.image_of == near.image_of[order[0]]
+    stand_in[same] = order[0]
+    stand_in[order[0]] = -1
+    return stand_in
+
+
+def test_what_a_list_keeps_stays_though_a_filter_and_another_set_leave_it_out(tmp_path):
+    samples = [(one.key, dict(one.members)) for one in load_part("finetune")[:3]]
+    kept = samples[1][0]
+    write_shard(tmp_path / "held_out.tar", samples)
+    run_dedup(DedupConfig(shards=[str(tmp_path / "held_out.tar")], out=str(tmp_path / "other"), workers=1))
+    write_ids(tmp_path / "keep", [("000000.tar", kept)])
+    for settings in (
+        {"against": [str(tmp_path / "other")]},
+        {"steps": ["tests.curate.decisions.test_sample_lists:leave_out"]},
+    ):
+        _, rows = review(tmp_path, samples, keep=str(tmp_path / "keep"), **settings)
+        assert [key for key, row in rows.items() if row["status"] == "kept"] == [kept]
+        row = rows[kept]
+        assert (row["reason"], row["kept_shard"], row["kept_key"], row["image_similarity"]) == (None,) * 4
+
+
+def leave_out(sample) -> bool:
+    """A filter that leaves out everything."""
+    return False
+
+
+def test_a_review_is_read_anew_and_must_not_contradict_itself(tmp_path):
+    first = load_part("finetune")[0]
+    samples = [("one", dict(first.members)), ("two", dict(first.members)), ("torn", {"png": b"?", "txt": b"a"})]
+    for name in ("one", "two"):
+        write_ids(tmp_path / "keep", [("000000.tar", name)])
+        _, rows = review(tmp_path, samples, keep=str(tmp_path / "keep"))
+        assert [key for key, row in rows.items() if row["status"] == "kept"] == [name]
+    write_ids(tmp_path / "drop", [("000000.tar", "two")])
+    with pytest.raises(UsageError, match="000000.tar: two stands in .*drop and in .*keep"):
+        review(tmp_path, samples, keep=str(tmp_path / "keep"), exclude=str(tmp_path / "drop"))
+    write_ids(tmp_path / "keep", [("000000.tar", "unheard of")])
+    with pytest.raises(UserError, match="has no sample unheard of"):
+        review(tmp_path, samples, keep=str(tmp_path / "keep"))
+
+
+def test_a_sample_to_keep_that_cannot_be_read_is_told(tmp_path, capsys):
+    first = load_part("finetune")[0]
+    samples = [("one", dict(first.members)), ("torn", {"png": b"?", "txt": b"a"})]
+    write_ids(tmp_path / "keep", [("000000.tar", "one"), ("000000.tar", "torn")])
+    _, rows = review(tmp_path, samples, keep=str(tmp_path / "keep"))
+    assert rows["torn"]["status"] == "unreadable" and rows["one"]["status"] == "kept"
+    assert "1 of the samples to keep cannot be read" in capsys.readouterr().err
 
 
 def test_listed_samples_are_dropped_whatever_else_they_are(tmp_path):

@@ -160,6 +160,13 @@ def test_a_single_file_and_a_folder_of_configs_give_the_same_model_offline(model
     assert from_file.scheduler.config.prediction_type == "epsilon"
 
 
+def test_the_output_folder_of_a_trainer_of_single_files_is_the_file_that_it_made(checkpoint, configs, tmp_path):
+    (tmp_path / "dog.safetensors").symlink_to(checkpoint)
+    (tmp_path / "dog-000001.safetensors").write_bytes(b"cut short")
+    opened = load_pipeline(str(tmp_path), model_config=str(configs))
+    assert same_weights(opened, load_pipeline(str(checkpoint), model_config=str(configs)))
+
+
 def test_a_single_file_predicts_what_the_configs_scheduler_says(checkpoint, configs, tmp_path):
     config = edited(configs, tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
     pipe = load_pipeline(str(checkpoint), model_config=config)

@@ -16,7 +16,8 @@ import torch
 from afresh.errors import UsageError, UserError, reason
 from train.denoising.kinds import STABLE_DIFFUSION, family_of
 from train.denoising.network import network_of
-from train.denoising.opening.files import ADAPTERS, adapter_options
+from train.denoising.opening.files import adapter_options
+from train.denoising.opening.outputs import ADAPTERS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

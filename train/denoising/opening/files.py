@@ -9,9 +9,7 @@ from typing import Any
 from afresh.errors import UsageError, UserError, reason
 from afresh.files import read_json
 from train.denoising.kinds import Family, family_of, supported
-
-ADAPTERS = "pytorch_lora_weights.safetensors"
-"""The name under which diffusers saves adapters."""
+from train.denoising.opening.outputs import ADAPTERS, model_file, trained_file
 
 
 def check_openable(config: Any) -> None:
@@ -38,11 +36,13 @@ def check_model(name: str, variant: str | None = None) -> None:
     Raises:
         UserError: names what is missing, cut short or of another kind.
     """
-    path = Path(name)
+    path = Path(model_file(name))
     if path.is_dir():
         check_folder(path, variant)
     elif is_single_file(path):
-        check_header(path)
+        names = check_header(path)
+        if any(".lora_" in one or one.startswith("lora_") for one in names):
+            raise UserError(f"{path}: adapters and no model: give it as --lora, and as --model what it was trained on")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the hub's are `name` or `owner/name`
         raise UserError(f"{name}: there is no such model folder")
 
@@ -73,7 +73,10 @@ def check_folder(path: Path, variant: str | None) -> None:
         UserError: names what is missing, and what is there in its place.
     """
     if not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: not a pipeline folder (it has no model_index.json)")
+        raise UserError(
+            f"{path}: not a pipeline folder (it has no model_index.json), and no one .safetensors in it is a trainer's "
+            "result: name the file"
+        )
     index = read_json(path / "model_index.json")
     family = check_kind(str(path), index)
     missing = [part for part in family.parts if not _is_there(path / part) and not _left_out(part, family, index)]
@@ -151,10 +154,10 @@ def adapter_options(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     options: dict[str, Any] = {"use_safetensors": True}
     if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-        if ADAPTERS not in files and len(files) != 1:
-            raise UserError(f"{source}: expected {ADAPTERS}, or one .safetensors file; found {len(files)}")
-        options["weight_name"] = ADAPTERS if ADAPTERS in files else files[0]
+        if (file := trained_file(path)) is None:
+            found = len([*path.glob("*.safetensors")])
+            raise UserError(f"{source}: expected {ADAPTERS}, or one .safetensors file; found {found}: name the file")
+        options["weight_name"] = file.relative_to(path).as_posix()
     elif path.is_file() and path.suffix != ".safetensors":
         raise UserError(f"{source}: adapters are read from safetensors only")
     elif path.suffix == ".safetensors" and not path.is_file():

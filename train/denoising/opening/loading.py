@@ -19,6 +19,7 @@ from train.denoising.network import network_of
 from train.denoising.opening.attention import Attention, set_attention
 from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
 from train.denoising.opening.files import check_kind, check_model, is_single_file
+from train.denoising.opening.outputs import model_file
 from train.denoising.schedules import is_flow
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def load_pipeline(
 
     Args:
         name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint in the layout of
-            CompVis and Stability AI.
+            CompVis and Stability AI, or the output folder of a trainer that leaves one.
         dtype: of the weights.
         attention: see :func:`set_attention`.
         device: where to put it; None leaves it on the CPU.
@@ -57,7 +58,7 @@ def load_pipeline(
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
             kind than is known here, or its scheduler for flow matching.
     """
-    check_model(name_or_path, variant)  # before anything else is imported
+    check_model(name_or_path := model_file(name_or_path), variant)  # before anything else is imported
 
     import diffusers
     import transformers

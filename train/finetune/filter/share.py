@@ -52,4 +52,4 @@ def what_to_change(policy: FilterConfig) -> str:
         return "leave filter.threshold out, and it is found in the run, or raise it: it fits another model or set"
     if not policy.calibrate.window:
         return "set filter.calibrate.window above 0, and the threshold follows the model, or raise calibrate.quantile"
-    return "raise filter.calibrate.quantile, or leave copies out of the set first (python -m curate dedup)"
+    return "raise filter.calibrate.quantile, or leave copies out of the set first (afresh-curate dedup)"

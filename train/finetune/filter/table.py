@@ -33,6 +33,14 @@ class VerdictTable:
         self.judged_by_band = torch.zeros(0, BANDS, dtype=torch.int32)
         self.magnitude_by_band = torch.zeros(0, BANDS, dtype=torch.float32)  # sums
 
+    def grow(self, size: int) -> None:
+        """Take at least ``size`` samples; those that are new stand behind the others."""
+        if (more := size - len(self.seen)) > 0:
+            more = max(more, len(self.seen))
+            self.seen = torch.cat([self.seen, self.seen.new_zeros(more)])
+            if len(self.place):
+                self.place = torch.cat([self.place, self.place.new_full((more,), -1)])
+
     def record(self, rows: Tensor, bands: Tensor, magnitudes: Tensor, reached: Tensor, dropped: Tensor) -> None:
         """Add some visits; all arguments ``[n]`` on the CPU, magnitudes NaN where not judged."""
         self.seen.index_put_((rows,), torch.ones_like(rows, dtype=torch.int32), accumulate=True)

@@ -1,7 +1,7 @@
 """``train verdicts``: the samples that a run's filter left out again and again, as a list that excludes them for good.
 
-    python -m train verdicts RUN always.tsv
-    python -m curate dedup SHARDS OUT --exclude always.tsv        or: python -m train finetune --exclude always.tsv …
+    afresh-train verdicts RUN always.tsv
+    afresh-curate dedup SHARDS OUT --exclude always.tsv        or: afresh-train finetune --exclude always.tsv …
 
 The list names the shards that were trained on, so ``SHARDS`` are those, not the ones that they were curated from.
 """

@@ -1,0 +1,1 @@
+"""What a curation kept, as other tools read it."""
