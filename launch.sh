@@ -197,6 +197,10 @@ build_command() {
   if ((accelerators == 0)); then
     local threads=$(($(cpu_count) / n))
     command=(env ACCELERATE_USE_CPU=true "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
+  elif ((n > 1)) && [[ -z "${OMP_NUM_THREADS:-}" ]]; then # launchers would set it to 1
+    local cores
+    cores="$(cpu_count)"
+    export OMP_NUM_THREADS=$((cores > n ? cores / n : 1))
   fi
   launcher=yes
   if [[ -n "$accelerate" ]]; then

@@ -22,7 +22,7 @@ from afresh.cores import cpu_count
 from curate.sample_set import sample_set_dir
 from train.denoising.opening.loading import sample_model_dir
 from train.finetune import loop
-from train.finetune.config import FinetuneConfig
+from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.preparation import resolve_precision
 
 WARM_UP = 10
@@ -79,6 +79,7 @@ def main() -> None:
                 cache_latents=cached,  # type: ignore[arg-type]  # as a YAML file has it
                 workers=options.workers,
                 checkpoint_every=0,
+                filter=FilterConfig("off"),
             )
             rows.append((name, *measure(config)))
     print(f"{'data':<20} {'waiting':>8} {'ms a step':>10}")

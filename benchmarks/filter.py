@@ -40,7 +40,7 @@ from train.finetune.data.buckets import bring_to
 from train.finetune.data.order import SampleOrder
 from train.finetune.filter.filter import MemorizationFilter
 from train.finetune.model.diffusion import draw_randomness, sample_posterior
-from train.finetune.model.loss import squared_errors, weighted_loss
+from train.finetune.model.loss import sample_errors, weighted_loss
 from train.memorization.signals.magnitude import magnitude
 from train.memorization.thresholds import BANDS, Thresholds, timestep_band
 from train.sample_model.small import SmallModel, build_pipeline
@@ -95,7 +95,7 @@ class Trainer:
         output = self.unet(x_t, draws.t, embeddings).sample
         texts, counted = [""] * len(rows), torch.ones(len(rows), dtype=torch.bool)
         kept, _ = memorization.weigh(output.detach(), x_t, draws.t, rows, texts, captioned, counted, number)
-        losses = squared_errors(output, self.schedule.target(x_0, draws.noise, draws.t))
+        losses = sample_errors(output, self.schedule.target(x_0, draws.noise, draws.t))
         weighted_loss(losses, kept, self.batch).backward()
         memorization.absorb(memorization.records().flatten(0, 1), number)
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)

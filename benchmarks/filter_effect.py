@@ -101,7 +101,7 @@ def prepare(out: Path, size: Size) -> None:
 def finetune_settings(out: Path, folder: Path, size: Size, **changes: Any) -> FinetuneConfig:
     """The quickstart's fine-tuning on the raw set, without its filter."""
     settings = {key: value for key, value in read_settings()["finetune"].items() if key != "filter"}
-    settings |= {"shards": [str(out / "raw")], "out": str(folder), "steps": size.steps}
+    settings |= {"filter": FilterConfig("off"), "shards": [str(out / "raw")], "out": str(folder), "steps": size.steps}
     return FinetuneConfig(model=str(sample_model_dir()), **settings | changes)
 
 

@@ -34,7 +34,7 @@ from benchmarks.filter_effect import read_settings
 from benchmarks.localize import Measure, draw, slopes
 from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.evaluation.judging.metrics import memorized_share
-from train.finetune.config import FinetuneConfig
+from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.loop import run_finetune
 from train.memorization.config import MEMORIZED
 from train.memorization.neurons.localization import Localizer
@@ -108,6 +108,7 @@ def train(out: Path, run: Path, width: int) -> Path:
         pipe.unet = widened(pipe.unet, width)
         pipe.save_pretrained(folder / "untrained")
     settings = {key: value for key, value in read_settings()["finetune"].items() if key != "filter"}
+    settings["filter"] = FilterConfig("off")
     settings["learning_rate"] = float(settings["learning_rate"]) / width
     log.info("width %d", width)
     summary = run_finetune(

@@ -172,6 +172,7 @@ def measure(folder: Path, pixels: int) -> tuple[dict[str, int], list[dict]]:
         command = [sys.executable, "-m", "train", "finetune", f"--model={model}", f"--shards={images}", f"--out={out}"]
         command += [f"--steps={STEPS}", f"--batch_size={batch}", "--workers=0", "--checkpoint_every=0", "--log_every=1"]
         command += ["--gradient_checkpointing=true", f"--lora.rank={rank}"]
+        command += ["--mixed_precision=no", "--filter.preset=none"]
         training, whole = watch(command, out / "log.jsonl")
         trained = sizes["UNet"]
         if rank:

@@ -22,6 +22,10 @@ def listen() -> None:
             return
 
 
+class Stopped(Exception):
+    """Work was given up because its process was asked to stop; what is finished of it stays."""
+
+
 class StopOnSignal:
     """Within its block, SIGTERM and SIGUSR1 are a wish (``asked``) that the loop grants at the end of its step.
 
@@ -41,6 +45,19 @@ class StopOnSignal:
         """Whether this process has been asked to stop."""
         return self._signalled or bool(self._file) and os.path.exists(self._file)
 
+    def ask(self) -> None:
+        """Ask it to stop, as a signal does."""
+        self._signalled = True
+
+    def check(self) -> None:
+        """Give up what is under way, where this process has been asked to stop.
+
+        Raises:
+            Stopped: it has been.
+        """
+        if self.asked:
+            raise Stopped
+
     def __enter__(self) -> Self:
         for number in SIGNALS:
             try:
@@ -52,7 +69,7 @@ class StopOnSignal:
         return self
 
     def _ask(self, *_: object) -> None:
-        self._signalled = True
+        self.ask()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -19,6 +19,7 @@ from afresh.progress import get_logger, progress
 from afresh.runs import refuse_other_settings
 from train.denoising.network import network_of
 from train.denoising.opening.loading import open_pipeline
+from train.denoising.opening.saving import save_pipeline
 from train.evaluation.blocking import draw_and_compare
 from train.evaluation.checks import REMOVED, check_edited, check_localize, prompts_to_localize
 from train.evaluation.config import LocalizeConfig
@@ -154,6 +155,6 @@ def write_edited(pipe: StableDiffusionPipeline, neurons: Neurons, folder: Path) 
     """
     check_edited(folder)
     rows = zero_rows(pipe, neurons)
-    pipe.save_pretrained(folder)
+    save_pipeline(pipe, folder)
     save_rows(folder / REMOVED, rows)
 

@@ -11,6 +11,7 @@ from curate.index.training_index import check_index
 from curate.reading.urls import expand_shards
 from train.denoising.opening.files import check_model
 from train.finetune.config import FinetuneConfig, ShardGroup, ValidationConfig
+from train.finetune.data.folders import is_plain_folder
 from train.finetune.filter.checks import check_filter
 
 
@@ -28,7 +29,9 @@ def check_finetune(config: FinetuneConfig) -> None:
         check_model(config.model, config.variant)
     if not (out / "samples.arrow").is_file():  # begun: what is lost since then is replaced
         patterns = [one.path if isinstance(one, ShardGroup) else one for one in config.shards]
-        expand_shards([pattern for pattern in patterns if "://" not in pattern] or patterns)
+        patterns = [pattern for pattern in patterns if not is_plain_folder(pattern)]
+        if patterns:
+            expand_shards([pattern for pattern in patterns if "://" not in pattern] or patterns)
     if config.exclude:
         read_ids(config.exclude)
     if config.mixed_precision == "fp16" and not has_accelerator():  # float32 without a word, otherwise
@@ -41,7 +44,8 @@ def check_ranges(config: FinetuneConfig) -> None:
     for name in (*counts, "learning_rate"):
         if getattr(config, name) <= 0:
             raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("snr_gamma", "noise_offset", "input_perturbation", "lr_power", "max_grad_norm"):
+    least_0 = ("snr_gamma", "noise_offset", "input_perturbation", "huber_c", "lr_power", "max_grad_norm")
+    for name in (*least_0, "epochs", "clip_skip"):
         if getattr(config, name) < 0:
             raise UsageError(f"{name} must be 0 or more, not {getattr(config, name)}")
     for name in ("ema_decay", "caption_dropout"):
@@ -54,26 +58,53 @@ def check_ranges(config: FinetuneConfig) -> None:
         raise UsageError(f"random_words: number must be 0 or more and share lie in [0, 1], not {words}")
     if words.number and config.cache_text:
         raise UsageError("random_words: a caption has other words at every visit; set cache_text to false")
+    if config.text_encoder_learning_rate is not None:
+        if not config.train_text_encoder:
+            raise UsageError("text_encoder_learning_rate needs train_text_encoder: true")
+        if config.text_encoder_learning_rate < 0:
+            raise UsageError("text_encoder_learning_rate must be 0 or more")
+    tags, t = config.tags, config.timesteps
+    if tags.keep < 0 or not 0 <= tags.dropout < 1 or not tags.separator:
+        raise UsageError(f"tags: keep must be 0 or more, dropout lie in [0, 1) and separator not be empty, not {tags}")
+    if tags.active and config.cache_text:
+        raise UsageError("tags: a caption has other words at every visit; set cache_text to false")
+    if not 0 <= t.lowest < t.highest <= 1000 or t.spread <= 0:
+        raise UsageError(f"timesteps: 0 ≤ lowest < highest ≤ 1000 and a positive spread are needed, not {t}")
     lora = config.lora
     for name in ("rank", "alpha"):
         if getattr(lora, name) < 0:
             raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
     if not 0 <= lora.dropout < 1:
         raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
+    if lora.dora and config.train_text_encoder:
+        raise UsageError(
+            "lora.dora: diffusers does not load those of a text encoder as they were trained: set train_text_encoder "
+            "to false"
+        )
     if lora.rank and not lora.targets:
         raise UsageError("lora.targets is empty: name the layers that get adapters")
-    if lora.rank and lora.dropout and config.filter.policy != "off":
-        raise UsageError("lora.dropout and the filter do not go together: the magnitude would measure the dropout")
+    if lora.rank and lora.dropout and config.filter.settled().policy != "off":
+        raise UsageError(
+            "lora.dropout and the filter do not go together, as the magnitude would measure the dropout: set one of "
+            "lora.dropout to 0 and filter.preset to none"
+        )
 
 
 def check_validation(config: ValidationConfig) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     if config.every < 0:
         raise UsageError(f"validation.every must be 0 or more, not {config.every}")
-    if config.every and not config.prompts:
-        raise UsageError("validation.every needs validation.prompts: texts to draw")
+    if config.every and not config.prompts and not config.shards:
+        raise UsageError("validation.every needs validation.prompts, texts to draw, or validation.shards")
+    if config.every and config.shards:
+        expand_shards(config.shards)
+        if config.samples <= 0:
+            raise UsageError(f"validation.samples must be positive, not {config.samples}")
     if config.every and config.steps <= 0:
         raise UsageError(f"validation.steps must be positive, not {config.steps}")
+    for name, value in (("width", config.width), ("height", config.height)):
+        if value < 0 or value % 8:
+            raise UsageError(f"validation.{name} must be a multiple of 8, not {value}")
     if config.guidance != "none" and not config.index:
         raise UsageError(f"validation.guidance {config.guidance} needs validation.index: the output of curate dedup")
     if config.guidance != "none" and config.every:

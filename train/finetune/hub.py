@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from afresh.errors import UsageError, UserError, reason
 
@@ -24,8 +25,10 @@ def check_hub(repo_id: str) -> None:
         raise UsageError("push_to_hub: no token to write with: run `hf auth login`, or set HF_TOKEN")
 
 
-def push_model(folder: Path, repo_id: str) -> str:
-    """Upload a pipeline folder and return its address; a repository that does not exist is made, private.
+def push_model(out: Path, repo_id: str) -> str:
+    """Upload a run's ``model``, and its ``lora`` and ``model.safetensors`` where there are some; returns the address.
+
+    A repository that does not exist is made, private. The pipeline lies at its top, the adapters in ``lora``.
 
     Raises:
         UserError: the hub refused, or was out of reach; says how to repeat it.
@@ -35,10 +38,15 @@ def push_model(folder: Path, repo_id: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repo_id, repo_type="model", private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Fine-tuned with Afresh")
+        about: dict[str, Any] = {"repo_id": repo_id, "commit_message": "Fine-tuned with Afresh"}
+        api.upload_folder(folder_path=str(out / "model"), **about)
+        if (out / "lora").is_dir():
+            api.upload_folder(folder_path=str(out / "lora"), path_in_repo="lora", **about)
+        if (file := out / "model.safetensors").is_file():
+            api.upload_file(path_or_fileobj=str(file), path_in_repo=file.name, **about)
     except Exception as error:  # the hub's own errors, requests', the network's: for the user one thing
         raise UserError(
-            f"push_to_hub: {repo_id}: {reason(error)} (the model is in {folder}; the same command tries again)"
+            f"push_to_hub: {repo_id}: {reason(error)} (the model is in {out / 'model'}; the same command tries again)"
         ) from error
     return f"https://huggingface.co/{repo_id}"
 

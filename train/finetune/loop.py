@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,15 @@ from train.finetune.batches.faults import FaultLog
 from train.finetune.batches.layout import cache_folder, image_sizes, lay_out
 from train.finetune.caches.texts import cache_texts
 from train.finetune.config import FinetuneConfig
+from train.finetune.data.folders import with_folders_imported
 from train.finetune.data.order import derive_seed
 from train.finetune.data.scan import scan_once
+from train.finetune.data.together import decided, on_first
+from train.finetune.data.transfer import to_device
 from train.finetune.filter.settings import make_filter
+from train.finetune.held_out import HeldOutLoss
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler, timesteps_of
-from train.finetune.model.loss import counted, loss_weights, squared_errors, weighted_loss
+from train.finetune.model.loss import counted, loss_weights, sample_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
 from train.finetune.preparation import (
@@ -46,6 +51,7 @@ from train.finetune.preparation import (
     publish,
     resolve_precision,
     say_what_has_no_effect,
+    with_numbers,
 )
 from train.finetune.report import write_report
 from train.finetune.state.average import Average
@@ -65,14 +71,13 @@ from train.finetune.state.memory import (
     BATCH_FILE,
     is_out_of_memory,
     memory_advice,
-    read_batch,
     smaller_batch,
     write_batch,
 )
-from train.finetune.state.optimizer import learning_rate, make_optimizer, set_learning_rate
+from train.finetune.state.optimizer import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
 from train.finetune.validation import Validation, send_images
-from train.stopping import StopOnSignal
+from train.stopping import StopOnSignal, Stopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,18 +98,22 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     check_config(config)
     say_what_has_no_effect(config)
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
+    precision = resolve_precision(config.mixed_precision)
+    config = dataclasses.replace(config, mixed_precision=precision, filter=config.filter.settled())
     out = Path(config.out)
     while True:
         accelerator = make_accelerator(config)
-        with accelerator.main_process_first():
-            summary = begin(out, config, accelerator)
-        attempt = read_batch(out, config)
+        summary, attempt = decided(accelerator, partial(begin, out, config, accelerator))
         try:
             if summary is None:
                 with StopOnSignal() as stop:
                     summary = train(attempt, config.batch_size, accelerator, stop)
             return publish(out, config, summary) if accelerator.is_main_process else summary
+        except Stopped:
+            log.info("stopped before the first step; the same command goes on from there")
+            accelerator.end_training()
+            done = list_checkpoints(out / "checkpoints")
+            return {"steps": done[-1][0] if done else 0, "stopped": True, "model": None}
         except UsageError:  # found once the model or the shards were read
             if not (out / "log.jsonl").exists():  # nothing was trained: the folder is free for other settings
                 (out / "run.json").unlink(missing_ok=True)
@@ -152,8 +161,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     schedule = model.denoiser.schedule_on(model.pipe.scheduler, device)
-    draw_timestep = timesteps_of(schedule, config)
-    optimizer = make_optimizer(model.trained, config, fused=accelerator.scaler is None)
+    optimizer = make_optimizer(parameter_groups(model, config), config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
     trained = model.trained  # only now: where weights are spread, they are others than before
     # Again: what is fastest depends on the device and the precision.
@@ -164,10 +172,14 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
     # What it is trained on.
     sizes = image_sizes(config, model.size, model.denoiser.multiple)
+    on_first(accelerator, partial(with_folders_imported, config.shards, out, read=True))
+    config = dataclasses.replace(config, shards=with_folders_imported(config.shards, out, read=False))
     shard_set = scan_once(config, accelerator)
+    config = with_numbers(config, shard_set, world)
     loader, order = lay_out(shard_set, sizes, config, planned)
-    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator)
-    captions = Captions(model, shard_set.captions, config.caption_dropout, texts, config.random_words, config.seed)
+    texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator, stop)
+    dropout, words, tags = config.caption_dropout, config.random_words, config.tags
+    captions = Captions(model, shard_set.captions, dropout, texts, words, config.seed, tags)
 
     def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
@@ -188,22 +200,25 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     start = 0
-    if (found := load_latest(checkpoints)) is not None:
-        start, state = found
-        restore_state(state, parts)
+    if (found := load_latest(checkpoints, accelerator)) is not None:
+        start = found[0]
+        restore_state(found[1], parts)
         log.info("resuming %s after step %d", config.out, start)
 
     upcoming = upcoming_positions(start, rank, world, config)
-    batches = make_batches(loader, order, upcoming, config, vae, accelerator)
-    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start)
+    batches = make_batches(loader, order, upcoming, config, vae, accelerator, stop)
+    faults = FaultLog(out, rank, batch_positions(start, 0, 0, world, config).start, world)
     if config.trackers:
         accelerator.init_trackers("afresh", config=flat_numbers(dataclasses.asdict(config)))
-    writer = validation = None
+    writer = draw = held_out = None
     if accelerator.is_main_process:
         remove_partial(checkpoints)
         writer = RunLog(out / "log.jsonl", start)
         if config.validation.every:
-            validation = Validation(config.validation, device, accelerator.autocast)
+            if config.validation.prompts:
+                draw = Validation(config.validation, device, accelerator.autocast).draw
+            if config.validation.shards:
+                held_out = HeldOutLoss(config, model, start, accelerator.autocast).measure
     began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
@@ -222,11 +237,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 config.seed,
                 noise_offset=config.noise_offset,
                 input_perturbation=config.input_perturbation,
-                timestep=draw_timestep,
+                timestep=timesteps_of(schedule, config),
             )
-            noise, input_noise, t = (x.to(device) for x in (draws.noise, draws.input_noise, draws.t))
+            noise, input_noise, t = (to_device(x, device) for x in (draws.noise, draws.input_noise, draws.t))
             readable = batch.weight > 0
-            x_0 = to_network(sample_posterior(batch.moments, draws.posterior.to(device), 1.0), vae)
+            x_0 = to_network(sample_posterior(batch.moments, to_device(draws.posterior, device), 1.0), vae)
             x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
@@ -241,7 +256,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                     output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step, batch.frames
                 )
                 weights = batch.weight * kept
-                errors = squared_errors(counted(output, weights), schedule.target(x_0, noise, t))
+                errors = sample_errors(counted(output, weights), schedule.target(x_0, noise, t), config.huber_c)
                 losses = errors * loss_weights(schedule, t, config)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
@@ -297,18 +312,18 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
         if config.validation.every and step % config.validation.every == 0:
             with average.in_place():
-                pipe = whole_model(config, accelerator, model, device).pipe
-                if validation is not None:
-                    images = validation.draw(out / "validation" / f"step-{step:06d}", pipe)
+                whole = whole_model(config, accelerator, model, device)
+                folder = out / "validation" / f"step-{step:06d}"
+                if (images := on_first(accelerator, draw, folder, whole.pipe)) is not None:
                     send_images(accelerator.trackers, images, step)
+                if (loss_there := on_first(accelerator, held_out, whole, schedule, step)) is not None:
+                    accelerator.log({"validation_loss": loss_there}, step=step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
         last = step == config.steps and keeps_final_state(config)
         if totals.asked or due or last:
             state = collect_state(parts)  # by every process: the weights may be spread over them
-            if accelerator.is_main_process:
-                save_checkpoint(checkpoints, step, state, config.keep_checkpoints)
-                write_report(config, shard_set, memorization.table, step, None)
-            accelerator.wait_for_everyone()
+            on_first(accelerator, save_checkpoint, checkpoints, step, state, config.keep_checkpoints)
+            on_first(accelerator, write_report, config, shard_set, memorization.table, step, None)
         if totals.asked:
             bar.close()
             log.info("stopped after step %d of %d; the same command goes on from there", step, config.steps)
@@ -322,9 +337,10 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     average.copy_to_parameters()
     model = whole_model(config, accelerator, model, torch.device("cpu"))
     summary: dict[str, Any] = {}
+    save = partial(model.save, half=config.save_dtype == "float16", single_file=config.save_single_file)
+    on_first(accelerator, save, out / "model")
     if accelerator.is_main_process:
         judged = memorization.finish(out, shard_set.ids)
-        model.save(out / "model")
         summary = {
             "steps": step,
             **judged,

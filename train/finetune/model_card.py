@@ -121,6 +121,7 @@ def model_card(
         form: whether the card stands beside a whole pipeline or beside adapters alone.
     """
     import yaml
+    from huggingface_hub import ModelCardData
 
     tags = ["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "afresh"]
     if config.lora.rank:
@@ -139,7 +140,7 @@ def model_card(
         what += f", with low-rank adapters (rank {config.lora.rank}) added to its weights"
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"---\n{ModelCardData(**head).to_yaml()}\n---",
         f"# {PurePosixPath(config.out).name or 'model'}",
         f"{what}. Afresh trained {_trained(config)} on {_count(training.samples, 'captioned image')}.",
         "## Use",
@@ -171,8 +172,10 @@ def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
         ]
         model = f"{shlex.quote(training.base)} --lora FOLDER"
     else:
-        lines += ['pipe = StableDiffusionPipeline.from_pretrained("FOLDER", dtype=torch.float16)']
-        model = "FOLDER"
+        half = config.save_dtype == "float16"
+        variant = ', variant="fp16"' if half else ""
+        lines += [f'pipe = StableDiffusionPipeline.from_pretrained("FOLDER", dtype=torch.float16{variant})']
+        model = "FOLDER --variant fp16" if half else "FOLDER"
     size = training.size
     lines += [f'image = pipe.to("cuda")("a caption", height={size}, width={size}).images[0]']
     code = "\n".join(lines)

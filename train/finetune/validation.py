@@ -17,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from afresh.files import write_atomic
+from train.denoising.families.registry import denoiser_of
 from train.finetune.config import ValidationConfig
 
 if TYPE_CHECKING:
@@ -71,15 +72,19 @@ class Validation:
         modules = [part for part in source.components.values() if isinstance(part, torch.nn.Module) and part.training]
         for module in modules:
             module.eval()
+        side = denoiser_of(source).side
         images: list[Image.Image] = []
         try:
             with torch.random.fork_rng(), self.autocast():
                 for start in range(0, len(config.prompts), TOGETHER):
                     prompts = config.prompts[start : start + TOGETHER]
+                    negative = [config.negative_prompt] * len(prompts) if config.negative_prompt else None
                     images += pipe(
                         prompts,
                         num_inference_steps=config.steps,
-                        **pipe.asked(config.scale, None),
+                        **pipe.asked(config.scale, negative),
+                        width=config.width or side,
+                        height=config.height or side,
                         generator=[torch.Generator("cpu").manual_seed(config.seed) for _ in prompts],
                         guidance=self.guidance,
                     ).images

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
 from train.denoising.opening.loading import load_pipeline
-from train.finetune.model.loss import squared_errors
+from train.finetune.model.loss import sample_errors
 from train.machine.findings import DIFFERS, WORKS, Absent, Finding, attempt, fastest
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Step:
             half = torch.autocast(self.device.type, DTYPES[precision])
         with half:
             output = self.denoiser(self.x_t, self.t, self.conditioning).float()
-        loss = squared_errors(output, self.target).mean()
+        loss = sample_errors(output, self.target).mean()
         scale = _FP16_SCALE if precision == "fp16" else 1.0
         gradients = torch.autograd.grad(loss * scale, weights, allow_unused=True)
         return float(loss.detach()), torch.cat([one.flatten() for one in gradients if one is not None]) / scale

@@ -17,6 +17,7 @@ from curate.sample_set import load_part
 from train.denoising.families.stable_diffusion import encode_captions
 from train.denoising.opening.checkpoints import check_scheduler, unsupported
 from train.denoising.opening.loading import check_trainable, load_pipeline
+from train.denoising.opening.original import save_single_file
 from train.sample_model.small import tiny_pipeline
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -54,11 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights as one file in the layout of CompVis and Stability AI."""
     pipe = load_pipeline(str(model))
-    weights = original_unet(pipe.unet.state_dict()) | original_vae(pipe.vae.state_dict())
-    for name, value in pipe.text_encoder.state_dict().items():
-        weights[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    save_single_file(pipe, path)
     return path
 
 
@@ -68,72 +66,6 @@ def configs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs") / "model"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
-
-
-def original_unet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of a four-level UNet as the original implementation names them."""
-    blocks = {
-        "time_embedding.linear_1.": "time_embed.0.",
-        "time_embedding.linear_2.": "time_embed.2.",
-        "conv_in.": "input_blocks.0.0.",
-        "conv_norm_out.": "out.0.",
-        "conv_out.": "out.2.",
-        "mid_block.resnets.0.": "middle_block.0.",
-        "mid_block.attentions.0.": "middle_block.1.",
-        "mid_block.resnets.1.": "middle_block.2.",
-    }
-    for i in range(4):
-        for j in range(2):
-            blocks[f"down_blocks.{i}.resnets.{j}."] = f"input_blocks.{3 * i + j + 1}.0."
-            blocks[f"down_blocks.{i}.attentions.{j}."] = f"input_blocks.{3 * i + j + 1}.1."
-        for j in range(3):
-            blocks[f"up_blocks.{i}.resnets.{j}."] = f"output_blocks.{3 * i + j}.0."
-            blocks[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{3 * i + j}.1."
-        blocks[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{3 * i + 3}.0.op."
-        blocks[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{3 * i + 2}.{2 if i else 1}."
-    resnet = {
-        "norm1.": "in_layers.0.",
-        "conv1.": "in_layers.2.",
-        "norm2.": "out_layers.0.",
-        "conv2.": "out_layers.3.",
-        "time_emb_proj.": "emb_layers.1.",
-        "conv_shortcut.": "skip_connection.",
-    }
-    out = {}
-    for name, value in state.items():
-        block = next(block for block in blocks if name.startswith(block))
-        rest = name.removeprefix(block)
-        if ".resnets." in block:
-            layer = next(layer for layer in resnet if rest.startswith(layer))
-            rest = resnet[layer] + rest.removeprefix(layer)
-        out[f"model.diffusion_model.{blocks[block]}{rest}"] = value
-    return out
-
-
-def original_vae(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys and shapes of a four-level VAE as the original implementation has them."""
-    changes = {
-        "conv_shortcut": "nin_shortcut",
-        "conv_norm_out": "norm_out",
-        "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
-        "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
-        "mid_block.attentions.0.to_": "mid.attn_1.",
-        "mid_block.resnets.0": "mid.block_1",
-        "mid_block.resnets.1": "mid.block_2",
-    }
-    for i in range(4):
-        changes[f"down_blocks.{i}.resnets"] = f"down.{i}.block"
-        changes[f"down_blocks.{i}.downsamplers.0"] = f"down.{i}.downsample"
-        changes[f"up_blocks.{i}.resnets"] = f"up.{3 - i}.block"
-        changes[f"up_blocks.{i}.upsamplers.0"] = f"up.{3 - i}.upsample"
-    out = {}
-    for name, value in state.items():
-        for ours, theirs in changes.items():
-            name = name.replace(ours, theirs)
-        if "attn_1" in name and value.ndim == 2:
-            value = value[:, :, None, None]  # linear layers were 1 × 1 convolutions
-        out[f"first_stage_model.{name}"] = value
-    return out
 
 
 def same_weights(a, b) -> bool:
@@ -158,6 +90,23 @@ def test_a_single_file_and_a_folder_of_configs_give_the_same_model_offline(model
     assert same_weights(from_file, folder)
     assert from_file.tokenizer("a red apple").input_ids == folder.tokenizer("a red apple").input_ids
     assert from_file.scheduler.config.prediction_type == "epsilon"
+
+
+def test_a_single_file_with_stable_diffusion_2s_text_encoder_and_projections_gives_the_same_model(model, tmp_path):
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    pipe = load_pipeline(str(model))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = {"vocab_size": len(pipe.tokenizer), "max_position_embeddings": 16}
+    pipe.text_encoder = CLIPTextModel(CLIPTextConfig(hidden_act="gelu", **sizes, **vocabulary))
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, use_linear_projection=True)
+    pipe.save_pretrained(tmp_path / "folder")
+    save_single_file(pipe, tmp_path / "one.safetensors")
+    names = load_file(tmp_path / "one.safetensors")
+    assert names["cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"].shape == (96, 32)
+    assert same_weights(load_pipeline(str(tmp_path / "one.safetensors"), model_config=str(tmp_path / "folder")), pipe)
 
 
 def test_the_output_folder_of_a_trainer_of_single_files_is_the_file_that_it_made(checkpoint, configs, tmp_path):
@@ -294,7 +243,7 @@ def test_a_model_that_predicts_v_is_trained_on_v_and_stays_one(tmp_path):
     write_shard(str(tmp_path / "shards" / "000000.tar"), [(sample.key, dict(sample.members))])
     config = FinetuneConfig(
         model=model, out=str(tmp_path / "run"), shards=[str(tmp_path / "shards")], steps=1, batch_size=1, workers=0,
-        caption_dropout=0.0, log_every=1,
+        caption_dropout=0.0, log_every=1, mixed_precision="no",
     )  # fmt: skip
     run_finetune(config)
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text())["loss"]

@@ -9,6 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from afresh.errors import UsageError, UserError
 from curate.sample_set import load_part
@@ -105,6 +106,8 @@ def test_the_edited_model_is_an_ordinary_pipeline_that_draws_what_blocking_draws
     restore_rows(edited, load_rows(folder / "edited" / REMOVED))
     weights = original.unet.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in edited.unet.state_dict().items())
+    names = load_file(folder / "edited" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)  # as every release reads them
 
 
 def test_sample_blocks_all_neurons_or_each_prompts_own(done, settings, tmp_path):

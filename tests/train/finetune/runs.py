@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from train.denoising.opening.loading import load_pipeline
-from train.finetune.config import FinetuneConfig
+from train.finetune.config import Buckets, FilterConfig, FinetuneConfig
 from train.finetune.state.log import MEASURED, RunLog
 
 REPOSITORY = Path(__file__).parents[3]
@@ -30,6 +30,10 @@ def settings(model: str, shards: str, out: Path, **changes) -> FinetuneConfig:
         "workers": 0,
         "log_every": 1,
         "checkpoint_every": 0,
+        "mixed_precision": "no",
+        "crop": "none",
+        "buckets": Buckets(step=0),
+        "filter": FilterConfig("off"),
     }
     return FinetuneConfig(model=model, shards=[shards], out=str(out), **values | changes)
 

@@ -70,8 +70,34 @@ def test_saved_adapters_give_the_trained_output_in_a_fresh_pipeline_by_diffusers
     torch.testing.assert_close(predict(fresh), expected, atol=1e-5, rtol=0)
     fused = load_pipeline(model, lora=str(tmp_path / "lora"))
     torch.testing.assert_close(predict(fused), expected, atol=1e-5, rtol=0)
+    others = load_pipeline(model, lora=str(tmp_path / "lora" / "kohya.safetensors"))
+    torch.testing.assert_close(predict(others), expected, atol=1e-5, rtol=0)
     assert weights(fused).keys() == weights(base).keys()
     assert (predict(base) - expected).abs().max() > 1e-2
+
+
+def test_adapters_with_sizes_of_their_own_give_the_trained_output_by_diffusers_and_fused(model, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe, base = load_pipeline(model), load_pipeline(model)
+    add_lora(pipe, LoRAConfig(rank=4, alpha=8, dora=True))
+    torch.testing.assert_close(predict(pipe), predict(base), atol=1e-5, rtol=0)  # nothing, untrained
+    randomise(pipe)
+    expected = predict(pipe)
+    save_lora(pipe, tmp_path / "lora")
+    assert any("magnitude" in name for name in load_file(tmp_path / "lora" / WEIGHTS))
+    assert not (tmp_path / "lora" / "kohya.safetensors").exists()
+    fresh = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    fresh.load_lora_weights(str(tmp_path / "lora"), weight_name=WEIGHTS)
+    torch.testing.assert_close(predict(fresh), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(predict(load_pipeline(model, lora=str(tmp_path / "lora"))), expected, atol=1e-4, rtol=0)
+    assert (predict(base) - expected).abs().max() > 1e-2
+
+
+def test_adapters_that_diffusers_would_not_load_whole_are_refused(model, shards, tmp_path):
+    config = settings(model, shards, tmp_path, lora=LoRAConfig(rank=4, dora=True), train_text_encoder=True)
+    with pytest.raises(UsageError, match="lora.dora.*train_text_encoder"):
+        run_finetune(config)
 
 
 def test_untrained_adapters_change_nothing_and_are_the_same_for_a_seed(model):
@@ -99,7 +125,7 @@ def test_the_file_says_its_scale_and_no_path(model, tmp_path):
     save_lora(pipe, tmp_path / "lora")
     with safe_open(tmp_path / "lora" / WEIGHTS, framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 8)
+    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 4)  # the scale of 2 is in the weights
     assert model not in json.dumps(metadata)
 
 

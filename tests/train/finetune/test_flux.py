@@ -11,11 +11,12 @@ from diffusers import FluxPipeline
 from afresh.errors import UserError
 from tests.train.families import tiny_flux
 from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step
-from tests.train.finetune.test_stable_diffusion_3 import generator_before_time, shards, weights
+from tests.train.finetune.test_stable_diffusion_3 import shards, weights
 from train.denoising.opening.config import LoRAConfig
 from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.finetune.batches.layout import image_sizes, lay_out
 from train.finetune.config import FilterConfig, Flow
+from train.finetune.data.order import generator
 from train.finetune.data.scan import scan_once
 from train.finetune.loop import run_finetune
 from train.finetune.model.diffusion import draw_randomness
@@ -50,9 +51,7 @@ def reference_steps(model: str, config, steps: int) -> dict[str, torch.Tensor]:
         drawn = draw_randomness(positions, posterior.mean.shape[1:], 1000, config.seed)
         u = []
         for position in positions:
-            g = torch.Generator()
-            g.set_state(generator_before_time(config.seed, position, posterior.mean.shape[1:]))
-            u.append(torch.rand((), generator=g))
+            u.append(torch.rand((), generator=generator(config.seed, "timesteps", position)))
         indices = (torch.stack(u) * pipe.scheduler.config.num_train_timesteps).long()
         timesteps = pipe.scheduler.timesteps[indices]
         sigmas = pipe.scheduler.sigmas[indices].view(-1, 1, 1, 1)

@@ -9,7 +9,7 @@ import pytest
 
 from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import settings
-from train.finetune.hub import check_hub
+from train.finetune.hub import check_hub, push_model
 from train.finetune.loop import run_finetune
 
 
@@ -22,10 +22,13 @@ class Hub:
     def create_repo(self, repo_id, **options):
         self.calls.append(("create", repo_id, options))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, path_in_repo=None):
         if self.fails:
             raise OSError("the connection was reset\nby peer")
-        self.calls.append(("upload", repo_id, folder_path))
+        self.calls.append(("upload", repo_id, folder_path, *([path_in_repo] if path_in_repo else [])))
+
+    def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo, commit_message):
+        self.calls.append(("file", repo_id, path_or_fileobj, path_in_repo))
 
 
 @pytest.fixture
@@ -61,3 +64,15 @@ def test_a_failed_upload_keeps_the_model_and_the_same_command_tries_again(model,
     run_finetune(config)
     assert len(hub.calls) == 2  # once is enough
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["hub"].endswith("someone/model")
+
+
+def test_adapters_and_the_single_file_are_uploaded_too(tmp_path, hub):
+    for name in ("model", "lora"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    push_model(tmp_path, "someone/model")
+    assert hub.calls[1:] == [
+        ("upload", "someone/model", str(tmp_path / "model")),
+        ("upload", "someone/model", str(tmp_path / "lora"), "lora"),
+        ("file", "someone/model", str(tmp_path / "model.safetensors"), "model.safetensors"),
+    ]

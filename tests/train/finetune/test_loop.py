@@ -14,6 +14,7 @@ from curate.reading.writing import write_shard
 from curate.sample_set import load_part
 from tests.train.finetune.runs import launch, log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
+from train.denoising.schedules import NoiseSchedule
 from train.finetune.config import FilterConfig, FinetuneConfig, RandomWords, ValidationConfig
 from train.finetune.data.order import SampleOrder
 from train.finetune.data.scan import ShardSet
@@ -94,15 +95,15 @@ def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int], sample: int) -> None
     """Make the loss of one sample NaN at some forward passes, counted from 0."""
     from train.finetune import loop
 
-    errors, count = loop.squared_errors, iter(range(1000))
+    errors, count = loop.sample_errors, iter(range(1000))
 
-    def spoiled(output, target):
+    def spoiled(output, target, *how):
         losses = errors(output, target)
         if next(count) in calls:
             losses = losses * torch.where(torch.arange(len(losses)) == sample, float("nan"), 1.0)
         return losses
 
-    monkeypatch.setattr(loop, "squared_errors", spoiled)
+    monkeypatch.setattr(loop, "sample_errors", spoiled)
 
 
 def test_a_step_whose_loss_is_not_finite_names_its_sample_and_changes_nothing(model, shards, tmp_path, monkeypatch):
@@ -257,3 +258,17 @@ def test_a_compiled_unet_trains_alike_and_is_saved_under_its_own_names(model, sh
     assert plain.keys() == compiled.keys()
     for a, b in zip(log_lines(tmp_path / "plain"), log_lines(tmp_path / "compiled"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+
+
+def test_deterministic_algorithms_are_used_where_asked_for_alone(model, shards, tmp_path, monkeypatch):
+    seen, noised = [], NoiseSchedule.noised
+
+    def watched(self, *arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return noised(self, *arguments)
+
+    monkeypatch.setattr(NoiseSchedule, "noised", watched)
+    run_finetune(settings(model, shards, tmp_path / "strict", steps=1, deterministic=True))
+    run_finetune(settings(model, shards, tmp_path / "plain", steps=1))
+    assert seen == [True, False]
+    assert same(weights(tmp_path / "strict"), weights(tmp_path / "plain"))

@@ -19,6 +19,7 @@ from train.denoising.opening.config import LoRAConfig
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.batches.layout import image_sizes, lay_out
 from train.finetune.config import Buckets, FilterConfig, Flow
+from train.finetune.data.order import generator
 from train.finetune.data.scan import scan_once
 from train.finetune.loop import run_finetune
 from train.finetune.model.diffusion import draw_randomness, timesteps_of
@@ -69,12 +70,10 @@ def reference_steps(model: str, config, steps: int, precondition: bool, scheme: 
             prompt_embeds, _, pooled_prompt_embeds, _ = pipe.encode_prompt(captions, captions, captions)
             posterior = vae.encode(pixel_values).latent_dist
         drawn = draw_randomness(positions, posterior.mean.shape[1:], 1000, config.seed)
-        # u of the logit-normal density: the normal number that stands where a whole timestep would be drawn.
+        # u of the logit-normal density, from its own normal number.
         normal = []
         for position in positions:
-            g = torch.Generator()
-            g.set_state(generator_before_time(config.seed, position, posterior.mean.shape[1:]))
-            normal.append(torch.randn((), generator=g))
+            normal.append(torch.randn((), generator=generator(config.seed, "timesteps", position)))
         u = torch.sigmoid(torch.stack(normal))
         indices = (u * noise_scheduler_copy.config.num_train_timesteps).long()
         timesteps = noise_scheduler_copy.timesteps[indices]
@@ -102,14 +101,6 @@ def reference_steps(model: str, config, steps: int, precondition: bool, scheme: 
         optimizer.step()
         optimizer.zero_grad()
     return transformer.state_dict()
-
-
-def generator_before_time(seed: int, position: int, shape) -> torch.Tensor:
-    from train.finetune.data.order import generator
-
-    g = generator(seed, "step", position)
-    torch.randn(tuple(shape), generator=g), torch.randn(tuple(shape), generator=g)
-    return g.get_state()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from afresh.errors import UsageError
 from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
-from tests.train.finetune.runs import log_lines, same, settings, weights
+from tests.train.finetune.runs import log_lines, same, settings, stop_after, weights
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.checks import check_validation
 from train.finetune.config import ValidationConfig
@@ -74,9 +75,46 @@ def test_images_are_guided_away_from_what_the_index_holds(tiny_pipe, tmp_path):
     assert (guided != drawn).any(axis=(1, 2, 3)).all()
 
 
+def test_the_loss_on_held_out_samples_is_of_the_weights_alone_and_training_does_not_notice(
+    model, shards, tmp_path, monkeypatch
+):
+    show = ValidationConfig(every=2, shards=[shards], samples=7)
+    changes = {"steps": 4, "learning_rate": 1e-2, "ema_decay": 0.5}
+    run_finetune(settings(model, shards, tmp_path / "without", **changes))
+    run_finetune(settings(model, shards, tmp_path / "with", validation=show, **changes))
+    assert log_lines(tmp_path / "with") == log_lines(tmp_path / "without")
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+    def lines(out: str) -> list[dict]:
+        text = (tmp_path / out / "validation" / "loss.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    found = lines("with")
+    assert [(line["step"], line["samples"]) for line in found] == [(2, 7), (4, 7)]
+    assert found[1]["loss"] != found[0]["loss"]
+    # The same weights give the same number again, in a run that was stopped too.
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run_finetune(settings(model, shards, tmp_path / "cut", validation=show, **changes))
+    run_finetune(settings(model, shards, tmp_path / "cut", validation=show, **changes))
+    assert lines("cut") == found
+
+
+def test_images_have_the_size_and_the_negative_prompt_that_are_asked_for(tiny_pipe, tmp_path):
+    def draw(**changes) -> list[Image.Image]:
+        config = ValidationConfig(1, ["a red apple"], steps=2, **changes)
+        return Validation(config, torch.device("cpu"), contextlib.nullcontext).draw(tmp_path, tiny_pipe)
+
+    (plain,), (wide,) = draw(), draw(width=96)
+    assert plain.size == (64, 64) and wide.size == (96, 64)
+    (against,) = draw(negative_prompt="grinning face")
+    assert (np.asarray(against) != np.asarray(plain)).any()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (ValidationConfig(every=5, prompts=["a"], width=100), "validation.width"),
         (ValidationConfig(every=-1), "validation.every"),
         (ValidationConfig(every=5), "validation.prompts"),
         (ValidationConfig(every=5, prompts=["a"], steps=0), "validation.steps"),

@@ -8,16 +8,18 @@ form that ``pipe.load_lora_weights`` of diffusers takes.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from afresh.errors import UsageError, UserError, reason
-from train.denoising.kinds import STABLE_DIFFUSION, family_of
+from train.denoising.kinds import STABLE_DIFFUSION, XL, family_of
 from train.denoising.network import network_of
 from train.denoising.opening.files import adapter_options
 from train.denoising.opening.outputs import ADAPTERS
+from train.denoising.opening.saving import prefixed
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = ADAPTERS
 """The name of a saved file of adapters."""
+UP = (".up.weight", ".lora_B.weight")
+"""How the names of adapters' second matrices end, by diffusers' names."""
+KOHYA = {
+    STABLE_DIFFUSION.name: {"unet": "lora_unet", "text_encoder": "lora_te"},
+    XL.name: {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+}
+"""How the names of a part's layers begin in kohya's files. Of transformers interfaces read diffusers' own form."""
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 """Names of a CLIP text encoder's attention weights."""
 
@@ -68,6 +77,7 @@ def add_lora(
             lora_alpha=lora.alpha or lora.rank,
             lora_dropout=lora.dropout,
             target_modules=targets,
+            use_dora=lora.dora,
             init_lora_weights=True,
         )
 
@@ -86,29 +96,61 @@ def add_lora(
 
 
 def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``.
+    """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``, as diffusers has them, and those
+    of Stable Diffusion 1.x, 2.x and XL to ``folder/kohya.safetensors``, as ComfyUI and other interfaces do.
 
-    The file's metadata holds rank, alpha and targets, so that it is loaded at the scale it was trained at. The folder
-    is written aside and renamed.
+    Both are loaded at the scale they were trained at. Older releases of diffusers do not read an alpha of the first
+    form, so it has the scale in its weights, under an alpha that equals the rank; the second has an alpha a layer. The
+    folder is written aside and renamed.
     """
     import diffusers
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
+    kind = family_of(one.__name__ for one in type(pipe).__mro__) or STABLE_DIFFUSION
+    kohya: dict[str, torch.Tensor] = {}
     layers: dict[str, Any] = {}
     for name, part in parts_of(pipe).items():
         if getattr(part, "peft_config", None):
             state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
-            layers[f"{name}_lora_layers"] = {key: value.float().contiguous() for key, value in state.items()}
+            state = {key: value.float().contiguous().cpu() for key, value in state.items()}
+            state = state if part is network_of(pipe) else prefixed(state)
             settings = part.peft_config["default"].to_dict()
+            alpha, rank = settings["lora_alpha"], settings["r"]
+            if kind.name in KOHYA and not settings["use_dora"]:
+                kohya |= kohya_weights(state, KOHYA[kind.name][name], alpha)
+            scaled = {key: x * (alpha / rank) if key.endswith(UP) else x for key, x in state.items()}
+            layers[f"{name}_lora_layers"] = scaled
+            settings["lora_alpha"] = rank
             settings["base_model_name_or_path"] = None  # a path of this machine is nothing to publish
             layers[f"{name}_lora_adapter_metadata"] = settings
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    kind = family_of(one.__name__ for one in type(pipe).__mro__) or STABLE_DIFFUSION
     getattr(diffusers, kind.pipeline).save_lora_weights(aside, weight_name=WEIGHTS, **layers)
+    if kohya:
+        save_file(kohya, aside / "kohya.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def kohya_weights(state: Mapping[str, torch.Tensor], part: str, alpha: float) -> dict[str, torch.Tensor]:
+    """Adapters by the names of kohya's scripts, which most interfaces read.
+
+    Args:
+        state: weights of one part by diffusers' names.
+        part: how the names of its layers begin there.
+        alpha: a layer's output is scaled by this over the rank.
+    """
+    ends = {"A": "down", "B": "up", "down": "down", "up": "up"}
+    out = {}
+    for name, value in state.items():
+        layer, _, rest = name.rpartition(".lora")  # .lora.down, .lora_linear_layer.down or .lora_A, as the part has it
+        layer = f"{part}_{layer.replace('.', '_')}"
+        end = rest.removesuffix(".weight").rpartition("_" if rest.count(".") == 1 else ".")[2]
+        out[f"{layer}.lora_{ends[end]}.weight"] = value
+        out[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return out
 
 
 def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:

@@ -24,6 +24,8 @@ from train.finetune.caches.latents import CachedLatents, encode_moments
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.images import Fault, Found, ImageLoader, SampleError, find_batch
 from train.finetune.data.order import SampleOrder
+from train.finetune.data.transfer import to_device
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,11 +97,12 @@ def make_batches(
     config: FinetuneConfig,
     vae: AutoencoderKL,
     accelerator: Accelerator,
+    stop: StopOnSignal | None = None,
 ) -> Batches:
     """Batches at some positions, from cached latents or from the shards, as the settings ask for."""
     if config.cache_latents:
         where: Literal["memory", "disk"] = "disk" if config.cache_latents == "disk" else "memory"
-        latents = CachedLatents(loader, vae, where, cache_folder(config), accelerator, threads=config.workers)
+        latents = CachedLatents(loader, vae, where, cache_folder(config), accelerator, config.workers, stop)
         return CachedBatches(latents, order, positions, accelerator.device)
     return StreamedBatches(DecodedBatches(order, loader), positions, config.workers, vae, accelerator.device)
 
@@ -183,9 +186,9 @@ class StreamedBatches:
         return Batch(
             positions=decoded["positions"],
             rows=decoded["rows"],
-            moments=encode_moments(self.vae, decoded["pixels"].to(self.device)),
+            moments=encode_moments(self.vae, to_device(decoded["pixels"], self.device)),
             frames=decoded["frames"],
-            weight=decoded["weight"].to(self.device),
+            weight=to_device(decoded["weight"], self.device),
             faults=decoded["faults"],
         )
 
@@ -211,8 +214,8 @@ class CachedBatches:
         began = time.monotonic()
         gathered = next(self._batches)
         self.waited += time.monotonic() - began
-        gathered["moments"] = gathered["moments"].to(self.device).float()
-        gathered["weight"] = gathered["weight"].to(self.device)
+        gathered["moments"] = to_device(gathered["moments"], self.device).float()
+        gathered["weight"] = to_device(gathered["weight"], self.device)
         return Batch(**gathered)
 
     def _gather(self, positions: Sequence[int]) -> dict[str, Any]:
@@ -224,7 +227,7 @@ class CachedBatches:
 
 def about(found: Sequence[Found[Any]], positions: Sequence[int], loader: ImageLoader) -> dict[str, Any]:
     """What a batch says of its samples, see :class:`Batch`."""
-    weight = [0.0 if one.value is None else loader.shard_set.value(one.row, "weight") for one in found]
+    weight = [0.0 if one.value is None else loader.shard_set.weight(one.row) for one in found]
     return {
         "positions": positions,
         "rows": torch.tensor([one.row for one in found]),

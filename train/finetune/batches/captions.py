@@ -10,8 +10,9 @@ from torch import Tensor
 
 from train.denoising.conditioning import Conditioning
 from train.finetune.caches.texts import CachedTexts
-from train.finetune.config import RandomWords
+from train.finetune.config import RandomWords, Tags
 from train.finetune.data.order import generator
+from train.finetune.data.transfer import to_device
 from train.finetune.model.trained import Model
 from train.sampling.config import TokensConfig
 from train.sampling.terms.random_tokens import with_random_words
@@ -33,6 +34,26 @@ def choose_caption(captions: tuple[str, ...], uniform: Tensor, dropout: float) -
     return text, bool(text)
 
 
+def with_tags(text: str, tags: Tags, g: torch.Generator) -> str:
+    """A caption as one visit has it; the empty one stays empty.
+
+    Args:
+        text: tags between separators, or any text where only a trigger is set.
+        tags: what is changed.
+        g: of the visit.
+    """
+    if not text:
+        return text
+    if tags.shuffle or tags.dropout:
+        listed = [tag.strip() for tag in text.split(tags.separator) if tag.strip()]
+        first, rest = listed[: tags.keep], listed[tags.keep :]
+        dropped, place = torch.rand(2, len(rest), generator=g)  # both, so that neither option changes the other's
+        order = place.argsort().tolist() if tags.shuffle else range(len(rest))
+        left = [rest[i] for i in order if dropped[i] >= tags.dropout]
+        text = f"{tags.separator} ".join([*first, *left] or listed[:1])
+    return f"{tags.trigger}{tags.separator} {text}" if tags.trigger else text
+
+
 class Captions:
     """The captions of all samples, as what the denoiser takes.
 
@@ -41,6 +62,7 @@ class Captions:
         captions: those of a row, at least one.
         dropout: probability of training on the empty caption.
         cached: embeddings of all captions; without them token ids are given.
+        tags: what is changed of captions at each visit, drawn likewise.
         words: random words that captions get at each visit, drawn by ``seed`` and the visit's position.
         seed: of the run.
     """
@@ -53,9 +75,10 @@ class Captions:
         cached: CachedTexts | None = None,
         words: RandomWords | None = None,
         seed: int = 0,
+        tags: Tags | None = None,
     ) -> None:
         self.captions, self.dropout, self.cached = captions, dropout, cached
-        self.words, self.seed = words or RandomWords(), seed
+        self.words, self.tags, self.seed = words or RandomWords(), tags or Tags(), seed
         self._device, self._tokenizer = model.device, model.pipe.tokenizer
         self._tokens = lru_cache(REMEMBERED)(lambda text: model.denoiser.tokens([text]))
 
@@ -80,9 +103,14 @@ class Captions:
         if self.cached is not None:
             return self.cached.conditioning(texts), texts, conditional
         seen = texts
+        if self.tags.active:
+            some = zip(texts, positions, strict=True)
+            seen = [with_tags(text, self.tags, generator(self.seed, "tags", position)) for text, position in some]
         if self.words.number:
-            seen = [self._with_words(text, position) for text, position in zip(texts, positions, strict=True)]
-        return Conditioning.join([self._tokens(text) for text in seen]).to(self._device), texts, conditional
+            seen = [self._with_words(text, position) for text, position in zip(seen, positions, strict=True)]
+        tokens = Conditioning.join([self._tokens(text) for text in seen])
+        moved = {name: to_device(part, self._device) for name, part in tokens.parts.items()}
+        return Conditioning(moved), texts, conditional
 
     def _with_words(self, text: str, position: int) -> str:
         """``text`` with random words, in ``words.share`` of the visits; the empty caption stays empty."""

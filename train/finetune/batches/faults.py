@@ -10,6 +10,7 @@ from pathlib import Path
 from afresh.files import full_disk_named, write_atomic
 from afresh.progress import get_logger
 from train.finetune.data.images import Fault
+from train.finetune.state.log import kept_lines
 
 log = get_logger(__name__)
 
@@ -21,21 +22,24 @@ class FaultLog:
         out: folder of the run.
         rank: of the process.
         start: position that the run goes on from: lines of later ones are repeated, and cut off first.
+        world: how many processes there are; the files of others that the run had before are taken over.
 
     Attributes:
         count: how many there were.
     """
 
-    def __init__(self, out: Path, rank: int, start: int) -> None:
-        path = out / (f"faults-{rank}.jsonl" if rank else "faults.jsonl")
-        self.path, self.count = path, 0
+    def __init__(self, out: Path, rank: int, start: int, world: int = 1) -> None:
+        self.path = out / (f"faults-{rank}.jsonl" if rank else "faults.jsonl")
         self._named: set[str] = set()
-        if path.is_file():
-            whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["position"] < start]
-            self.count = len(kept)
-            with write_atomic(path) as temporary:
+        mine = [path for path in out.glob("faults*.jsonl") if _rank(path) % world == rank]
+        kept = [line for path in mine for line in kept_lines(path, lambda row: row["position"] < start)]
+        self.count = len(kept)
+        if mine:
+            with write_atomic(self.path) as temporary:
                 temporary.write_text("".join(kept), "utf-8")
+        for path in mine:
+            if path != self.path:
+                path.unlink()
 
     def add(self, faults: Sequence[Fault]) -> None:
         """Append them; each shard is named once on stderr."""
@@ -50,3 +54,8 @@ class FaultLog:
                 stands_in = f"{fault.instead} stands in for it" if fault.instead else "it has weight 0"
                 log.warning("%s/%s: %s; %s (more in %s)", fault.shard, fault.key, fault.reason, stands_in, self.path)
 
+
+
+def _rank(path: Path) -> int:
+    """The process that a file is of."""
+    return int(path.stem.partition("-")[2] or 0)

@@ -28,7 +28,7 @@ def image_sizes(config: FinetuneConfig, default: int, multiple: int) -> list[Siz
     for name, value in (("resolution", resolution), ("buckets.step", buckets.step)):
         if value < 0 or value % multiple:
             raise UsageError(f"{name} must be a multiple of {multiple} for this model, not {value}")
-    if not buckets.step:
+    if not buckets.step or buckets.step >= resolution:  # a small model's sides leave no room for others
         return [(resolution, resolution)]
     sizes = bucket_sizes(resolution, buckets.step, buckets.min_side, buckets.max_side)
     if not sizes:

@@ -20,6 +20,7 @@ from train.finetune.caches.parts import Part, Write, in_memory, on_disk, weights
 from train.finetune.config import Augmentation
 from train.finetune.data.images import ImageLoader, SampleError
 from train.finetune.data.together import together
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +55,7 @@ class CachedLatents:
         folder: of the files on disk.
         accelerator: the processes that share the work.
         threads: that decode images meanwhile.
+        stop: what the work is given up by.
 
     Raises:
         UserError: images differ at every visit (``augmentation.variants`` is 0), or there is no room.
@@ -67,6 +69,7 @@ class CachedLatents:
         folder: Path,
         accelerator: Accelerator,
         threads: int = 1,
+        stop: StopOnSignal | None = None,
     ) -> None:
         if loader.varies and not loader.how.variants:
             raise UserError("cache_latents with random crops or augmentation needs augmentation.variants > 0")
@@ -77,12 +80,11 @@ class CachedLatents:
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.buckets = lru_cache(maxsize=256)(loader.buckets)
         parts = self._parts(weights_digest(vae) if where == "disk" else "")
+        about: dict[str, Any] = {"name": "cache_latents", "unit": "images", "stop": stop}
         if where == "disk":
-            self.stored = together(
-                accelerator, lambda: on_disk(folder, parts, self._encode_part, name="cache_latents", unit="images")
-            )
+            self.stored = together(accelerator, lambda: on_disk(folder, parts, self._encode_part, **about), stop)
         else:
-            self.stored = in_memory(parts, self._encode_part, accelerator, name="cache_latents", unit="images")
+            self.stored = in_memory(parts, self._encode_part, accelerator, **about)
 
     def load(self, row: int, visit: int) -> NDArray[np.float16]:
         """The moments ``[8, h, w]`` of a row at a visit.

@@ -26,6 +26,7 @@ from afresh.errors import UserError, reason
 from afresh.files import write_atomic
 from afresh.progress import get_logger, progress
 from afresh.runs import try_lock
+from train.stopping import StopOnSignal, Stopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,11 +86,18 @@ class Stored:
 
 
 def in_memory(
-    parts: Sequence[Part], compute: Compute, accelerator: Accelerator, *, name: str, unit: str
+    parts: Sequence[Part],
+    compute: Compute,
+    accelerator: Accelerator,
+    *,
+    name: str,
+    unit: str,
+    stop: StopOnSignal | None = None,
 ) -> list[Stored]:
     """All parts, in the memory of every process; each computes its share of the rows.
 
     Raises:
+        Stopped: a process was asked to by ``stop``; of several, after a part.
         UserError: they need more than ``MEMORY_BYTES``.
     """
     need = sum(2 * int(part.starts[-1]) for part in parts)
@@ -101,7 +109,7 @@ def in_memory(
     stored = []
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = sum(len(range(rank, part.rows, world)) for part in parts)
-    with _counting(compute, name, unit, mine) as count:
+    with _counting(compute, name, unit, mine, stop if world == 1 else None) as count:
         for number, part in enumerate(parts):
             values = np.zeros(int(part.starts[-1]), dtype=np.float16)
             checksums = np.full(part.rows, MISSING, dtype=np.uint32)
@@ -118,6 +126,9 @@ def in_memory(
                     torch.from_numpy(checksums.astype(np.int64)).to(accelerator.device), reduction="sum"
                 )
                 checksums = sums.cpu().numpy().astype(np.uint32)
+                wish = torch.tensor(float(stop is not None and stop.asked), device=accelerator.device)
+                if accelerator.reduce(wish, reduction="sum"):
+                    raise Stopped
             stored.append(Stored(part, values, checksums, None))
     return stored
 
@@ -127,13 +138,16 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e9:.3g} GB"
 
 
-def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str, unit: str) -> list[Stored]:
+def on_disk(
+    folder: Path, parts: Sequence[Part], compute: Compute, *, name: str, unit: str, stop: StopOnSignal | None = None
+) -> list[Stored]:
     """All parts, mapped from files in ``folder``; those that are missing are computed by whoever comes first.
 
     Processes, of one run or of several, share the work by locks on the parts, and wait for one another; a part whose
     process dies is taken over. Nothing is exchanged, so nodes may have folders of their own.
 
     Raises:
+        Stopped: the process was asked to by ``stop``; parts that are whole stay.
         UserError: the disk has no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,8 +156,10 @@ def on_disk(folder: Path, parts: Sequence[Part], compute: Compute, *, name: str,
     need, free = sum(2 * int(parts[number].starts[-1]) for number in missing), shutil.disk_usage(folder).free
     if need > free:
         raise UserError(f"{folder}: {name} needs {gigabytes(need)}, and {gigabytes(free)} are free")
-    with _counting(compute, name, unit, sum(parts[number].rows for number in missing)) as count:
+    with _counting(compute, name, unit, sum(parts[number].rows for number in missing), stop) as count:
         while missing:
+            if stop is not None:
+                stop.check()
             before = len(missing)
             for number in list(missing):
                 if (found := _open(folder, parts[number])) is None:
@@ -203,12 +219,16 @@ def _open(folder: Path, part: Part) -> Stored | None:
 
 
 @contextmanager
-def _counting(compute: Compute, name: str, unit: str, rows: int) -> Iterator[Count]:
-    """``compute`` with progress and checksums."""
+def _counting(
+    compute: Compute, name: str, unit: str, rows: int, stop: StopOnSignal | None = None
+) -> Iterator[Count]:
+    """``compute`` with progress and checksums, given up at a row where ``stop`` asks for it."""
     with progress(total=rows, desc=name, unit=unit) as bar:
 
         def run(number: int, wanted: Sequence[int], write: Write, checksums: NDArray[np.uint32]) -> None:
             def checked(row: int, values: NDArray[np.float16]) -> None:
+                if stop is not None:
+                    stop.check()
                 write(row, values)
                 checksums[row] = _checksum(values)
                 bar.update(1)

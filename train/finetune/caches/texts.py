@@ -15,7 +15,9 @@ from train.denoising.conditioning import SEQUENCE, Conditioning
 from train.finetune.caches.parts import Part, Write, in_memory, on_disk, weights_digest
 from train.finetune.data.scan import ShardSet, captions_by_shard
 from train.finetune.data.together import together
+from train.finetune.data.transfer import to_device
 from train.finetune.model.trained import Model
+from train.stopping import StopOnSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +28,12 @@ TOGETHER = 32  # captions encoded in one pass
 
 
 def cache_texts(
-    model: Model, shard_set: ShardSet, where: bool | Literal["memory", "disk"], folder: Path, accelerator: Accelerator
+    model: Model,
+    shard_set: ShardSet,
+    where: bool | Literal["memory", "disk"],
+    folder: Path,
+    accelerator: Accelerator,
+    stop: StopOnSignal | None = None,
 ) -> CachedTexts | None:
     """The embeddings of all captions by the model's text encoder, if they are to be cached."""
     if not where:
@@ -43,7 +50,7 @@ def cache_texts(
     def encode(captions: Sequence[str]) -> torch.Tensor:
         return packing.pack(model.denoiser.encode(captions))
 
-    return CachedTexts(shard_set, encode, digest(identity), place, folder, accelerator, packing.unpack)
+    return CachedTexts(shard_set, encode, digest(identity), place, folder, accelerator, stop, packing.unpack)
 
 
 class Packing:
@@ -83,6 +90,7 @@ class CachedTexts:
         where: ``memory``, or ``disk``.
         folder: of the files on disk.
         accelerator: the processes that share the work.
+        stop: what the work is given up by.
         unpack: what ``encode`` gives → conditioning; by default it is prompt embeddings.
 
     Attributes:
@@ -97,6 +105,7 @@ class CachedTexts:
         where: Literal["memory", "disk"],
         folder: Path,
         accelerator: Accelerator,
+        stop: StopOnSignal | None = None,
         unpack: Callable[[torch.Tensor], Conditioning] = lambda embeds: Conditioning({SEQUENCE: embeds}),
     ) -> None:
         self._encode, self._unpack = encode, unpack
@@ -114,12 +123,11 @@ class CachedTexts:
             Part(digest([FORMAT, identity, texts]), size * np.arange(len(texts) + 1, dtype=np.int64))
             for texts in self._texts
         ]
+        about: dict[str, Any] = {"name": "cache_text", "unit": "captions", "stop": stop}
         if where == "disk":
-            self.stored = together(
-                accelerator, lambda: on_disk(folder, parts, self._encode_part, name="cache_text", unit="captions")
-            )
+            self.stored = together(accelerator, lambda: on_disk(folder, parts, self._encode_part, **about), stop)
         else:
-            self.stored = in_memory(parts, self._encode_part, accelerator, name="cache_text", unit="captions")
+            self.stored = in_memory(parts, self._encode_part, accelerator, **about)
         self._texts.clear()
 
     def embed(self, captions: Sequence[str]) -> torch.Tensor:
@@ -133,8 +141,8 @@ class CachedTexts:
             if text:
                 part, row = self._numbers[text]
                 rows[at] = torch.from_numpy(self.stored[part].row(row)).view(self._shape)
-        rows = rows.to(self.empty.device)
-        without = torch.tensor([not text for text in captions], device=rows.device)
+        without = torch.tensor([not text for text in captions])
+        rows, without = (to_device(x, self.empty.device) for x in (rows, without))
         return torch.where(without.view(-1, *[1] * len(self._shape)), self.empty, rows)
 
     def conditioning(self, captions: Sequence[str]) -> Conditioning:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,7 @@ from curate.reading.images import MAX_PIXELS, ImageError, image_size
 from curate.reading.samples import BadSample, Sample, Shard
 from curate.reading.urls import expand_shards, fingerprint, shard_bytes, shard_names
 from train.finetune.config import FinetuneConfig, ShardGroup
-from train.finetune.data.together import together
+from train.finetune.data.together import on_first
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +73,7 @@ class ShardSet:
         urls, names: of the shards; a sample's identity is ``(name, key)``.
         fingerprints: of the shards when they were read.
         repeats: how often the samples of each shard stand in an epoch.
+        weights: what the samples of each shard count, beside their own weights.
         counts: usable samples of each shard, ``[shards]`` int64.
         left_out: what stood in the shards and is no usable sample.
         max_pixels: above which images are refused.
@@ -86,6 +87,7 @@ class ShardSet:
         self.names: list[str] = about["names"]
         self.fingerprints: list[list[str | int]] = about["fingerprints"]
         self.repeats: list[int] = about["repeats"]
+        self.weights: list[float] = about.get("weights") or [1.0] * len(self.repeats)
         self.left_out: int = about["left_out"]
         self.max_pixels: int = about["max_pixels"]
         self.counts = np.array(about["counts"], dtype=np.int64)
@@ -107,6 +109,10 @@ class ShardSet:
         """One field of a row."""
         shard, place = self.locate(row)
         return self.shard(shard).column(column)[place].as_py()
+
+    def weight(self, row: int) -> float:
+        """What a row's loss is multiplied by: its own weight times that of its shard."""
+        return self.value(row, "weight") * self.weights[self.locate(row)[0]]
 
     def column(self, shard: int, column: str) -> NDArray[Any]:
         """A column of numbers of one shard, ``[counts[shard]]``, not copied."""
@@ -221,6 +227,7 @@ def scan(
         "names": names,
         "fingerprints": fingerprints,
         "repeats": list(repeats.values()),
+        "weights": group_weights(shards),
         "counts": [part.rows.num_rows for part in whole],
         "left_out": sum(part.left_out for part in whole),
         "max_pixels": max_pixels,
@@ -291,21 +298,16 @@ def _join(parts: Sequence[_Part], path: Path, about: dict[str, Any]) -> None:
 def scan_once(config: FinetuneConfig, accelerator: Accelerator) -> ShardSet:
     """:func:`scan` for a run of several processes: the first one reads, the others wait."""
     path = Path(config.out) / "samples.arrow"
-
-    def work() -> None:
-        if accelerator.is_main_process:
-            scan(
-                config.shards,
-                path,
-                workers=config.workers,
-                caption_field=config.caption_field,
-                weight_field=config.weight_field,
-                exclude=config.exclude,
-                missing_caption=config.missing_caption,
-                max_pixels=config.max_pixels,
-            )
-
-    together(accelerator, work)
+    reading = partial(
+        scan,
+        workers=config.workers,
+        caption_field=config.caption_field,
+        weight_field=config.weight_field,
+        exclude=config.exclude,
+        missing_caption=config.missing_caption,
+        max_pixels=config.max_pixels,
+    )
+    on_first(accelerator, reading, config.shards, path)
     return ShardSet(path)
 
 
@@ -326,6 +328,21 @@ def expand_groups(shards: Sequence[str | ShardGroup]) -> dict[str, int]:
             if found.setdefault(url, group.repeats) != group.repeats:
                 raise UsageError(f"shard {url} is given twice, with repeats {found[url]} and {group.repeats}")
     return found
+
+
+def group_weights(shards: Sequence[str | ShardGroup]) -> list[float]:
+    """The weight of every shard, in the order of :func:`expand_groups`.
+
+    Raises:
+        UsageError: a weight is negative.
+    """
+    found: dict[str, float] = {}
+    for group in (ShardGroup(group) if isinstance(group, str) else group for group in shards):
+        if group.weight < 0:
+            raise UsageError(f"shards {group.path!r}: weight must be 0 or more, not {group.weight}")
+        for url in expand_shards(group.path):
+            found.setdefault(url, group.weight)
+    return list(found.values())
 
 
 def _warn_of_changes(shard_set: ShardSet, shards: Sequence[str | ShardGroup]) -> None:

@@ -11,6 +11,7 @@ from train.memorization.thresholds import FILE, Thresholds, read_thresholds
 
 def check_filter(policy: FilterConfig, model: str) -> None:
     """Raise :class:`UsageError` for settings out of range, and thresholds that cannot be found."""
+    policy = policy.settled()
     how = policy.calibrate
     for name, value, least in (
         ("min_timestep", policy.min_timestep, 0),
@@ -25,9 +26,13 @@ def check_filter(policy: FilterConfig, model: str) -> None:
     if policy.threshold is not None and how.steps:
         raise UsageError("filter.threshold and filter.calibrate.steps exclude each other: leave one of them out")
     if policy.evidence == "window" and policy.policy != "off" and (policy.threshold is not None or how.window == 0):
-        raise UsageError("filter.evidence window needs filter.calibrate.window, and no filter.threshold beside it")
+        raise UsageError(
+            "filter.evidence window needs filter.calibrate.window, and no filter.threshold beside it: leave the "
+            "threshold out, or name a filter.policy or filter.preset paper"
+        )
     if not 0 < policy.most_dropped <= 1:
         raise UsageError(f"filter.most_dropped must lie in (0, 1], not {policy.most_dropped}")
+    assert how.quantile is not None  # settled by FilterConfig
     if policy.evidence == "window" and not 0 < how.release <= how.quantile:
         raise UsageError(f"filter.calibrate.release must lie in (0, quantile], not {how.release}")
     if not 0 < how.quantile < 1:

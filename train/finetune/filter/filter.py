@@ -22,6 +22,7 @@ from afresh.errors import UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, is_main_process
 from train.finetune.config import FilterConfig
+from train.finetune.data.transfer import to_device
 from train.finetune.filter.calibration import ENOUGH, MagnitudeQuantiles
 from train.finetune.filter.evidence import Evidence
 from train.finetune.filter.policies import caption_key, filter_weights, is_judged
@@ -67,6 +68,7 @@ class MemorizationFilter:
         reference: Tensor | None = None,
         together: bool = False,
     ) -> None:
+        policy = policy.settled()
         self.policy, self.schedule, self.predict_unconditional = policy, schedule, predict_unconditional
         self.seed, self.together, self.reference = seed, together, reference
         self.table = VerdictTable(samples, judges=policy.policy != "off")
@@ -75,15 +77,15 @@ class MemorizationFilter:
         self.quantiles: MagnitudeQuantiles | None = None
         self.thresholds = torch.full((BANDS,), torch.inf)
         self.watched = torch.ones(BANDS, dtype=torch.bool)  # bands in which anything is judged
-        how = policy.calibrate
+        how, quantile = policy.calibrate, float(policy.calibrate.quantile or 0)
         if thresholds is not None:
             self.thresholds = thresholds.tensor()
             self.watched = self.thresholds.isfinite()
         elif policy.policy != "off":
-            self.quantiles = MagnitudeQuantiles(how.quantile, how.per_band, how.window or 0)
+            self.quantiles = MagnitudeQuantiles(quantile, how.per_band, how.window or 0)
         self.evidence = None
         if self.quantiles is not None and policy.evidence == "window" and how.window:
-            self.evidence = Evidence(how.window, how.quantile, how.release)
+            self.evidence = Evidence(how.window, quantile, how.release)
         self.share = DroppedShare(policy.most_dropped)
         self._records: list[Tensor] = []
 
@@ -132,23 +134,23 @@ class MemorizationFilter:
                 judged[:] = False
             if self.against:
                 stored = torch.tensor([key in self.against for key in keys.tolist()])
-                kept = (~(stored & captioned & ~judged)).float().to(device)
+                kept = to_device((~(stored & captioned & ~judged)).float(), device)
             # Chosen on the CPU, where all that decides it is: the accelerator is not waited for.
             chosen = judged.nonzero()[:, 0]
             asked = chosen if len(chosen) or not self.together else torch.tensor([0])
             if len(asked):
-                index = asked.to(device)
-                x, times = x_t[index], t[asked].to(device)
+                index = to_device(asked, device)
+                x, times = x_t[index], to_device(t[asked], device)
                 framed = () if frames is None else (frames[asked],)
                 eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times, *framed), x, times).compared
                 if len(chosen):
                     eps_cond = self.schedule.prediction(output[index], x, times).compared
-                    limits = self._limits(keys[chosen], bands[chosen], step).to(device)
+                    limits = to_device(self._limits(keys[chosen], bands[chosen], step), device)
                     kept[index], magnitudes[index] = filter_weights(eps_cond, eps_uncond, limits, self.policy.form)
                     magnitudes = torch.where(counted, magnitudes, torch.nan)
             kept = torch.where(counted, kept, 1.0)  # what counts nothing anyway is not the filter's doing
         left_out = (kept == 0).int()
-        known = torch.stack([rows, t.long(), keys], dim=1).int().to(device)
+        known = to_device(torch.stack([rows, t.long(), keys], dim=1).int(), device)
         seen = torch.stack([magnitudes.view(torch.int32), left_out], dim=1)
         self._records.append(torch.cat([known, seen], dim=1))
         return kept, magnitudes

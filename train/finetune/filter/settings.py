@@ -47,7 +47,7 @@ def make_filter(
     """
     reference = reference_samples(config.filter, shard_set)
     unique = 1.0 if reference is None else float(reference.float().mean())
-    policy = with_lengths(config.filter, samples * (1 - config.caption_dropout) * unique)
+    policy = with_lengths(config.filter.settled(), samples * (1 - config.caption_dropout) * unique)
     thresholds = chosen_thresholds(policy, config.model)
     if thresholds is not None and (why := thresholds.unlike(thresholds.against, None, schedule.space)):
         raise UsageError(f"filter.threshold {policy.threshold}: {why}: calibrate them on this model")
@@ -81,7 +81,8 @@ def with_lengths(policy: FilterConfig, captioned: float) -> FilterConfig:
             known to be unique; on average.
     """
     how = policy.calibrate
-    noisy, one_in_k = "noisy" in policy.policy, "one_in_k" in policy.policy
+    kind = policy.policy or ""
+    noisy, one_in_k = "noisy" in kind, "one_in_k" in kind
     # The last band that is judged has a tenth of the timesteps, whatever min_timestep is: it lies at the noisy end.
     share = 1 / BANDS if how.per_band else max(1 - policy.min_timestep / 1000, 1 / BANDS) if noisy else 1.0
     judged = captioned * share / (policy.k if one_in_k else 1)

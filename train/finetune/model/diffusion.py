@@ -8,6 +8,7 @@ changes no other draw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from afresh.errors import UsageError
 from train.denoising.opening.checkpoints import check_scheduler
 from train.denoising.schedules import FlowSchedule, NoiseSchedule, is_flow
-from train.finetune.config import FinetuneConfig
+from train.finetune.config import FinetuneConfig, Timesteps
 from train.finetune.data.order import generator
 
 
@@ -50,7 +51,7 @@ def draw_randomness(
     Args:
         positions: of the samples.
         shape: of one latent, ``(c, h, w)``.
-        timesteps: ``t`` is uniform in [0, ``timesteps``).
+        timesteps: ``t`` is uniform in [0, ``timesteps``), unless ``timestep`` draws it.
         seed: of the run.
         noise_offset: ``ε`` gets this times one normal number for each channel (Guttenberg, "Diffusion with Offset
             Noise", 2023), so that a model learns to change the mean.
@@ -63,8 +64,10 @@ def draw_randomness(
         g = generator(seed, "step", position)
         posterior.append(torch.randn(shape, generator=g))
         noise.append(torch.randn(shape, generator=g))
-        times.append(torch.randint(timesteps, (), generator=g) if timestep is None else timestep(g))
+        times.append(torch.randint(timesteps, (), generator=g))
         uniform.append(torch.rand(2, generator=g))
+    if timestep is not None:
+        times = [timestep(generator(seed, "timesteps", position)) for position in positions]
     eps = torch.stack(noise)
     if noise_offset:
         means = [torch.randn(shape[0], 1, 1, generator=generator(seed, "noise offset", p)) for p in positions]
@@ -84,7 +87,8 @@ def timesteps_of(schedule: NoiseSchedule, config: FinetuneConfig) -> Callable[[t
     ICML 2024, §3.1), as diffusers' scripts draw it.
     """
     if not isinstance(schedule, FlowSchedule):
-        return None
+        how = config.timesteps
+        return None if how == Timesteps() else partial(draw_timestep, how, schedule.timesteps)
     flow, sigmas = config.flow, schedule.sigmas.cpu()
 
     def draw(g: torch.Generator) -> Tensor:
@@ -97,6 +101,22 @@ def timesteps_of(schedule: NoiseSchedule, config: FinetuneConfig) -> Callable[[t
         return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)] * schedule.timesteps
 
     return draw
+
+
+def draw_timestep(how: Timesteps, timesteps: int, g: torch.Generator) -> Tensor:
+    """One timestep of a model that is defined by betas, a scalar int64.
+
+    Args:
+        how: its distribution; what lies outside its range is brought into it in proportion.
+        timesteps: of the noise schedule.
+        g: what it is drawn from.
+    """
+    if how.kind == "logit_normal":
+        share = torch.sigmoid(how.mean + how.spread * torch.randn((), generator=g))
+    else:
+        share = torch.rand((), generator=g)
+    lowest, highest = (bound * timesteps // 1000 for bound in (how.lowest, how.highest))
+    return (lowest + share * (highest - lowest)).long().clamp(lowest, highest - 1)
 
 
 def sample_posterior(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:
@@ -127,9 +147,10 @@ def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
             ("prediction_type", config.prediction_type != "model"),
             ("zero_terminal_snr", config.zero_terminal_snr),
             ("snr_gamma", config.snr_gamma > 0),
+            ("timesteps", config.timesteps != Timesteps()),
         ):
             if wrong:
-                raise UsageError(f"{name} is for models with a schedule of betas; this one is of flow matching")
+                raise UsageError(f"{name} is for models with a schedule of betas; this one is of flow matching (flow)")
         return kind.from_config(scheduler.config, shift=config.flow.shift) if config.flow.shift else scheduler
     if config.prediction_type != "model":
         changes["prediction_type"] = config.prediction_type

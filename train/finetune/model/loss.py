@@ -13,9 +13,18 @@ from train.denoising.schedules import NoiseSchedule
 from train.finetune.config import FinetuneConfig
 
 
-def squared_errors(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, ``[n]``, for output and target of shape ``[n, …]``."""
-    return F.mse_loss(output, target, reduction="none").flatten(1).mean(dim=1)
+def sample_errors(output: Tensor, target: Tensor, huber_c: float = 0.0) -> Tensor:
+    """The error of each sample, ``[n]``.
+
+    Args:
+        output, target: ``[n, …]``.
+        huber_c: ``c`` of the pseudo-Huber loss ``2c(√(d² + c²) − c)`` (Charbonnier et al., 1997), which is ``d²`` for
+            small differences and grows like ``2c|d|``; 0 takes the squared error.
+    """
+    errors = F.mse_loss(output, target, reduction="none")
+    if huber_c:
+        errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
+    return errors.flatten(1).mean(dim=1)
 
 
 def counted(output: Tensor, weights: Tensor) -> Tensor:

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from afresh.errors import UsageError
 from afresh.files import full_disk_named
 from train.denoising.conditioning import Conditioning
-from train.denoising.families.registry import denoiser_of
+from train.denoising.families.registry import denoiser_of, pipeline_family
+from train.denoising.kinds import STABLE_DIFFUSION
 from train.denoising.network import network_of
 from train.denoising.opening.adapters import add_lora, parts_of, save_lora, text_encoders
 from train.denoising.opening.loading import check_trainable, load_pipeline
+from train.denoising.opening.original import save_single_file
+from train.denoising.opening.saving import save_pipeline
 from train.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -77,19 +81,24 @@ class Model:
         """Take over what :meth:`state_dict` gave."""
         self.denoiser.load_state_dict(state, strict=False)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, half: bool = False, single_file: bool = False) -> None:
         """Write the pipeline aside and rename it, so that a model folder is never half a model.
 
         Adapters go to the folder ``lora`` beside it first; the pipeline is the base as it was, in full precision, with
         them added. The denoiser cannot be used any more after that.
 
+        Args:
+            folder: of the pipeline.
+            half: save float16 weights, as the variant ``fp16``.
+            single_file: write ``folder.safetensors`` too, in the layout that WebUIs load.
+
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the layout has no place for a layer.
         """
         with full_disk_named(folder):
-            self._save(folder)
+            self._save(folder, half, single_file)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, half: bool, single_file: bool) -> None:
         pipe = self.pipe
         self.denoiser.eval()
         for name in parts_of(pipe):
@@ -102,9 +111,44 @@ class Model:
             pipe.scheduler = self.pipe.scheduler  # which training may have changed
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        pipe.save_pretrained(aside)
+        if single_file:
+            save_single_file(pipe, folder.with_name(folder.name + ".safetensors"), half=half)
+        save_pipeline(pipe, aside, half=half)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+
+
+def without_layers(pipe: StableDiffusionPipeline, n: int) -> StableDiffusionPipeline:
+    """The pipeline, whose text encoder lacks its last ``n`` layers: what others do by ``clip_skip`` at each use.
+
+    Raises:
+        UsageError: it has no more layers than that.
+    """
+    if not n or pipeline_family(pipe) is not STABLE_DIFFUSION:  # which is refused
+        return pipe
+    # Some releases of transformers have the layers a level deeper.
+    encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder
+    if n >= len(encoder.layers):
+        raise UsageError(f"clip_skip {n}: the text encoder has {len(encoder.layers)} layers")
+    encoder.layers = encoder.layers[:-n]
+    pipe.text_encoder.config.num_hidden_layers -= n
+    return pipe
+
+
+def check_options(pipe: Any, config: FinetuneConfig) -> None:
+    """Refuse options that a model's family does not have.
+
+    Raises:
+        UsageError: one of them is set; says why.
+    """
+    if (family := pipeline_family(pipe)) is STABLE_DIFFUSION:
+        return
+    for name, why in (
+        ("save_single_file", "that layout is written of Stable Diffusion 1.x and 2.x alone"),
+        ("clip_skip", "its text encoders are not read at their last layers"),
+    ):
+        if getattr(config, name):
+            raise UsageError(f"{name}: not for {family.name}: {why}; leave it out")
 
 
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:
@@ -115,7 +159,7 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     Raises:
         UserError: the model cannot be read, is of another kind, or predicts something else than ε or v.
     """
-    load: Any = functools.partial(
+    opened: Any = functools.partial(
         load_pipeline,
         config.model,
         attention=config.attention,
@@ -123,8 +167,13 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
         variant=config.variant,
         model_config=config.model_config,
     )
+
+    def load(**options: Any) -> StableDiffusionPipeline:
+        return without_layers(opened(**options), config.clip_skip)
+
     pipe = load()
     check_trainable(pipe, config.model)
+    check_options(pipe, config)
     pipe.vae.to(device).requires_grad_(False)
     if config.lora.rank:
         # What is frozen needs no more than the precision that it is computed in.

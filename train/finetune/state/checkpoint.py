@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from afresh.errors import UserError, reason
 from afresh.files import write_atomic
 from afresh.progress import get_logger
+from train.finetune.data.together import everyones, together
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 log = get_logger(__name__)
 _NAME = re.compile(r"step-(\d+)\.pt$")
@@ -39,10 +46,10 @@ def collect_state(parts: Mapping[str, Stateful]) -> dict[str, Any]:
     return {name: part.state_dict() for name, part in parts.items()}
 
 
-def restore_state(state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
-    """Give the parts of :func:`collect_state` their state back."""
+def restore_state(state: dict[str, Any], parts: Mapping[str, Stateful]) -> None:
+    """Give the parts of :func:`collect_state` their state back, and let go of it, one after the other."""
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.pop(name))
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -99,12 +106,43 @@ def remove_partial(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, as ``(step, state)``; None if there is none."""
-    for step, path in reversed(list_checkpoints(folder)):
-        try:
-            return step, torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            log.warning("%s: unreadable checkpoint left out (%s)", path, error)
+def load_latest(folder: Path, accelerator: Accelerator | None = None) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint that every process can read, as ``(step, state)``; None if there is none at all.
+
+    Every process calls this, and goes on from the same step as the others, or none does. The state is mapped from the
+    file: reading it into a model takes no memory beside the model's.
+
+    Args:
+        folder: of the checkpoints.
+        accelerator: the processes of the run; None for this one alone.
+
+    Raises:
+        UserError: there are checkpoints, and none that every process can read: to begin anew would be to overwrite
+            what the run has left.
+    """
+    known = dict(everyones(accelerator, list_checkpoints(folder)))
+    for step, path in sorted(known.items(), reverse=True):
+        state, problem = together(accelerator, partial(_read, path))
+        problems = [one for one in everyones(accelerator, [problem]) if one]
+        if not problems:
+            return step, state
+        if accelerator is None or accelerator.is_main_process:
+            log.warning("%s: unreadable checkpoint left out (%s)", path, "; ".join(dict.fromkeys(problems)))
+    if known:
+        newest = known[max(known)]
+        raise UserError(
+            f"{newest}: neither this checkpoint nor an older one can be read: bring one back, or remove {folder} to "
+            "begin anew"
+        )
     return None
 
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """A checkpoint's state and nothing, or an empty state and why it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # every byte once: what is mapped is not checked any more
+            if (damaged := archive.testzip()) is not None:
+                return {}, f"{damaged} is damaged"
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), ""
+    except Exception as error:  # whatever a damaged file leads the readers to
+        return {}, reason(error)

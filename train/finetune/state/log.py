@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from afresh.errors import UsageError
 from afresh.files import full_disk_named, to_json, write_atomic
+from afresh.progress import get_logger
 from train.memorization.thresholds import BANDS, timestep_band
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+log = get_logger(__name__)
 MEASURED = ("samples_per_second", "data_wait", "peak_memory_gib")
 """Keys of a line that depend on the machine; all others are the same in a run that was resumed."""
 
@@ -110,7 +112,8 @@ class Tally:
         Returns:
             The sums; and all records ``[micro-steps · processes · n, columns]`` on the CPU, in the order of positions.
         """
-        mine = torch.cat([self._scalars, self._scalars.new_tensor([asked]), self._bands.flatten()])
+        wish = torch.full_like(self._scalars[:1], float(asked))  # made where it is needed
+        mine = torch.cat([self._scalars, wish, self._bands.flatten()])
         everyone = accelerator.gather(torch.cat([mine.view(torch.int32), records.flatten()])[None]).cpu()
         sums = everyone[:, : len(mine)].contiguous().view(torch.float32).sum(dim=0).tolist()
         of_all = everyone[:, len(mine) :].view(len(everyone), *records.shape)
@@ -185,7 +188,7 @@ class Meter:
     def _restart(self) -> None:
         self._began, self._waited, self._samples = time.monotonic(), 0.0, 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around the call that gets the next batch."""
         began = time.monotonic()
@@ -220,24 +223,30 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def kept_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """The lines of a log of JSON whose rows are ``wanted``; one that a crash cut short or damaged is dropped."""
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith("\n") and wanted(json.loads(line)):
+                kept.append(line)
+    return kept
+
+
 class RunLog:
     """``log.jsonl``, a line per logged step; lines of steps that a resumed run repeats are cut off first."""
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start]
+        kept = kept_lines(path, lambda line: line["step"] <= start)
+        if not start and path.is_file() and path.stat().st_size:
+            log.warning("%s: there is no checkpoint to go on from: the run begins anew, and so does its log", path)
         with write_atomic(path) as temporary:
-            temporary.write_text("".join(kept))
-
-    def _lines(self) -> Iterator[str]:
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield line
+            temporary.write_text("".join(kept), "utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one line. Raises ``UserError`` where the disk is full."""
-        with full_disk_named(self.path), self.path.open("a") as file:
+        with full_disk_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(line)) + "\n")
 
 

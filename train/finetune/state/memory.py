@@ -61,9 +61,12 @@ def smaller_batch(config: FinetuneConfig) -> FinetuneConfig:
 def read_batch(out: Path, config: FinetuneConfig) -> FinetuneConfig:
     """The settings with the batch size that an earlier attempt at this run found to fit."""
     path = out / BATCH_FILE
-    if config.auto_batch_size and path.is_file():
-        return dataclasses.replace(config, **json.loads(path.read_text()))
-    return config
+    if not config.auto_batch_size or not path.is_file():
+        return config
+    size = json.loads(path.read_text())["batch_size"]
+    # The accumulation is found anew: with other processes it is another.
+    passes = config.batch_size * config.gradient_accumulation // size
+    return dataclasses.replace(config, batch_size=size, gradient_accumulation=passes)
 
 
 def write_batch(out: Path, config: FinetuneConfig) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from afresh.errors import UsageError
 from train.finetune.config import FinetuneConfig
+from train.finetune.model.trained import Model
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
@@ -45,14 +46,24 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
+def parameter_groups(model: Model, config: FinetuneConfig) -> list[Any]:
+    """What is trained, for :func:`make_optimizer`: one list, or groups where text encoders have a rate of their own."""
+    if config.text_encoder_learning_rate is None:
+        return list(model.trained)
+    text = {id(parameter) for encoder in model.denoiser.encoders.values() for parameter in encoder.parameters()}
+    parts = [[p for p in model.trained if (id(p) in text) == inside] for inside in (False, True)]
+    relative = config.text_encoder_learning_rate / peak_learning_rate(config)
+    return [{"params": parts[0]}, {"params": parts[1], "relative": relative}]
+
+
+def make_optimizer(trained: Sequence[Any], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for.
 
-    ``learning_rate`` and ``weight_decay`` reach every optimizer that takes ``lr`` and ``weight_decay``, ``adam_beta2``
-    where it is set one that takes ``betas``; ``optimizer_args`` come last and win.
+    ``learning_rate`` reaches every optimizer; ``weight_decay`` and ``adam_beta2``, where they are set, one that takes
+    ``weight_decay`` and ``betas``. All else is the optimizer's own; ``optimizer_args`` come last and win.
 
     Args:
-        trained: parameters.
+        trained: parameters, or groups of them.
         config: the run's settings.
         fused: take one pass over the weights, for ``adamw``. With fp16's loss scaling a fused step hides whether an
             overflow skipped it, which the count of updates and the average must know.
@@ -62,18 +73,36 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], config: FinetuneConfig
     """
     kind = find_optimizer(config.optimizer)
     takes = inspect.signature(kind).parameters
-    arguments: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if "betas" in takes and config.adam_beta2 is not None:
-        default = takes["betas"].default
-        arguments["betas"] = (default[0] if isinstance(default, tuple) else 0.9, config.adam_beta2)
-    arguments = {name: value for name, value in arguments.items() if name in takes}
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
+    arguments: dict[str, Any] = {"lr": config.learning_rate} if "lr" in takes or anything else {}
+    for name, argument in (("weight_decay", "weight_decay"), ("adam_beta2", "betas")):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if argument not in takes and not anything:
+            raise UsageError(f"{name}: {config.optimizer} takes no {argument}; leave {name} out")
+        if argument == "betas":  # of two or, as Adan has them, three
+            own = takes[argument].default if argument in takes else None
+            first, *others = own if isinstance(own, tuple) else (0.9, value)
+            value = (first, value, *others[1:])
+        arguments[argument] = value
     if kind is torch.optim.AdamW:
         arguments["fused"] = fused
     arguments |= {name: tuple(v) if isinstance(v, list) else v for name, v in config.optimizer_args.items()}
     try:
-        return kind(trained, **arguments)
+        optimizer = kind(trained, **arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {config.optimizer}: {error} (optimizer_args)") from error
+    optimizer.register_load_state_dict_post_hook(own_state)
+    return optimizer
+
+
+def own_state(optimizer: torch.optim.Optimizer) -> None:
+    """Copy what a loaded state still lends: torch takes tensors as they are where they fit, here a mapped file's."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 def peak_learning_rate(config: FinetuneConfig) -> float:
@@ -106,7 +135,7 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Put a learning rate into every group of an optimizer."""
+    """Put a learning rate into every group of an optimizer, times what the group has as ``relative``."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("relative", 1.0)
 

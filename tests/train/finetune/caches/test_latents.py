@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from afresh.errors import UsageError, UserError
 from curate.decisions.sample_lists import write_ids
 from tests.train.finetune.made_photos import SIZES, photos
-from tests.train.finetune.runs import log_lines, settings
+from tests.train.finetune.runs import launch, log_lines, settings, workers_of
 from train.denoising.families.stable_diffusion import encode_captions
 from train.finetune.caches import parts as cache
 from train.finetune.caches.latents import CachedLatents, encode_moments
@@ -224,3 +224,61 @@ def test_a_run_with_cached_embeddings_learns_the_same_and_a_trained_encoder_is_r
     assert losses[True] == losses["disk"] == pytest.approx(losses[False], rel=2e-3)
     with pytest.raises(UsageError, match="cache_text"):
         run_finetune(settings(model, shards, tmp_path / "no", cache_text=True, train_text_encoder=True))
+
+
+# -------------------------------------------------------------------------------------------------- being stopped
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_signal_while_latents_are_cached_stops_the_run_and_it_goes_on(model, shards, tmp_path, monkeypatch, where):
+    changes = {"steps": 2, "cache_latents": where}
+    run_finetune(settings(model, shards, tmp_path / "whole", **changes))
+    config = settings(model, shards, tmp_path / "cut", **changes)
+    calls = []
+
+    def signalled(vae, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return encode_moments(vae, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.finetune.caches.latents.encode_moments", signalled)
+        assert run_finetune(config) == {"steps": 0, "stopped": True, "model": None}
+    assert len(calls) == 2 and not (tmp_path / "cut" / "log.jsonl").exists()
+    if where == "disk":
+        assert len(list((tmp_path / "cut" / "cache").glob("*.rows.npy"))) == 1  # the first shard's stays
+    run_finetune(config)
+    assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
+
+
+SLOWLY = """
+import sys, time
+from train.cli import main
+from train.finetune.caches import latents
+
+encode = latents.encode_moments
+
+def slowly(vae, pixels):
+    print("encoding", flush=True)
+    time.sleep(2)
+    return encode(vae, pixels)
+
+latents.encode_moments = slowly
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_signal_to_one_of_two_processes_that_cache_stops_both(model, shards, tmp_path, where):
+    program = tmp_path / "slowly.py"
+    program.write_text(SLOWLY)
+    config = settings(model, shards, tmp_path / "run", batch_size=1, cache_latents=where)
+    process = launch(config, processes=2, program=program)
+    assert process.stdout.readline()  # one of them encodes
+    os.kill(workers_of(process.pid)[-1], signal.SIGUSR1)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped before the first step" in said, said
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -61,10 +61,11 @@ def test_a_part_of_an_image_fills_the_target_and_the_whole_is_squashed():
     assert whole.shape == (3, 8, 16) and whole[0, 0, 0] == 255 and whole[2, 0, 15] == 255
 
 
-def test_the_models_own_square_is_the_default_and_sides_it_cannot_take_are_refused():
-    assert image_sizes(config(), 512, 8) == [(512, 512)]
-    assert image_sizes(config(resolution=768), 512, 8) == [(768, 768)]
-    assert image_sizes(config(buckets=Buckets(step=64)), 512, 8) == bucket_sizes(512, 64)
+def test_shapes_are_the_default_one_square_where_asked_for_or_small_and_sides_it_cannot_take_are_refused():
+    assert image_sizes(config(buckets=Buckets(step=0)), 512, 8) == [(512, 512)]
+    assert image_sizes(config(resolution=768, buckets=Buckets(step=0)), 512, 8) == [(768, 768)]
+    assert image_sizes(config(), 512, 8) == bucket_sizes(512, 64)
+    assert image_sizes(config(), 64, 8) == [(64, 64)] and image_sizes(config(), 32, 8) == [(32, 32)]
     with pytest.raises(UsageError, match="resolution must be a multiple of 8"):
         image_sizes(config(resolution=500), 512, 8)
     with pytest.raises(UsageError, match=r"buckets.step must be a multiple of 8"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.finetune.model.loss import counted, min_snr_weights, squared_errors, weighted_loss
+from train.finetune.model.loss import counted, min_snr_weights, sample_errors, weighted_loss
 
 
 def test_a_kept_sample_weighs_the_same_whatever_else_is_dropped():
@@ -30,7 +30,7 @@ def test_what_is_not_finite_and_does_not_count_leaves_no_gradient():
     inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     output = inputs * weight + torch.tensor([[0.0, 0.0], [float("nan"), float("inf")]])
     weights = torch.tensor([1.0, 0.0])
-    losses = squared_errors(counted(output, weights), torch.zeros(2, 2))
+    losses = sample_errors(counted(output, weights), torch.zeros(2, 2))
     assert losses.isnan().tolist() == [False, True]  # as it is, for the log
     weighted_loss(losses, weights, nominal_batch=1).backward()
     assert weight.grad.tolist() == [1.0, 4.0]

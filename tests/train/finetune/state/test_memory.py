@@ -55,7 +55,7 @@ def test_a_smaller_batch_leaves_the_step_the_same_samples(batch, smaller):
 
 
 def test_the_advice_names_what_is_not_in_use_yet():
-    advice = memory_advice(config(batch_size=8, ema_decay=0.9))
+    advice = memory_advice(config(batch_size=8, ema_decay=0.9, mixed_precision="no"))
     for setting in ("gradient_checkpointing", "mixed_precision", "batch_size: 4", "auto_batch_size", "ema_device: cpu"):
         assert setting in advice
     spare = config(

@@ -79,6 +79,35 @@ def test_each_optimizer_has_its_own_betas_unless_one_is_set(monkeypatch):
     assert made().param_groups[0]["betas"] == (0.9, 0.999)
 
 
+class Adan(torch.optim.SGD):
+    """An optimizer with three betas."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), weight_decay=0.02):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.betas = betas
+
+
+class Wrapped(torch.optim.AdamW):
+    """An optimizer that hands its arguments on."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+
+
+def test_what_is_not_set_is_the_optimizers_own_by_its_signature(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "lion", f"{__name__}.Lion")
+    monkeypatch.setitem(OPTIMIZERS, "adan", f"{__name__}.Adan")
+    monkeypatch.setitem(OPTIMIZERS, "wrapped", f"{__name__}.Wrapped")
+    assert made(optimizer="lion").param_groups[0]["weight_decay"] == 0
+    assert made().param_groups[0]["weight_decay"] == 0.01
+    assert made(optimizer="lion", weight_decay=0.1).param_groups[0]["weight_decay"] == 0.1
+    assert made(optimizer="adan", adam_beta2=0.5).betas == (0.98, 0.5, 0.99)
+    group = made(optimizer="wrapped", learning_rate=0.5, weight_decay=0.1, adam_beta2=0.5).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.1, (0.9, 0.5))
+    with pytest.raises(UsageError, match="adam_beta2: torch.optim.SGD takes no betas"):
+        made(optimizer="torch.optim.SGD", adam_beta2=0.9)
+
+
 def test_a_learning_rate_among_the_further_arguments_wins_at_every_step(model, shards, tmp_path):
     settings_ = config(learning_rate=1.0, optimizer_args={"lr": 0.5}, steps=10, warmup_steps=2, lr_schedule="linear")
     assert [learning_rate(step, settings_) for step in (0, 2, 6)] == pytest.approx([0.25, 0.5, 0.25])
