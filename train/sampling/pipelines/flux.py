@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from torch import Tensor
 
 from afresh.errors import UserError
@@ -16,8 +16,7 @@ from train.denoising.families.flux import FluxDenoiser
 from train.denoising.latents.scaling import to_vae
 from train.denoising.network import running_device
 from train.sampling.guidance import Guidance
-from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated
-from train.sampling.pipelines.loop import GuidedLoop
+from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated, shift_by_size
 
 
 class GuidedFlux(GuidedPipeline, FluxPipeline):
@@ -106,18 +105,11 @@ class GuidedFlux(GuidedPipeline, FluxPipeline):
         """
         given = negative_prompt is not None or None not in (negative_prompt_embeds, negative_pooled_prompt_embeds)
         self._true_cfg = true_cfg_scale > 1 and given
-        if guidance and not self.transformer.config.guidance_embeds:
-            raise UserError(
-                "FLUX.1 schnell is distilled to a few steps without guidance: nothing can be taken back from it"
-            )
-        if guidance and not self._true_cfg:
-            raise UserError(
-                "FLUX.1 is distilled to be guided within: guidance terms need true classifier-free guidance beside it, "
-                "true_cfg_scale above 1 and a negative prompt"
-            )
+        if guidance:
+            self._check_guidable()
         self._guidance_scale, self._joint_attention_kwargs = true_cfg_scale, joint_attention_kwargs
         self._current_timestep, self._interrupt = None, False
-        watch, inputs = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        watch = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         side = self.default_sample_size * self.vae_scale_factor
         height, width = height or side, width or side
         texts = {
@@ -135,40 +127,57 @@ class GuidedFlux(GuidedPipeline, FluxPipeline):
         how = {"max_sequence_length": max_sequence_length}
         named = {f"negative_{name}": value for name, value in negative.items()}
         self.check_inputs(
-            height=height, width=width, callback_on_step_end_tensor_inputs=inputs, **how, **texts, **named
+            height=height, width=width, callback_on_step_end_tensor_inputs=watch[1], **how, **texts, **named
         )
-        denoiser = FluxDenoiser(
-            self,
-            guidance=guidance_scale,
-            joint_attention_kwargs=joint_attention_kwargs,
-            encoding={"lora_scale": (joint_attention_kwargs or {}).get("scale"), **how},
-        )
+        denoiser = self._denoiser(guidance_scale, how)
         cond = denoiser.conditions(texts, num_images_per_prompt)
         uncond = denoiser.conditions(negative, num_images_per_prompt) if self._true_cfg else None
-        device, batch_size, channels = self._execution_device, len(cond), self.transformer.config.in_channels // 4
+        device, channels = self._execution_device, self.transformer.config.in_channels // 4
         packed, _ = self.prepare_latents(
-            batch_size, channels, height, width, cond.embeds.dtype, device, generator, latents
+            len(cond), channels, height, width, cond.embeds.dtype, device, generator, latents
         )
-        levels: Any = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if sigmas is None else sigmas
-        if getattr(self.scheduler.config, "use_flow_sigmas", False):
-            levels = None
-        config = self.scheduler.config
-        names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15))
-        mu = calculate_shift(packed.shape[1], *(config.get(name, default) for name, default in names))
-        steps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, sigmas=levels, mu=mu
-        )
-        self.scheduler.set_begin_index(0)
-        loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, batch_size), guidance, steps[0], trace_tensors)
-        prompts = repeated(prompt, num_images_per_prompt)
+        steps = self._steps(num_inference_steps, sigmas, packed.shape[1])
         x_T = self._unpack_latents(packed, height, width, self.vae_scale_factor)
-        x_T, prepared = loop.prepare(steps[0], x_T, uncond, cond, prompts)
-        x_0 = self._denoised(loop, steps, num_inference_steps, x_T, (uncond, prepared or cond), {}, watch, inputs)
-        loop.warn_of_broken(prompts)
+        terms, prompts = (guidance, trace_tensors), repeated(prompt, num_images_per_prompt)
+        x_0, trace = self._drawn(denoiser, x_T, (uncond, cond), prompts, steps, terms, watch)
+        images = self._finished(x_0, output_type)
+        return GuidedOutput(images, None, trace) if return_dict else (images,)
+
+    def _denoiser(self, scale: float, how: dict[str, Any]) -> FluxDenoiser:
+        """The model under the options of the call: the scale that it is told, and how prompts are encoded."""
+        options = self.joint_attention_kwargs
+        encoding = {"lora_scale": (options or {}).get("scale"), **how}
+        return FluxDenoiser(self, guidance=scale, joint_attention_kwargs=options, encoding=encoding)
+
+    def _check_guidable(self) -> None:
+        """Refuse guidance terms where there is no classifier-free guidance that they could take from."""
+        if not self.transformer.config.guidance_embeds:
+            raise UserError(
+                "FLUX.1 schnell is distilled to a few steps without guidance: nothing can be taken back from it"
+            )
+        if not self._true_cfg:
+            raise UserError(
+                "FLUX.1 is distilled to be guided within: guidance terms need true classifier-free guidance beside it, "
+                "true_cfg_scale above 1 and a negative prompt"
+            )
+
+    def _steps(self, number: int, sigmas: list[float] | None, tokens: int) -> tuple[Any, int]:
+        """The timesteps, shifted by the image's patches, and how many steps they make."""
+        levels: Any = np.linspace(1.0, 1 / number, number) if sigmas is None else sigmas
+        config = self.scheduler.config
+        if getattr(config, "use_flow_sigmas", False):
+            levels = None
+        mu = shift_by_size(config, tokens, 1.15)
+        steps = retrieve_timesteps(self.scheduler, number, self._execution_device, sigmas=levels, mu=mu)
+        self.scheduler.set_begin_index(0)
+        return steps
+
+    def _finished(self, x_0: Tensor, output_type: str) -> Any:
+        """Images in the form that was asked for; latents are packed."""
         if output_type == "latent":
             images = self._pack_latents(x_0, *x_0.shape)
         else:
             images = self.vae.decode(to_vae(x_0, self.vae).to(running_device(self.vae)), return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        return GuidedOutput(images, None, loop.trace.rows()) if return_dict else (images,)
+        return images

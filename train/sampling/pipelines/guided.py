@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from train.denoising.conditioning import Conditioning
 from train.denoising.latents.decoder import Decoder
 from train.denoising.latents.preview import preview_of
-from train.sampling.guidance import Run
+from train.sampling.guidance import Guidance, Run
 from train.sampling.pipelines.loop import GuidedLoop
 
 Callback: TypeAlias = Callable[..., dict[str, Tensor]]
@@ -103,6 +104,45 @@ class GuidedPipeline:
             tokenizer=self.tokenizer,
             preview=lambda latents: preview_of(self.vae, decode, device)(latents),
         )
+
+    def _noise(
+        self, denoiser: Any, cond: Conditioning, size: tuple[int, int], generator: Any, latents: Tensor | None
+    ) -> Tensor:
+        """``x_T [n, c, h, w]`` of a call, as the stock pipeline draws it or is given it."""
+        channels, dtype = denoiser.network.config.in_channels, cond.embeds.dtype
+        return self.prepare_latents(len(cond), channels, *size, dtype, self._execution_device, generator, latents)
+
+    def _drawn(
+        self,
+        denoiser: Any,
+        latents: Tensor,
+        conditions: tuple[Conditioning | None, Conditioning],
+        prompts: Sequence[str] | None,
+        steps: tuple[Sequence[Any], int],
+        terms: tuple[Sequence[Guidance], bool],
+        watch: tuple[Callback | None, Sequence[str]],
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """A call from its noise on: ``x_T [n, c, h, w]`` → ``x_0``, and the rows of the trace.
+
+        Args:
+            denoiser: the model under the conditions of the call.
+            latents: ``x_T``.
+            conditions: the negative prompt's, if there is classifier-free guidance, and the prompt's.
+            prompts: of each image, where they are known.
+            steps: timesteps, and how many steps they make.
+            terms: what guides, and whether the trace keeps tensors.
+            watch: a callback, and what it asks for.
+            options: of the scheduler's step.
+        """
+        uncond, cond = conditions
+        (timesteps, number), (guidance, tensors) = steps, terms
+        loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, len(cond)), guidance, timesteps[0], tensors)
+        latents, prepared = loop.prepare(timesteps[0], latents, uncond, cond, prompts)
+        halves = uncond, prepared or cond
+        latents = self._denoised(loop, timesteps, number, latents, halves, dict(options or {}), *watch)
+        loop.warn_of_broken(prompts)
+        return latents, loop.trace.rows()
 
     def _denoised(
         self,
@@ -193,6 +233,18 @@ class GuidedPipeline:
 def asked_for(callback: Callback | None, names: Sequence[str]) -> list[str]:
     """The tensors that a callback is to be given."""
     return list(callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else names)
+
+
+def shift_by_size(config: Mapping[str, Any], tokens: int, most: float) -> float:
+    """The shift of flow matching's noise levels by an image's patches (``use_dynamic_shifting``).
+
+    Args:
+        config: of the scheduler.
+        tokens: patches of the image.
+        most: shift of the largest image where the config has none.
+    """
+    names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", most))
+    return calculate_shift(tokens, *(config.get(name, default) for name, default in names))
 
 
 def repeated(prompt: str | list[str] | None, times: int) -> list[str] | None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from train.denoising.families.stable_diffusion import StableDiffusionDenoiser
 from train.sampling.guidance import Guidance
 from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated
-from train.sampling.pipelines.loop import GuidedLoop
 
 __all__ = ["GuidedOutput", "GuidedStableDiffusion"]
 
@@ -77,28 +76,23 @@ class GuidedStableDiffusion(GuidedPipeline, StableDiffusionPipeline):
         """
         self._guidance_scale, self._guidance_rescale, self._clip_skip = guidance_scale, guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
-        watch, inputs = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        watch = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = self._size(height, width)
         texts, images = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds), ip_adapter_image
-        self.check_inputs(prompt, height, width, None, *texts[1:], images, ip_adapter_image_embeds, inputs)
+        self.check_inputs(prompt, height, width, None, *texts[1:], images, ip_adapter_image_embeds, watch[1])
         denoiser = StableDiffusionDenoiser(
             self,
             cross_attention_kwargs=cross_attention_kwargs,
             encoding={"lora_scale": (cross_attention_kwargs or {}).get("scale"), "clip_skip": clip_skip},
         )
-        uncond, cond = denoiser.conditions(texts, (images, ip_adapter_image_embeds), num_images_per_prompt)
-        device, batch_size = self._execution_device, len(cond)
-        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        channels, dtype = self.unet.config.in_channels, cond.embeds.dtype
-        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
-        loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, batch_size), guidance, steps[0], trace_tensors)
-        prompts = repeated(prompt, num_images_per_prompt)
-        latents, prepared = loop.prepare(steps[0], latents, uncond, cond, prompts)
-        halves, options = (uncond, prepared or cond), self.prepare_extra_step_kwargs(generator, eta)
-        latents = self._denoised(loop, steps, num_inference_steps, latents, halves, options, watch, inputs)
-        loop.warn_of_broken(prompts)
-        pixels, nsfw = self._finished(latents, output_type, generator, dtype)
-        return GuidedOutput(pixels, nsfw, loop.trace.rows()) if return_dict else (pixels, nsfw)
+        halves = denoiser.conditions(texts, (images, ip_adapter_image_embeds), num_images_per_prompt)
+        device, prompts = self._execution_device, repeated(prompt, num_images_per_prompt)
+        steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        latents = self._noise(denoiser, halves[1], (height, width), generator, latents)
+        options, terms = self.prepare_extra_step_kwargs(generator, eta), (guidance, trace_tensors)
+        latents, trace = self._drawn(denoiser, latents, halves, prompts, steps, terms, watch, options)
+        pixels, nsfw = self._finished(latents, output_type, generator, halves[1].embeds.dtype)
+        return GuidedOutput(pixels, nsfw, trace) if return_dict else (pixels, nsfw)
 
     def _finished(
         self, latents: Tensor, output_type: str, generator: Any, dtype: torch.dtype

@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
 from torch import Tensor
 
 from train.denoising.families.stable_diffusion_3 import POOLED, StableDiffusion3Denoiser
 from train.denoising.latents.scaling import to_vae
 from train.sampling.guidance import Guidance
-from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated
-from train.sampling.pipelines.loop import GuidedLoop
+from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated, shift_by_size
 
 
 class GuidedStableDiffusion3(GuidedPipeline, StableDiffusion3Pipeline):
@@ -80,7 +79,7 @@ class GuidedStableDiffusion3(GuidedPipeline, StableDiffusion3Pipeline):
         self._guidance_scale, self._clip_skip, self._interrupt = guidance_scale, clip_skip, False
         self._joint_attention_kwargs = joint_attention_kwargs
         self._skip_layer_guidance_scale = skip_layer_guidance_scale
-        watch, inputs = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        watch = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         side = self.default_sample_size * self.vae_scale_factor
         height, width = height or side, width or side
         texts = {
@@ -96,45 +95,41 @@ class GuidedStableDiffusion3(GuidedPipeline, StableDiffusion3Pipeline):
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
         }
         how = {"max_sequence_length": max_sequence_length}
-        self.check_inputs(height=height, width=width, callback_on_step_end_tensor_inputs=inputs, **how, **texts)
-        scale = (joint_attention_kwargs or {}).get("scale")
-        denoiser = StableDiffusion3Denoiser(
-            self,
-            joint_attention_kwargs=joint_attention_kwargs,
-            encoding={"lora_scale": scale, "clip_skip": clip_skip, **how},
-        )
-        uncond, cond = denoiser.conditions(texts, num_images_per_prompt)
-        device, batch_size, dtype = self._execution_device, len(cond), cond.embeds.dtype
-        channels = self.transformer.config.in_channels
-        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
-        steps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, sigmas=sigmas, **self._shift(latents, mu)
-        )
-        loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, batch_size), guidance, steps[0], trace_tensors)
-        prompts = repeated(prompt, num_images_per_prompt)
-        latents, prepared = loop.prepare(steps[0], latents, uncond, cond, prompts)
-        halves = uncond, prepared or cond
-        self._skipped = (
-            skip_guidance_layers,
-            num_inference_steps * skip_layer_guidance_start,
-            num_inference_steps * skip_layer_guidance_stop,
-        )
-        latents = self._denoised(loop, steps, num_inference_steps, latents, halves, {}, watch, inputs)
-        loop.warn_of_broken(prompts)
+        self.check_inputs(height=height, width=width, callback_on_step_end_tensor_inputs=watch[1], **how, **texts)
+        denoiser = self._denoiser(how)
+        halves = denoiser.conditions(texts, num_images_per_prompt)
+        latents = self._noise(denoiser, halves[1], (height, width), generator, latents)
+        device, prompts = self._execution_device, repeated(prompt, num_images_per_prompt)
+        shift = self._shift(latents, mu)
+        steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, **shift)
+        start, stop = (steps[1] * share for share in (skip_layer_guidance_start, skip_layer_guidance_stop))
+        self._skipped = skip_guidance_layers, start, stop
+        terms = guidance, trace_tensors
+        latents, trace = self._drawn(denoiser, latents, halves, prompts, steps, terms, watch)
+        images = self._finished(latents, output_type)
+        return GuidedOutput(images, None, trace) if return_dict else (images,)
+
+    def _denoiser(self, how: dict[str, Any]) -> StableDiffusion3Denoiser:
+        """The model under the options of the call, which say with ``how`` the way prompts are encoded."""
+        options = self.joint_attention_kwargs
+        encoding = {"lora_scale": (options or {}).get("scale"), "clip_skip": self.clip_skip, **how}
+        return StableDiffusion3Denoiser(self, joint_attention_kwargs=options, encoding=encoding)
+
+    def _finished(self, latents: Tensor, output_type: str) -> Any:
+        """Images in the form that was asked for."""
         images = latents
         if output_type != "latent":
             images = self.vae.decode(to_vae(latents, self.vae), return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        return GuidedOutput(images, None, loop.trace.rows()) if return_dict else (images,)
+        return images
 
     def _shift(self, latents: Tensor, mu: float | None) -> dict[str, float]:
         """The shift of the noise levels by resolution, where the scheduler has one."""
         config, patch = self.scheduler.config, self.transformer.config.patch_size
         if mu is None and config.get("use_dynamic_shifting", None):
             tokens = (latents.shape[2] // patch) * (latents.shape[3] // patch)
-            names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.16))
-            mu = calculate_shift(tokens, *(config.get(name, default) for name, default in names))
+            mu = shift_by_size(config, tokens, 1.16)
         return {} if mu is None else {"mu": mu}
 
     def _beside(

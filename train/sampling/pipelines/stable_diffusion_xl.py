@@ -15,7 +15,6 @@ from train.denoising.latents.scaling import to_vae, without_overflow
 from train.denoising.network import running_device
 from train.sampling.guidance import Guidance
 from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeline, asked_for, repeated
-from train.sampling.pipelines.loop import GuidedLoop
 
 Pair = tuple[int, int]
 
@@ -89,7 +88,7 @@ class GuidedStableDiffusionXL(GuidedPipeline, StableDiffusionXLPipeline):
         self._guidance_scale, self._guidance_rescale, self._clip_skip = guidance_scale, guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         self._denoising_end = denoising_end
-        watch, inputs = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        watch = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = self._size(height, width)
         texts = {
             "prompt": prompt,
@@ -101,40 +100,41 @@ class GuidedStableDiffusionXL(GuidedPipeline, StableDiffusionXLPipeline):
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
         }
-        pictures = ip_adapter_image, ip_adapter_image_embeds
-        given = {"ip_adapter_image": pictures[0], "ip_adapter_image_embeds": pictures[1], **texts}
-        self.check_inputs(
-            height=height, width=width, callback_steps=None, callback_on_step_end_tensor_inputs=inputs, **given
-        )
-        denoiser = StableDiffusionXLDenoiser(
-            self,
-            cross_attention_kwargs=cross_attention_kwargs,
-            encoding={"lora_scale": (cross_attention_kwargs or {}).get("scale"), "clip_skip": clip_skip},
-        )
-        negative: tuple[Pair, Pair, Pair] | None = None
-        if negative_original_size is not None and negative_target_size is not None:
-            negative = negative_original_size, negative_crops_coords_top_left, negative_target_size
+        given = {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds, **texts}
+        asked = {"callback_steps": None, "callback_on_step_end_tensor_inputs": watch[1]}
+        self.check_inputs(height=height, width=width, **asked, **given)
+        denoiser, pictures = self._denoiser(), (ip_adapter_image, ip_adapter_image_embeds)
         own = original_size or (height, width), crops_coords_top_left, target_size or (height, width)
-        uncond, cond = denoiser.conditions(texts, pictures, num_images_per_prompt, (own, negative))
-        device, batch_size, dtype = self._execution_device, len(cond), cond.embeds.dtype
-        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        channels = self.unet.config.in_channels
-        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
-        if denoising_end is not None and 0 < denoising_end < 1:
+        negative = negative_original_size, negative_crops_coords_top_left, negative_target_size
+        sizes = own, None if None in negative else negative
+        halves = denoiser.conditions(texts, pictures, num_images_per_prompt, sizes)
+        steps, prompts = self._steps(num_inference_steps, timesteps, sigmas), repeated(prompt, num_images_per_prompt)
+        latents = self._noise(denoiser, halves[1], (height, width), generator, latents)
+        options, terms = self.prepare_extra_step_kwargs(generator, eta), (guidance, trace_tensors)
+        latents, trace = self._drawn(denoiser, latents, halves, prompts, steps, terms, watch, options)
+        images = self._finished(latents, output_type)
+        return GuidedOutput(images, None, trace) if return_dict else (images,)
+
+    def _denoiser(self) -> StableDiffusionXLDenoiser:
+        """The model under the options of the call."""
+        scale = (self.cross_attention_kwargs or {}).get("scale")
+        return StableDiffusionXLDenoiser(
+            self,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            encoding={"lora_scale": scale, "clip_skip": self.clip_skip},
+        )
+
+    def _steps(self, number: int, timesteps: Any, sigmas: Any) -> tuple[Any, int]:
+        """The timesteps, to where another model takes over (``denoising_end``), and how many steps they make."""
+        steps, number = retrieve_timesteps(self.scheduler, number, self._execution_device, timesteps, sigmas)
+        if self.denoising_end is not None and 0 < self.denoising_end < 1:
             trained = self.scheduler.config.num_train_timesteps
-            last = round(trained - denoising_end * trained)
-            num_inference_steps = sum(bool(t >= last) for t in steps)
-            steps = steps[:num_inference_steps]
+            last = round(trained - self.denoising_end * trained)
+            number = sum(bool(t >= last) for t in steps)
+            steps = steps[:number]
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        loop = GuidedLoop(self.scheduler, denoiser, self._run(denoiser, batch_size), guidance, steps[0], trace_tensors)
-        prompts = repeated(prompt, num_images_per_prompt)
-        latents, prepared = loop.prepare(steps[0], latents, uncond, cond, prompts)
-        halves, options = (uncond, prepared or cond), self.prepare_extra_step_kwargs(generator, eta)
-        latents = self._denoised(loop, steps, num_inference_steps, latents, halves, options, watch, inputs)
-        loop.warn_of_broken(prompts)
-        images = self._finished(latents, output_type)
-        return GuidedOutput(images, None, loop.trace.rows()) if return_dict else (images,)
+        return steps, number
 
     def _finished(self, latents: Tensor, output_type: str) -> Any:
         """Images in the form that was asked for."""
