@@ -325,14 +325,14 @@ class FinetuneConfig:
         input_perturbation: noise on the noise that the model sees but is not asked for, times this (0.1 is usual).
         huber_c: ``c`` of the pseudo-Huber loss, ``2c(√(d² + c²) − c)`` of each difference d, which large differences
             count less in (0.1 is usual); 0 takes the squared error.
-        timesteps: how timesteps are drawn.
+        timesteps: how timesteps are drawn, of models that are no flow-matching ones.
         zero_terminal_snr: rescale the noise schedule to end in pure noise; needs a model that predicts v. With
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
         tags: what is changed of captions that are lists of tags.
         clip_skip: the last layers of the text encoder that are left out, in training and of the saved model, as
-            diffusers counts them: 1 is what other interfaces call 2.
+            diffusers counts them: 1 is what other interfaces call 2. Of Stable Diffusion 1.x and 2.x.
         random_words: words added to captions, so that none is a key to its image.
         lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
@@ -367,7 +367,8 @@ class FinetuneConfig:
         log_every: steps between lines of the log.
         save_dtype: of the weights in ``out/model``; float16 ones have half the size and are loaded with ``variant:
             fp16``.
-        save_single_file: write ``out/model.safetensors`` too, one file in the original layout, which WebUIs load.
+        save_single_file: of Stable Diffusion 1.x and 2.x: write ``out/model.safetensors`` too, one file in the original
+            layout, which WebUIs load.
         license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
         validation: images drawn at intervals.

@@ -23,6 +23,7 @@ import torch
 from afresh.errors import UsageError, UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
+from train.denoising.families.registry import pipeline_family
 from train.denoising.latents.scaling import to_network
 from train.denoising.network import network_of
 from train.denoising.opening.attention import set_attention
@@ -352,7 +353,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             "model": str(out / "model"),
         }
         size = config.resolution or model.size
-        write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space)
+        family = pipeline_family(model.pipe)
+        write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space, family)
         write_json(out / "summary.json", summary)
         write_report(config, shard_set, memorization.table, step, summary)
         keep_last(checkpoints, int(keeps_final_state(config)))

@@ -215,6 +215,10 @@ def test_adapters_load_in_the_stock_pipeline_as_they_were_trained(model, shards,
     torch.testing.assert_close(fused("red apple", **call).images, adapted, rtol=1e-4, atol=1e-4)
     call["generator"] = torch.Generator().manual_seed(0)
     assert (tiny_xl()("red apple", **call).images - adapted).abs().max() > 1e-2
+    other = tiny_xl()
+    other.load_lora_weights(str(tmp_path / "run" / "lora"), weight_name="kohya.safetensors")
+    call["generator"] = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(other("red apple", **call).images, adapted, rtol=1e-4, atol=1e-4)
     own = load_pipeline(model, lora=str(tmp_path / "run" / "lora"))
     assert torch.equal(own.unet.conv_in.weight, fused.unet.conv_in.weight)
 
