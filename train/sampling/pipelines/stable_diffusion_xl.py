@@ -106,7 +106,7 @@ class GuidedStableDiffusionXL(GuidedPipeline, StableDiffusionXLPipeline):
         denoiser, pictures = self._denoiser(), (ip_adapter_image, ip_adapter_image_embeds)
         own = original_size or (height, width), crops_coords_top_left, target_size or (height, width)
         negative = negative_original_size, negative_crops_coords_top_left, negative_target_size
-        sizes = own, None if None in negative else negative
+        sizes: Any = own, None if None in negative else negative
         halves = denoiser.conditions(texts, pictures, num_images_per_prompt, sizes)
         steps, prompts = self._steps(num_inference_steps, timesteps, sigmas), repeated(prompt, num_images_per_prompt)
         latents = self._noise(denoiser, halves[1], (height, width), generator, latents)
