@@ -21,7 +21,7 @@ VERBS = {
         check="train.finetune.checks:check_finetune",
     ),
     "verdicts": Verb(
-        "train.finetune.config:VerdictsConfig",
+        "train.finetune.filter.config:VerdictsConfig",
         "train.finetune.filter.verdicts:run_verdicts",
         "list the samples that a run's filter left out again and again, to exclude them for good",
         positionals=("run", "out"),

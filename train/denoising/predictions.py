@@ -61,6 +61,15 @@ class Prediction:
         return to_eps(self.output, self.x_t, self.at, self.space)
 
     @property
+    def compared(self) -> Tensor:
+        """What the magnitude compares, like ``output``: ``ε̂``, of a flow-matching model the velocity.
+
+        With ``x_t = (1−σ) x_0 + σ ε`` the difference of two ``ε̂`` is ``(1−σ)`` times that of two velocities, which
+        vanishes at ``σ = 1``, where memorization is detected. ``‖Δû‖ = ‖Δx̂_0‖/σ`` does not.
+        """
+        return self.output if self.space == "velocity" else self.eps
+
+    @property
     def x0(self) -> Tensor:
         """``x̂_0``; of a v-prediction it stands where the signal is nought, too."""
         return to_x0(self.output, self.x_t, self.at, self.space)

@@ -55,11 +55,22 @@ class Denoiser(Protocol):
     def predict(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Prediction:
         """The same in float32, in every space."""
 
+    def guided(self, cond: Prediction, uncond: Prediction, scale: float) -> Prediction:
+        """What a trajectory follows: classifier-free guidance, or of a guidance-distilled model ``cond`` itself."""
+
     def frozen(self, *, checkpointing: bool = False) -> AbstractContextManager[None]:
         """Without gradients of the weights while the block runs; perhaps with gradient checkpointing."""
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """``[n, 3, H, W]`` in [0, 1] → ``x_0 [n, c, h, w]`` float32, the mean of the posterior."""
+
+    @property
+    def multiple(self) -> int:
+        """Sides of images are multiples of it, in pixels."""
+
+    @property
+    def sequence(self) -> list[tuple[str, int]]:
+        """The tokenizers whose tokens make the sequence, one after the other, and how many each has."""
 
     def draw(
         self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float

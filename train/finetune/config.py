@@ -99,6 +99,30 @@ class RandomWords:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """How flow-matching models are trained; others do not look at it.
+
+    Args:
+        density: of the noise levels that are trained at: logit_normal, mode or uniform, before the schedule's shift.
+        logit_mean: of logit_normal.
+        logit_std: of logit_normal.
+        mode_scale: of mode.
+        weighting: of the loss by noise level: none, sigma_sqrt or cosmap.
+        error_of: the velocity, or the sample that it stands for, whose error is σ² times as large.
+        shift: of the noise levels, ``σ → s σ / (1 + (s − 1) σ)``, in training and in what is saved; 0 keeps the
+            model's own.
+    """
+
+    density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    error_of: Literal["velocity", "sample"] = "velocity"
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes; zero switches one off.
 
@@ -294,20 +318,21 @@ class FinetuneConfig:
             row with others it counts too.
         ema_decay: decay of the averaged weights that are saved; 0 saves the last weights.
         ema_device: where the average is kept; cpu spares the GPU a copy of the weights, for a transfer every step.
+        flow: noise levels and weights of flow-matching models.
         snr_gamma: weigh timesteps by Min-SNR-γ (5 is usual); 0 weighs all alike.
         noise_offset: one more normal number per sample and channel in the noise, times this (0.05 to 0.1 is usual), so
             that the model learns very dark and very bright images.
         input_perturbation: noise on the noise that the model sees but is not asked for, times this (0.1 is usual).
         huber_c: ``c`` of the pseudo-Huber loss, ``2c(√(d² + c²) − c)`` of each difference d, which large differences
             count less in (0.1 is usual); 0 takes the squared error.
-        timesteps: how timesteps are drawn.
+        timesteps: how timesteps are drawn, of models that are no flow-matching ones.
         zero_terminal_snr: rescale the noise schedule to end in pure noise; needs a model that predicts v. With
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
         prediction_type: what the model is trained to predict; model keeps what it predicts already.
         caption_dropout: probability of training on the empty caption.
         tags: what is changed of captions that are lists of tags.
         clip_skip: the last layers of the text encoder that are left out, in training and of the saved model, as
-            diffusers counts them: 1 is what other interfaces call 2.
+            diffusers counts them: 1 is what other interfaces call 2. Of Stable Diffusion 1.x and 2.x.
         random_words: words added to captions, so that none is a key to its image.
         lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
@@ -342,7 +367,8 @@ class FinetuneConfig:
         log_every: steps between lines of the log.
         save_dtype: of the weights in ``out/model``; float16 ones have half the size and are loaded with ``variant:
             fp16``.
-        save_single_file: write ``out/model.safetensors`` too, one file in the original layout, which WebUIs load.
+        save_single_file: of Stable Diffusion 1.x and 2.x: write ``out/model.safetensors`` too, one file in the original
+            layout, which WebUIs load.
         license: of the result, for its model card: an identifier that the hub knows.
         trackers: Accelerate's trackers by name (tensorboard, wandb, …), which get the log and the validation images.
         validation: images drawn at intervals.
@@ -378,6 +404,7 @@ class FinetuneConfig:
     max_bad_steps: int = 5
     ema_decay: float = 0.0
     ema_device: Literal["auto", "cpu"] = "auto"
+    flow: Flow = field(default_factory=Flow)
     snr_gamma: float = 0.0
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
@@ -420,22 +447,3 @@ class FinetuneConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     push_to_hub: str = ""
     seed: int = 0
-
-
-@dataclass
-class VerdictsConfig:
-    """Which samples of a run are listed as always left out.
-
-    Args:
-        run: folder of a finished ``train finetune`` with a filter.
-        out: list to write, a line ``shard<TAB>key`` each; ``curate dedup --exclude`` and ``train finetune --exclude``
-            read it.
-        min_judged: a sample must have been judged at least so often.
-        min_share: share of these verdicts that must have been against it.
-    """
-
-    run: str = ""
-    out: str = ""
-    min_judged: int = 3
-    min_share: float = 1.0
-

@@ -17,12 +17,13 @@ import torch
 from afresh.errors import UserError
 from afresh.files import full_disk_named, write_atomic
 from afresh.progress import get_logger
+from train.denoising.latents.scaling import to_network
 from train.denoising.schedules import NoiseSchedule
 from train.finetune.caches.latents import encode_moments
 from train.finetune.config import Augmentation, FinetuneConfig
 from train.finetune.data.images import ImageLoader, SampleError
 from train.finetune.data.scan import scan
-from train.finetune.model.diffusion import draw_randomness, sample_posterior
+from train.finetune.model.diffusion import draw_randomness, sample_posterior, timesteps_of
 from train.finetune.model.loss import sample_errors
 from train.finetune.model.trained import Model
 from train.finetune.state.log import kept_lines
@@ -63,7 +64,7 @@ class HeldOutLoss:
         loader = ImageLoader(shard_set, [(side, side)], "center", Augmentation(), config.validation.seed)
         rows = np.linspace(0, len(shard_set) - 1, min(config.validation.samples, len(shard_set))).round().astype(int)
         self.captions: list[str] = []
-        moments = []
+        moments, frames = [], []
         for row in rows.tolist():
             try:
                 pixels = torch.from_numpy(loader.load(row, 0))[None]
@@ -71,10 +72,11 @@ class HeldOutLoss:
                 log.warning("%s: %s; not measured on", "/".join(shard_set.identity(row)), error)
                 continue
             moments.append(encode_moments(model.pipe.vae, pixels).cpu())
+            frames.append(loader.frame(row, 0))
             self.captions.append(shard_set.captions(row)[0])
         if not moments:
             raise UserError("validation.shards: none of their samples can be read")
-        self.moments = torch.cat(moments)
+        self.moments, self.frames = torch.cat(moments), torch.tensor(frames)
 
     @torch.no_grad()
     def measure(self, model: Model, schedule: NoiseSchedule, step: int) -> float:
@@ -88,17 +90,18 @@ class HeldOutLoss:
         config, device = self.config, model.device
         count, channels = len(self.moments), self.moments.shape[1] // 2
         shape = (channels, *self.moments.shape[2:])
-        draws = draw_randomness(range(count), shape, schedule.timesteps, config.validation.seed, how=config.timesteps)
-        x_0 = sample_posterior(self.moments, draws.posterior, model.pipe.vae.config.scaling_factor)
+        timestep = timesteps_of(schedule, config)
+        draws = draw_randomness(range(count), shape, schedule.timesteps, config.validation.seed, timestep=timestep)
+        x_0 = to_network(sample_posterior(self.moments, draws.posterior, 1.0), model.pipe.vae)
         errors = []
         was_training = model.denoiser.training
         model.denoiser.eval()
         for start in range(0, count, TOGETHER):
             some = slice(start, start + TOGETHER)
             x, noise, t = (one[some].to(device) for one in (x_0, draws.noise, draws.t))
-            tokens = model.denoiser.tokens(self.captions[some]).to(device)
+            prompt = model.denoiser.framed(model.denoiser.tokens(self.captions[some]).to(device), self.frames[some])
             with self.autocast():
-                output = model.denoiser(schedule.noised(x, noise, t), t, tokens).float()
+                output = model.denoiser(schedule.noised(x, noise, t), t, prompt).float()
             errors.append(sample_errors(output, schedule.target(x, noise, t)).cpu())
         model.denoiser.train(was_training)
         loss = float(torch.cat(errors).mean())

@@ -23,9 +23,10 @@ import torch
 from afresh.errors import UsageError, UserError
 from afresh.files import write_json
 from afresh.progress import get_logger, progress
+from train.denoising.families.registry import pipeline_family
+from train.denoising.latents.scaling import to_network
 from train.denoising.network import network_of
 from train.denoising.opening.attention import set_attention
-from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.batches import batch_positions, dead_workers_named, make_batches, upcoming_positions
 from train.finetune.batches.captions import Captions
 from train.finetune.batches.faults import FaultLog
@@ -39,8 +40,8 @@ from train.finetune.data.together import decided, on_first
 from train.finetune.data.transfer import to_device
 from train.finetune.filter.settings import make_filter
 from train.finetune.held_out import HeldOutLoss
-from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler
-from train.finetune.model.loss import counted, min_snr_weights, sample_errors, weighted_loss
+from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler, timesteps_of
+from train.finetune.model.loss import counted, loss_weights, sample_errors, weighted_loss
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
 from train.finetune.preparation import (
@@ -160,7 +161,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     model = load_model(config, device)
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
-    schedule = NoiseSchedule(model.pipe.scheduler, device)
+    schedule = model.denoiser.schedule_on(model.pipe.scheduler, device)
     optimizer = make_optimizer(parameter_groups(model, config), config, fused=accelerator.scaler is None)
     denoiser, optimizer = prepare(accelerator, model, optimizer)
     trained = model.trained  # only now: where weights are spread, they are others than before
@@ -171,7 +172,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     average = Average(trained, config.ema_decay, "cpu" if config.ema_device == "cpu" else None)
 
     # What it is trained on.
-    sizes = image_sizes(config, model.size, model.pipe.vae_scale_factor)
+    sizes = image_sizes(config, model.size, model.denoiser.multiple)
     on_first(accelerator, partial(with_folders_imported, config.shards, out, read=True))
     config = dataclasses.replace(config, shards=with_folders_imported(config.shards, out, read=False))
     shard_set = scan_once(config, accelerator)
@@ -181,9 +182,9 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     dropout, words, tags = config.caption_dropout, config.random_words, config.tags
     captions = Captions(model, shard_set.captions, dropout, texts, words, config.seed, tags)
 
-    def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict_unconditional(x_t: torch.Tensor, t: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
-            return model.predict_unconditional(x_t, t)
+            return model.predict_unconditional(x_t, t, frames)
 
     nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
     samples = world * nominal  # and on all of them
@@ -237,14 +238,15 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 config.seed,
                 noise_offset=config.noise_offset,
                 input_perturbation=config.input_perturbation,
-                how=config.timesteps,
+                timestep=timesteps_of(schedule, config),
             )
             noise, input_noise, t = (to_device(x, device) for x in (draws.noise, draws.input_noise, draws.t))
             readable = batch.weight > 0
-            x_0 = sample_posterior(batch.moments, to_device(draws.posterior, device), vae.config.scaling_factor)
+            x_0 = to_network(sample_posterior(batch.moments, to_device(draws.posterior, device), 1.0), vae)
             x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
+            prompt = model.denoiser.framed(prompt, batch.frames)
 
             torch.manual_seed(derive_seed(config.seed, "dropout", batch.positions[0]))  # of adapters' inputs
             last = micro == config.gradient_accumulation - 1
@@ -252,11 +254,11 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 with accelerator.autocast():
                     output = denoiser(x_t, t, prompt).float()
                 kept, magnitudes = memorization.weigh(
-                    output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step
+                    output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step, batch.frames
                 )
                 weights = batch.weight * kept
                 errors = sample_errors(counted(output, weights), schedule.target(x_0, noise, t), config.huber_c)
-                losses = errors * min_snr_weights(schedule.snr(t), schedule.space, config.snr_gamma)
+                losses = errors * loss_weights(schedule, t, config)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
             tally.add(loss, errors, t, readable, weights, kept, magnitudes)
@@ -351,7 +353,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             "model": str(out / "model"),
         }
         size = config.resolution or model.size
-        write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space)
+        family = pipeline_family(model.pipe)
+        write_cards(config, summary, shard_set.urls, len(shard_set), size, schedule.space, family)
         write_json(out / "summary.json", summary)
         write_report(config, shard_set, memorization.table, step, summary)
         keep_last(checkpoints, int(keeps_final_state(config)))

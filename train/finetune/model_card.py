@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from afresh.errors import printable
 from afresh.files import to_json, write_atomic
+from train.denoising.kinds import FLUX, STABLE_DIFFUSION, Family
 from train.finetune.config import FinetuneConfig
 
 ELSEWHERE = (
@@ -35,7 +36,8 @@ class Training:
         samples: samples in the shards.
         shards: their number.
         size: side of the images, in pixels.
-        prediction: ``epsilon`` or ``v_prediction``.
+        prediction: ``epsilon``, ``v_prediction`` or ``velocity``.
+        family: of the model.
         curations: what :func:`read_curations` found.
     """
 
@@ -45,6 +47,7 @@ class Training:
     shards: int
     size: int
     prediction: str
+    family: Family = STABLE_DIFFUSION
     curations: Sequence[Mapping[str, Any]] = ()
 
 
@@ -77,6 +80,7 @@ def write_cards(
     samples: int,
     size: int,
     prediction: str,
+    family: Family,
 ) -> None:
     """Write ``README.md`` into the result's folder ``model``, and into ``lora`` where there are adapters.
 
@@ -86,7 +90,8 @@ def write_cards(
         shards: their paths or URLs.
         samples: in them.
         size: side of the images, in pixels.
-        prediction: ``epsilon`` or ``v_prediction``.
+        prediction: ``epsilon``, ``v_prediction`` or ``velocity``.
+        family: of the model.
     """
     local = Path(config.model).exists()
     training = Training(
@@ -96,6 +101,7 @@ def write_cards(
         shards=len(shards),
         size=size,
         prediction=prediction,
+        family=family,
         curations=read_curations(shards),
     )
     forms: tuple[Literal["pipeline", "lora"], ...] = ("pipeline", "lora") if config.lora.rank else ("pipeline",)
@@ -123,7 +129,8 @@ def model_card(
     import yaml
     from huggingface_hub import ModelCardData
 
-    tags = ["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "afresh"]
+    kind = "flux" if training.family is FLUX else "stable-diffusion"
+    tags = [kind, "text-to-image", "diffusers", "diffusers-training", "afresh"]
     if config.lora.rank:
         tags.append("lora")
     head: dict[str, Any] = {"license": config.license}
@@ -134,7 +141,7 @@ def model_card(
     what = (
         f"Low-rank adapters (rank {config.lora.rank}) for {_code(training.base)}"
         if form == "lora"
-        else f"A Stable Diffusion, fine-tuned from {_code(training.base)}"
+        else f"A text-to-image model, fine-tuned from {_code(training.base)}"
     )
     if form == "pipeline" and config.lora.rank:
         what += f", with low-rank adapters (rank {config.lora.rank}) added to its weights"
@@ -142,7 +149,7 @@ def model_card(
     parts = [
         f"---\n{ModelCardData(**head).to_yaml()}\n---",
         f"# {PurePosixPath(config.out).name or 'model'}",
-        f"{what}. Afresh trained {_trained(config)} on {_count(training.samples, 'captioned image')}.",
+        f"{what}. Afresh trained {_trained(config, training.family)} on {_count(training.samples, 'captioned image')}.",
         "## Use",
         _usage(config, training, form),
         "## Data",
@@ -158,23 +165,26 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _trained(config: FinetuneConfig) -> str:
-    parts = "the UNet and the text encoder" if config.train_text_encoder else "the UNet"
+def _trained(config: FinetuneConfig, family: Family) -> str:
+    parts = "the UNet" if family.network == "unet" else "the transformer"
+    if config.train_text_encoder:
+        parts += " and the text encoder" + "s" * (len(family.encoders) > 1)
     return f"adapters of {parts}" if config.lora.rank else parts
 
 
 def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
-    lines = ["import torch", "from diffusers import StableDiffusionPipeline", ""]
+    pipeline = training.family.pipeline
+    lines = ["import torch", f"from diffusers import {pipeline}", ""]
     if form == "lora":
         lines += [
-            f"pipe = StableDiffusionPipeline.from_pretrained({json.dumps(training.base)}, dtype=torch.float16)",
+            f"pipe = {pipeline}.from_pretrained({json.dumps(training.base)}, dtype=torch.float16)",
             'pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")',
         ]
         model = f"{shlex.quote(training.base)} --lora FOLDER"
     else:
         half = config.save_dtype == "float16"
         variant = ', variant="fp16"' if half else ""
-        lines += [f'pipe = StableDiffusionPipeline.from_pretrained("FOLDER", dtype=torch.float16{variant})']
+        lines += [f'pipe = {pipeline}.from_pretrained("FOLDER", dtype=torch.float16{variant})']
         model = "FOLDER --variant fp16" if half else "FOLDER"
     size = training.size
     lines += [f'image = pipe.to("cuda")("a caption", height={size}, width={size}).images[0]']
@@ -215,7 +225,7 @@ def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any
     made_of = f"batch {config.batch_size} × accumulation {config.gradient_accumulation} × processes {processes}"
     facts = [
         ("base model", _code(training.base)),
-        ("prediction", "v" if training.prediction == "v_prediction" else "ε"),
+        ("prediction", {"epsilon": "ε", "v_prediction": "v"}.get(training.prediction, training.prediction)),
         ("image size", f"{training.size} × {training.size} pixels"),
         ("steps", f"{summary['steps']:,}"),
         ("samples per step", f"{batch:,} ({made_of})"),

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from afresh.files import write_atomic
-from train.denoising.families.stable_diffusion import pixel_size
+from train.denoising.families.registry import denoiser_of
 from train.finetune.config import ValidationConfig
 
 if TYPE_CHECKING:
@@ -62,27 +62,27 @@ class Validation:
             folder: of the images.
             source: the pipeline whose parts are used as they are, in their training modes afterwards again.
         """
-        from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
+        from train.sampling.pipelines.registry import guided
 
         config = self.config
         # A scheduler of its own: drawing sets its timesteps.
         scheduler = type(source.scheduler).from_config(source.scheduler.config)
-        pipe: Any = GuidedStableDiffusion.from_pipe(source, scheduler=scheduler)
+        pipe: Any = guided(source, scheduler=scheduler)
         pipe.set_progress_bar_config(disable=True)
-        modules = [module for module in (source.unet, source.text_encoder, source.vae) if module.training]
+        modules = [part for part in source.components.values() if isinstance(part, torch.nn.Module) and part.training]
         for module in modules:
             module.eval()
-        side = pixel_size(source)
+        side = denoiser_of(source).side
         images: list[Image.Image] = []
         try:
             with torch.random.fork_rng(), self.autocast():
                 for start in range(0, len(config.prompts), TOGETHER):
                     prompts = config.prompts[start : start + TOGETHER]
+                    negative = [config.negative_prompt] * len(prompts) if config.negative_prompt else None
                     images += pipe(
                         prompts,
                         num_inference_steps=config.steps,
-                        guidance_scale=config.scale,
-                        negative_prompt=[config.negative_prompt] * len(prompts) if config.negative_prompt else None,
+                        **pipe.asked(config.scale, negative),
                         width=config.width or side,
                         height=config.height or side,
                         generator=[torch.Generator("cpu").manual_seed(config.seed) for _ in prompts],

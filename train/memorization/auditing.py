@@ -109,9 +109,10 @@ def audit(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     pairs = [(image, restart) for image in range(len(images)) for restart in range(restarts)]
     x_0 = encode_images(pipe, images)[[image for image, _ in pairs]]
-    captions = denoiser_of(pipe).encode(list(prompts)).embeds.float()
-    start = torch.stack([starting_point(captions[image], search_seed, restart) for image, restart in pairs])
-    look = partial(draw, pipe, seeds=numbers, num_inference_steps=num_inference_steps,
+    about = denoiser_of(pipe).encode(list(prompts))[[image for image, _ in pairs]]
+    found = zip(about.embeds.float(), pairs, strict=True)
+    start = torch.stack([starting_point(caption, search_seed, restart) for caption, (_, restart) in found])
+    look = partial(draw, pipe, about=about, seeds=numbers, num_inference_steps=num_inference_steps,
                    guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
     points = _Points(measures, [images[image] for image, _ in pairs for _ in numbers], (len(images), restarts, -1))
     points.add(0, look(start))
@@ -121,13 +122,11 @@ def audit(
         x_0,
         start,
         [restart for _, restart in pairs],
-        steps=steps,
-        learning_rate=learning_rate,
-        noises=noises,
-        seed=search_seed,
+        steps=steps, learning_rate=learning_rate, noises=noises, seed=search_seed,
         batch_size=batch_size,
         gradient_checkpointing=gradient_checkpointing,
-    )
+        about=about,
+    )  # fmt: skip
     for step, (embeds, loss) in enumerate(search, 1):
         losses.append(loss)
         if not torch.isfinite(loss).all():
@@ -193,12 +192,13 @@ def search_embeds(
     seed: int,
     batch_size: int,
     gradient_checkpointing: bool = False,
+    about: Conditioning | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Adam on the embeddings ``e`` of the diffusion loss ``E_{t,ε} ‖ε − ε(x_t, e)‖² / numel`` of each ``x_0``
     (arXiv 2507.16880, §3; the weights stay as they are).
 
-    The loss is in ε-space whatever the model predicts. Adam works element by element, so an image's search does not
-    depend on the others.
+    The loss is in ε-space whatever the model predicts, of flow-matching models in that of velocities. Adam works
+    element by element, so an image's search does not depend on the others.
 
     Args:
         pipe: the model.
@@ -206,6 +206,7 @@ def search_embeds(
         start: ``[n, tokens, width]`` float32.
         restarts: ``[n]``: the randomness of each search; those of one number see the same noises.
         steps, learning_rate, noises, seed, batch_size, gradient_checkpointing: see :func:`audit`.
+        about: of n images, what the model is conditioned on beside the embeddings, which stays: pooled ones.
 
     Yields:
         After each step the embeddings ``[n, tokens, width]`` (a copy), and the loss ``[n]`` before it.
@@ -228,9 +229,11 @@ def search_embeds(
                 eps = torch.stack([draw[1][place] for draw, place in zip(chosen, places, strict=True)])
                 t, eps = t.to(x_0.device), eps.to(x_0.device)
                 x_t = schedule.noised(x_0[rows], eps, t).to(denoiser.dtype)
-                cond = Conditioning({"embeds": embeds[rows].to(denoiser.dtype)})
-                predicted = denoiser.predict(x_t, t, cond).eps
-                squared = (predicted - eps).square().flatten(1).mean(1)
+                sought = embeds[rows].to(denoiser.dtype)
+                cond = Conditioning({"embeds": sought}) if about is None else about[rows].with_embeds(sought)
+                predicted = denoiser.predict(x_t, t, cond).compared
+                target = eps if schedule.space != "velocity" else schedule.target(x_0[rows], eps, t)
+                squared = (predicted - target).square().flatten(1).mean(1)
                 # Summed over images, so that each has the gradient it would have by itself; Adam minds no gain.
                 (denoiser.gain * squared.sum() / noises).backward()
                 loss.index_add_(0, torch.from_numpy(rows).to(loss.device), squared.detach() / noises)
@@ -259,14 +262,19 @@ def draw(
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
+    about: Conditioning | None = None,
 ) -> list[Image]:
-    """What the stock pipeline draws by DDIM for each of the embeddings ``[n, tokens, width]`` and each seed."""
+    """What the stock pipeline draws by DDIM for each of the embeddings ``[n, tokens, width]`` and each seed.
+
+    For ``about`` see :func:`search_embeds`.
+    """
     denoiser = denoiser_of(pipe)
     pairs = [(row, seed) for row in range(len(embeds)) for seed in seeds]
     images: list[Image] = []
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
-        cond, noise = Conditioning({"embeds": embeds[[row for row, _ in batch]]}), denoiser.noise([s for _, s in batch])
+        rows, noise = [row for row, _ in batch], denoiser.noise([seed for _, seed in batch])
+        cond = Conditioning({"embeds": embeds[rows]}) if about is None else about[rows].with_embeds(embeds[rows])
         images += denoiser.draw(cond, noise, steps=num_inference_steps, guidance_scale=guidance_scale)
     return images
 

@@ -299,15 +299,15 @@ class Scoring:
                 own.x_t,
                 t,
                 own.at,
-                own.eps,
-                None if other is None else other.eps,
+                own.compared,
+                None if other is None else other.compared,
                 {} if recorded is None else recorded.layers,
                 on_noise,
                 None if at_end is None else as_map(finest_down_layers(at_end.layers), x_t.shape[2:]),
             )
             for signal in watching:
                 observed[signal.name].append(signal.observe(seen).float())
-            return own if other is None else own.guided_from(other, self.guidance_scale)
+            return own if other is None else denoiser.guided(own, other, self.guidance_scale)
 
         for step, t in enumerate(self.timesteps):
             last = step + 1 == len(self.timesteps)

@@ -34,6 +34,11 @@ def timestep_band(t: torch.Tensor, timesteps: int = 1000) -> torch.Tensor:
     return (t * BANDS).div(timesteps, rounding_mode="floor").long().clamp(0, BANDS - 1)
 
 
+def compared_space(predicts: str) -> str:
+    """What the magnitude compares of a model that predicts in a space: velocities as they are, all else as ε."""
+    return "velocity" if predicts == "velocity" else "epsilon"
+
+
 def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.01) -> float:
     """The smallest threshold that at most a share ``fpr`` of the scores reaches, without interpolation.
 
@@ -61,12 +66,15 @@ class Thresholds:
         by_band: ``[BANDS]`` smallest magnitude that does; None where nothing is judged.
         against: the negative prompt that they were found against; empty for the empty prompt.
         elements: numbers in the latents that they were found on; None where that is not known.
+        space: what the magnitude compares, ``epsilon`` or ``velocity``; None of numbers that somebody gave, and of
+            older files.
     """
 
     form: Form
     by_band: tuple[float | None, ...]
     against: str = ""
     elements: int | None = None
+    space: str | None = None
 
     @classmethod
     def of(cls, value: float | Sequence[float | None], form: Form) -> Thresholds:
@@ -85,12 +93,13 @@ class Thresholds:
             raise UsageError("threshold: nothing would be judged, every band has null")
         return cls(form, tuple(None if one is None else float(one) for one in values))
 
-    def unlike(self, against: str, elements: int | None = None) -> str:
+    def unlike(self, against: str, elements: int | None = None, space: str | None = None) -> str:
         """Why magnitudes are not to be compared with these thresholds, in words; empty where they are.
 
         Args:
             against: the negative prompt that the magnitudes are against.
             elements: numbers in their latents, if known: the form l2 grows with them.
+            space: what the model predicts, if known.
         """
 
         def named(prompt: str) -> str:
@@ -98,6 +107,8 @@ class Thresholds:
 
         if against != self.against:
             return f"they were found against {named(self.against)}, and magnitudes here are against {named(against)}"
+        if None not in (space, self.space) and compared_space(str(space)) != self.space:
+            return f"they were found on magnitudes of {self.space}, and here they are of {compared_space(str(space))}"
         if self.form == "l2" and None not in (elements, self.elements) and elements != self.elements:
             return f"they were found on latents of {self.elements} numbers, and here are {elements}: use the form rms"
         return ""
@@ -151,6 +162,7 @@ def read_thresholds(path: str | Path, against: str | None = "") -> Thresholds:
             raise ValueError(f"form {form!r}")
         bare = Thresholds.of(by_band, form)
         found = replace(bare, against=str(content.get("against", "")), elements=content.get("elements"))
+        found = replace(found, space=content.get("space"))
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{path}: not a file of thresholds ({error})") from error
     if against is not None and (why := found.unlike(against)):

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from train.denoising.coefficients import Coefficients
 from train.denoising.conditioning import Conditioning
-from train.denoising.predictions import x0_from_eps
+from train.denoising.predictions import to_x0
 
 # Below this, x̂_0 = (x_t − √(1−ᾱ_t)·ε̂)/√ᾱ_t has no usable precision (the first step of zero-terminal-SNR
 # models).
@@ -63,10 +63,11 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """One denoising step, in ε-space and float32 whatever the model predicts and computes in.
+    """One denoising step, in ε-space and float32 whatever the model predicts and computes in; for flow-matching models
+    in the space of velocities, see :attr:`space`.
 
-    ``x_t`` is variance preserving: schedulers that keep latents as ``x_0 + σ·noise`` are scaled to
-    ``√ᾱ_t·x_0 + √(1−ᾱ_t)·noise``, which is also what the denoiser is given.
+    ``x_t`` is variance preserving, or flow matching's ``(1−σ) x_0 + σ ε``: schedulers that keep latents as ``x_0 +
+    σ·noise`` are scaled to ``√ᾱ_t·x_0 + √(1−ᾱ_t)·noise``, which is also what the denoiser is given.
     """
 
     run: Run
@@ -94,6 +95,10 @@ class State:
     refines: bool = False
     """Whether this evaluation begins no step of the trajectory: it refines one that was begun before
     (:func:`~train.denoising.schedules.refines_a_step`), or repeats its timestep."""
+    space: str = "epsilon"
+    """What ``eps_uncond``, ``eps_cond``, ``eps_hat`` and ``denoise`` are: ε̂, or of flow-matching models the
+    ``velocity``, which then stands where ``ε`` is written
+    (:attr:`~train.denoising.predictions.Prediction.compared`)."""
     refined: int = 0
     """How many evaluations did so, up to this one."""
     scale: Tensor = None  # type: ignore[assignment]
@@ -120,7 +125,7 @@ class State:
         x_t = self.x_t if rows is None else self.x_t[rows]
         if eps_hat is None:
             eps_hat = self.eps_hat if rows is None else self.eps_hat[rows]
-        return x0_from_eps(x_t, eps_hat, self.at)
+        return to_x0(eps_hat, x_t, self.at, self.space)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See :attr:`Run.decode`."""

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from afresh.errors import UsageError
 from curate.sample_set import load_part
 from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
+from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.captions import with_tags
-from train.finetune.config import ShardGroup, Tags, Timesteps
+from train.finetune.config import FinetuneConfig, ShardGroup, Tags, Timesteps
 from train.finetune.data.scan import ShardSet
 from train.finetune.loop import run_finetune
-from train.finetune.model.diffusion import draw_randomness
+from train.finetune.model.diffusion import draw_randomness, timesteps_of
 from train.finetune.model.loss import sample_errors
 from train.finetune.preparation import with_numbers
 
@@ -122,7 +124,9 @@ def test_pseudo_huber_is_the_square_of_small_differences_and_linear_in_large_one
 
 def test_timesteps_are_drawn_as_asked_and_nothing_else_changes():
     def draw(how: Timesteps | None):
-        return draw_randomness(range(500), (1, 2, 2), 1000, 3, how=how)
+        config = FinetuneConfig(model="", out="", shards=[], timesteps=how or Timesteps())
+        timestep = timesteps_of(NoiseSchedule(DDIMScheduler()), config)
+        return draw_randomness(range(500), (1, 2, 2), 1000, 3, timestep=timestep)
 
     plain, same_again = draw(None), draw(Timesteps())
     assert torch.equal(plain.t, same_again.t)

@@ -1,7 +1,6 @@
-"""Which family a pipeline is of: its denoiser behind the protocol.
+"""A pipeline's denoiser behind the protocol: that of its family.
 
-A family is a file of this folder. To add one, write its denoiser after ``stable_diffusion.py`` and name its pipeline's
-class here.
+A family is a file of this folder, and an entry of ``train/denoising/kinds.py`` that names it.
 """
 
 from __future__ import annotations
@@ -10,19 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from afresh.errors import UserError
+from train.denoising.kinds import STABLE_DIFFUSION, Family, family_of, supported
 
 if TYPE_CHECKING:
     from train.denoising.protocol import Denoiser
-
-STABLE_DIFFUSION = "train.denoising.families.stable_diffusion:StableDiffusionDenoiser"
-FAMILIES = {
-    "StableDiffusionPipeline": STABLE_DIFFUSION,
-    "StableDiffusionImg2ImgPipeline": STABLE_DIFFUSION,
-    "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,
-    "GuidedStableDiffusion": STABLE_DIFFUSION,
-}
-"""Class of a pipeline → its family's denoiser."""
-
 
 def denoiser_of(pipe: Any) -> Denoiser:
     """The denoiser of a pipeline, whose parts it shares; a denoiser is given back as it is.
@@ -32,11 +22,25 @@ def denoiser_of(pipe: Any) -> Denoiser:
     """
     if hasattr(pipe, "schedule") and hasattr(pipe, "predict"):
         return pipe
+    return named(pipeline_family(pipe).denoiser)(pipe)
+
+
+def pipeline_family(pipe: Any) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        UserError: it is of none that is known.
+    """
     names = [kind.__name__ for kind in type(pipe).__mro__]
-    found = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    found = family_of(names)
     if found is None and "DiffusionPipeline" not in names and hasattr(pipe, "unet"):
-        found = STABLE_DIFFUSION  # its parts in other clothes
+        return STABLE_DIFFUSION  # its parts in other clothes
     if found is None:
-        raise UserError(f"{names[0]} is of no family that is known here: {', '.join(FAMILIES)}")
-    module, _, name = found.partition(":")
-    return getattr(import_module(module), name)(pipe)
+        raise UserError(f"{names[0]} is of no family that is known here: {supported()}")
+    return found
+
+
+def named(place: str) -> Any:
+    """What a ``module:name`` of a :class:`~train.denoising.kinds.Family` stands for."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

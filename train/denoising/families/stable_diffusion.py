@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from train.denoising.conditioning import GAIN, MASK, Conditioning
-from train.denoising.network import FLOAT16_GAIN, frozen, gained, running_device
-from train.denoising.predictions import Prediction
-from train.denoising.schedules import NoiseSchedule
+from train.denoising.families.pipeline import PipelineDenoiser
+from train.denoising.families.pipeline import initial_noise as initial_noise
+from train.denoising.families.pipeline import latent_shape as latent_shape
+from train.denoising.network import gained, running_device
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    from PIL.Image import Image
 
 IDS, TIMESTEP, IMAGE = "ids", "timestep_cond", "image_embeds"
 """Parts of a conditioning beside the prompt's embeddings: token ids that are not encoded yet, the guidance scale of a
 distilled model, and image prompts (``image_embeds.00``, …)."""
 
 
-class StableDiffusionDenoiser(torch.nn.Module):
+class StableDiffusionDenoiser(PipelineDenoiser):
     """A pipeline's UNet and text encoder as one module, so that both train under one data-parallel wrapper.
 
     Args:
@@ -42,42 +40,16 @@ class StableDiffusionDenoiser(torch.nn.Module):
         cross_attention_kwargs: dict[str, Any] | None = None,
         encoding: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(pipe)
         # A pipeline that was loaded without its text encoder takes embeddings alone.
         self.text_encoder: Any = getattr(pipe, "text_encoder", None)
         self.unet = pipe.unet
-        self.pipe = pipe
         self._cross_attention_kwargs, self._encoding = cross_attention_kwargs, encoding
-
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        """Of the pipeline's scheduler, as it was when first asked for."""
-        return NoiseSchedule(self.pipe.scheduler)
 
     @property
     def network(self) -> UNet2DConditionModel:
         """The UNet."""
         return self.unet
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(c, h, w)`` of the latents that the UNet takes by default."""
-        return latent_shape(self.unet)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet runs."""
-        return running_device(self.unet)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the UNet's weights."""
-        return self.unet.dtype
-
-    @property
-    def gain(self) -> float:
-        """Factor on what is differentiated, so that float16's gradients do not vanish."""
-        return FLOAT16_GAIN if self.dtype == torch.float16 else 1.0
 
     # ------------------------------------------------------------------------------------------------- conditioning
 
@@ -160,74 +132,41 @@ class StableDiffusionDenoiser(torch.nn.Module):
             options["encoder_attention_mask"] = parts[MASK]
         if TIMESTEP in parts:
             options["timestep_cond"] = parts[TIMESTEP]
-        if images := [parts[name] for name in sorted(parts) if name.startswith(f"{IMAGE}.")]:
-            options["added_cond_kwargs"] = {IMAGE: images}
+        if added := self._added(parts, x_t):
+            options["added_cond_kwargs"] = added
         if self._cross_attention_kwargs is not None:
             options["cross_attention_kwargs"] = self._cross_attention_kwargs
         with gained(self.unet, parts[GAIN]) if GAIN in parts else contextlib.nullcontext():
             return self.unet(x_t, t, encoder_hidden_states=parts["embeds"], return_dict=False, **options)[0]
 
-    def predict(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Prediction:
-        """The output in float32, in every space."""
-        return self.schedule.prediction(self(x_t, t, conditioning).float(), x_t.float(), t)
+    def _added(self, parts: Mapping[str, Tensor], x_t: Tensor) -> dict[str, Any]:
+        """What the UNet is conditioned on beside the sequence: image prompts."""
+        images = [parts[name] for name in sorted(parts) if name.startswith(f"{IMAGE}.")]
+        return {IMAGE: images} if images else {}
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """``x_T`` of seeds, ``[n, c, h, w]``."""
-        drawn = torch.stack([initial_noise(self.shape, int(seed)) for seed in seeds])
-        return drawn.to(self.device, self.dtype) * self.schedule.init_sigma
+    def _stock(self, conditioning: Conditioning, scheduler: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The stock pipeline of the same parts, and the conditioning as it takes it."""
+        from diffusers import StableDiffusionPipeline
 
-    def frozen(self, *, checkpointing: bool = False) -> AbstractContextManager[None]:
-        """See :func:`train.denoising.network.frozen`."""
-        return frozen(self.unet, checkpointing=checkpointing)
-
-    # ------------------------------------------------------------------------------------------------------- images
-
-    @property
-    def side(self) -> int:
-        """Of the square that it draws by default, in pixels."""
-        return pixel_size(self.pipe)
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents ``[n, c, h, w]`` float32 of ``[n, 3, H, W]`` in [0, 1]: the VAE's posterior means."""
-        vae, latents = self.pipe.vae, []
-        for one in pixels.split(1):  # a VAE's activations are large
-            one = one.to(running_device(vae), vae.dtype)
-            latents.append(vae.encode(one * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor)
-        return torch.cat(latents)
-
-    @torch.no_grad()
-    def draw(
-        self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float
-    ) -> list[Image]:
-        """What the stock pipeline draws by DDIM from noise ``x_T [n, c, h, w]`` under a conditioning of n images."""
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-        parts = {name: getattr(self.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
         stock = StableDiffusionPipeline(
-            **parts,
-            scheduler=DDIMScheduler.from_config(self.pipe.scheduler.config),  # its own: drawing moves its state
+            **{name: getattr(self.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")},
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        stock.set_progress_bar_config(disable=True)
         embeds = conditioning.embeds.to(self.device, self.dtype)
-        return stock(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=self.encode([""]).embeds.to(self.dtype).expand_as(embeds),
-            latents=x_T.to(self.device, self.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-        ).images
+        negative = self.encode([""]).embeds.to(self.dtype).expand_as(embeds)
+        return stock, {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
 
-def tokenize(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
+def tokenize(pipe: Any, captions: Sequence[str], part: str = "tokenizer") -> Tensor:
     """Token ids padded to the tokenizer's length: ``[n, tokens]`` int64. Longer captions are cut."""
-    return pipe.tokenizer(
+    tokenizer = getattr(pipe, part)
+    return tokenizer(
         list(captions),
         padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids
@@ -241,18 +180,6 @@ def encode_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> T
 def end_positions(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
     """``[n]`` int64: where the first end-of-text token of each prompt stands."""
     return (tokenize(pipe, prompts) == pipe.tokenizer.eos_token_id).int().argmax(dim=1)
-
-
-def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
-    """``(c, h, w)`` of the latents that the UNet takes by default."""
-    side = unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    return int(unet.config.in_channels), int(height), int(width)
-
-
-def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """``x_T`` of a seed, float32 on the CPU: one noise on every device and in every dtype."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pixel_size(pipe: StableDiffusionPipeline) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.denoising.latents.scaling import to_vae
+
 
 class Decoder:
     """Latents as the UNet sees them → pixels in [0, 1], in float32 and differentiable.
@@ -27,7 +29,7 @@ class Decoder:
     def __call__(self, latents: Tensor) -> Tensor:
         if self._vae is None:
             self._vae = self._float32()
-        pixels = self._vae.decode(latents.float() / self._vae.config.scaling_factor, return_dict=False)[0]
+        pixels = self._vae.decode(to_vae(latents.float(), self._vae), return_dict=False)[0]
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def _float32(self) -> Any:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.denoising.latents.scaling import to_network, without_overflow
+
 IMAGES, LATENT_SIDE, LEAVES = 16, 16, 200
 RIDGE = 1e-3
 """Of the mean squared latent, which is near 1."""
@@ -69,13 +71,13 @@ def preview_of(vae: Any, decode: Any, device: torch.device) -> LinearDecoder:
     if vae not in _fitted:
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         images = dead_leaves(IMAGES, LATENT_SIDE * factor)
-        with torch.no_grad():
+        with torch.no_grad(), without_overflow(vae):
             pairs = []
             for image in images.split(1):  # in slices: a real VAE's activations are large
                 image = image.to(device, vae.dtype)
                 encoded = vae.encode(image * 2 - 1)
                 latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-                latents = (latents * vae.config.scaling_factor).float()
+                latents = to_network(latents, vae).float()
                 pairs.append((latents, decode(latents)))
             latents, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         _fitted[vae] = LinearDecoder.fit(latents, pixels)

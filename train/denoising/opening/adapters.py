@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al., ICLR 2022) on the attention of Stable Diffusion: add, save, fuse.
+"""Low-rank adapters (LoRA, Hu et al., ICLR 2022) on the attention of a model: add, save, fuse.
 
 A weight ``W`` of the base stays as it is, and ``(alpha / rank) B A`` is trained beside it, ``A [rank, in]`` random and
 ``B [out, rank]`` zero at the start: an untrained adapter changes nothing. Adapters are peft's, and are saved in the
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UsageError, UserError, reason
+from train.denoising.kinds import STABLE_DIFFUSION, XL, family_of
+from train.denoising.network import network_of
 from train.denoising.opening.files import adapter_options
 from train.denoising.opening.outputs import ADAPTERS
 from train.denoising.opening.saving import prefixed
@@ -29,8 +31,11 @@ WEIGHTS = ADAPTERS
 """The name of a saved file of adapters."""
 UP = (".up.weight", ".lora_B.weight")
 """How the names of adapters' second matrices end, by diffusers' names."""
-KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
-"""How the names of a part's layers begin in kohya's files."""
+KOHYA = {
+    STABLE_DIFFUSION.name: {"unet": "lora_unet", "text_encoder": "lora_te"},
+    XL.name: {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+}
+"""How the names of a part's layers begin in kohya's files. Of transformers interfaces read diffusers' own form."""
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 """Names of a CLIP text encoder's attention weights."""
 
@@ -43,12 +48,12 @@ def add_lora(
     base: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> None:
-    """Freeze the UNet and the text encoder and add trainable adapters, in float32, in place.
+    """Freeze the network and the text encoders and add trainable adapters, in float32, in place.
 
     Args:
         pipe: a pipeline from ``train.denoising.opening.loading.load_pipeline``.
         lora: rank, scale and place of the adapters.
-        text_encoder: give the text encoder adapters too.
+        text_encoder: give the text encoders adapters too.
         base: dtype that the frozen weights are held in; half precision needs autocast in the forward pass.
         seed: of the adapters' random half.
 
@@ -60,7 +65,8 @@ def add_lora(
     from peft import LoraConfig
 
     adaptable = (torch.nn.Linear, torch.nn.Conv2d)
-    layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, adaptable)]
+    network, encoders = network_of(pipe), text_encoders(pipe)
+    layers = [name for name, module in network.named_modules() if isinstance(module, adaptable)]
     for target in lora.targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UsageError(f"lora.targets: no layer of the UNet is called {target}; to_q, to_k, to_v, to_out.0 are")
@@ -75,42 +81,45 @@ def add_lora(
             init_lora_weights=True,
         )
 
-    for part in (pipe.unet, pipe.text_encoder):
+    parts = [network, *encoders.values()]
+    for part in parts:
         part.requires_grad_(False).to(base)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipe.unet.add_adapter(settings(lora.targets))
-        if text_encoder:
-            pipe.text_encoder.add_adapter(settings(TEXT_TARGETS))
-    for parameter in [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]:
+        network.add_adapter(settings(lora.targets))
+        for encoder in encoders.values():
+            if text_encoder and any(layer.endswith(TEXT_TARGETS[0]) for layer, _ in encoder.named_modules()):
+                encoder.add_adapter(settings(TEXT_TARGETS))  # CLIP: T5 is not trained
+    for parameter in [parameter for part in parts for parameter in part.parameters()]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``, as diffusers has them, and to
-    ``folder/kohya.safetensors``, as ComfyUI and other interfaces do.
+    """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``, as diffusers has them, and those
+    of Stable Diffusion 1.x, 2.x and XL to ``folder/kohya.safetensors``, as ComfyUI and other interfaces do.
 
     Both are loaded at the scale they were trained at. Older releases of diffusers do not read an alpha of the first
     form, so it has the scale in its weights, under an alpha that equals the rank; the second has an alpha a layer. The
     folder is written aside and renamed.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    kind = family_of(one.__name__ for one in type(pipe).__mro__) or STABLE_DIFFUSION
     kohya: dict[str, torch.Tensor] = {}
     layers: dict[str, Any] = {}
-    for name, part in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
+    for name, part in parts_of(pipe).items():
         if getattr(part, "peft_config", None):
             state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
             state = {key: value.float().contiguous().cpu() for key, value in state.items()}
-            state = prefixed(state) if name == "text_encoder" else state
+            state = state if part is network_of(pipe) else prefixed(state)
             settings = part.peft_config["default"].to_dict()
             alpha, rank = settings["lora_alpha"], settings["r"]
-            if not settings["use_dora"]:
-                kohya |= kohya_weights(state, KOHYA[name], alpha)
+            if kind.name in KOHYA and not settings["use_dora"]:
+                kohya |= kohya_weights(state, KOHYA[kind.name][name], alpha)
             scaled = {key: x * (alpha / rank) if key.endswith(UP) else x for key, x in state.items()}
             layers[f"{name}_lora_layers"] = scaled
             settings["lora_alpha"] = rank
@@ -118,7 +127,7 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
             layers[f"{name}_lora_adapter_metadata"] = settings
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    StableDiffusionPipeline.save_lora_weights(aside, weight_name=WEIGHTS, **layers)
+    getattr(diffusers, kind.pipeline).save_lora_weights(aside, weight_name=WEIGHTS, **layers)
     if kohya:
         save_file(kohya, aside / "kohya.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
@@ -158,13 +167,24 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
     options = adapter_options(source)
     try:
         pipe.load_lora_weights(str(source), **options)
-        adapted = [name for name in ("unet", "text_encoder") if getattr(getattr(pipe, name), "peft_config", None)]
+        adapted = [name for name, part in parts_of(pipe).items() if getattr(part, "peft_config", None)]
         if not adapted:
-            raise ValueError("it holds no adapters for a UNet or a text encoder")
+            raise ValueError(f"it holds no adapters for a {' or a '.join(parts_of(pipe))}")
         pipe.fuse_lora(components=adapted)
         pipe.unload_lora_weights()
     except Exception as error:  # of many kinds, as in load_pipeline
         raise UserError(f"{source}: cannot load the LoRA into this model: {reason(error)}") from error
+
+
+def text_encoders(pipe: Any) -> dict[str, Any]:
+    """A pipeline's text encoders by name, in order, of those that it has."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """The parts that may have adapters, by name: the network, and the text encoders."""
+    return {"unet" if hasattr(pipe, "unet") else "transformer": network_of(pipe), **text_encoders(pipe)}
 
 
 def require_peft() -> None:

@@ -29,6 +29,10 @@ def set_attention(unet: UNet2DConditionModel, attention: Attention = "auto", *, 
     """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+    if not hasattr(unet, "down_blocks"):  # a transformer comes with fused attention, of a kind of its own
+        if attention not in ("auto", "sdpa"):
+            raise UserError(f"attention {attention}: {type(unet).__name__} has its own: take auto or sdpa")
+        return
     if attention == "auto":
         side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else 64
         small = unet.device.type == "cpu" and side <= 16

@@ -8,18 +8,8 @@ from typing import Any
 
 from afresh.errors import UsageError, UserError, reason
 from afresh.files import read_json
+from train.denoising.kinds import Family, family_of, supported
 from train.denoising.opening.outputs import ADAPTERS, model_file, trained_file
-
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTED = ("unet", "vae", "text_encoder")
-SUPPORTED = "Stable Diffusion 1.x and 2.x (text to image, latents alone into the UNet) can be used here"
-KINDS = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "GuidedStableDiffusion",
-)
-"""Pipeline classes that share Stable Diffusion's parts; what their UNet takes is checked apart."""
 
 
 def check_openable(config: Any) -> None:
@@ -87,11 +77,14 @@ def check_folder(path: Path, variant: str | None) -> None:
             f"{path}: not a pipeline folder (it has no model_index.json), and no one .safetensors in it is a trainer's "
             "result: name the file"
         )
-    check_kind(str(path), read_json(path / "model_index.json"))
-    missing = [part for part in PARTS if not (path / part).is_dir() or not any((path / part).iterdir())]
+    index = read_json(path / "model_index.json")
+    family = check_kind(str(path), index)
+    missing = [part for part in family.parts if not _is_there(path / part) and not _left_out(part, family, index)]
     if missing:
         raise UserError(f"{path}: the model folder lacks {', '.join(missing)}: restore or re-export it")
-    for part in WEIGHTED:
+    for part in family.weighted:
+        if not _is_there(path / part):
+            continue
         files = [file.name for file in (path / part).glob("*.safetensors")]
         variants = {name.split(".")[1].split("-")[0] for name in files if name.count(".") > 1}
         there = ", ".join(sorted(variants)) or "none"
@@ -106,11 +99,31 @@ def check_folder(path: Path, variant: str | None) -> None:
             raise UserError(f"{path}: {part} has no weights of variant {variant} (variants there: {there})")
 
 
-def check_kind(name: str, index: Mapping[str, Any]) -> None:
-    """Refuse a ``model_index.json`` of another kind of pipeline (Stable Diffusion XL, Flux, …) by its name."""
+def _is_there(part: Path) -> bool:
+    return part.is_dir() and any(part.iterdir())
+
+
+def _left_out(part: str, family: Family, index: Mapping[str, Any]) -> bool:
+    """Whether a model does without a part, and may."""
+    return part in family.optional and index.get(part) in (None, [None, None])
+
+
+def check_kind(name: str, index: Mapping[str, Any]) -> Family:
+    """The family that a ``model_index.json`` is of.
+
+    Raises:
+        UserError: it is of a kind of pipeline that is not known here, or half of one that is.
+    """
     kind = index.get("_class_name", "none")
-    if kind not in KINDS:
-        raise UserError(f"{name}: a model of the kind {kind}; {SUPPORTED}")
+    family = family_of([kind])
+    if family is None:
+        raise UserError(f"{name}: a model of the kind {kind}; {supported()}")
+    null = [part for part in family.parts if index.get(part, "") == [None, None] and part not in family.optional]
+    if index.get("requires_aesthetics_score") or (len(family.encoders) > 1 and null == ["text_encoder", "tokenizer"]):
+        raise UserError(f"{name}: a refiner of {family.name}, which finishes what the base has drawn: give the base")
+    if null:
+        raise UserError(f"{name}: this {family.name} comes without {', '.join(null)}: give one that is whole")
+    return family
 
 
 def check_header(path: Path) -> dict[str, list[int]]:

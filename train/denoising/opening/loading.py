@@ -1,4 +1,4 @@
-"""Open a Stable Diffusion: a hub name, a diffusers directory or a single-file checkpoint.
+"""Open a model of a known family: a hub name, a diffusers directory or a single-file checkpoint.
 
 Everything that opens a model goes through :func:`load_pipeline`, so that a missing part, or a model of another kind, is
 reported in one way.
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UserError, reason
+from train.denoising.kinds import STABLE_DIFFUSION, supported
+from train.denoising.network import network_of
 from train.denoising.opening.attention import Attention, set_attention
 from train.denoising.opening.checkpoints import check_file, check_scheduler, unsupported
-from train.denoising.opening.files import SUPPORTED, check_kind, check_model, is_single_file
+from train.denoising.opening.files import check_kind, check_model, is_single_file
 from train.denoising.opening.outputs import model_file
+from train.denoising.schedules import is_flow
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -33,8 +36,9 @@ def load_pipeline(
     variant: str | None = None,
     model_config: str | None = None,
     lora: str | None = None,
-) -> StableDiffusionPipeline:
-    """Load a Stable Diffusion 1.x or 2.x pipeline, without its safety checker. Weights are safetensors, always.
+) -> Any:
+    """Load a pipeline of a known family (:mod:`train.denoising.kinds`), without its safety checker or watermark.
+    Weights are safetensors, always.
 
     Args:
         name_or_path: a diffusers directory, a hub name, or a single ``.safetensors`` checkpoint in the layout of
@@ -52,7 +56,7 @@ def load_pipeline(
 
     Raises:
         UserError: a part of the folder is missing or unreadable, the name cannot be found, or the model is of another
-            kind than Stable Diffusion, or its scheduler for flow matching.
+            kind than is known here, or its scheduler for flow matching.
     """
     check_model(name_or_path := model_file(name_or_path), variant)  # before anything else is imported
 
@@ -63,23 +67,20 @@ def load_pipeline(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    from diffusers import StableDiffusionPipeline
-
     path = Path(name_or_path)
     is_file = is_single_file(path)
-    options: dict[str, Any] = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
-    if is_file:
-        check_file(path)
-        options |= {"config": model_config}
-    else:
-        options |= {"revision": revision, "variant": variant, "use_safetensors": True}
+    family, left_out = (check_file(path) if is_file else STABLE_DIFFUSION), {}
     try:
         if is_file:
-            pipe = StableDiffusionPipeline.from_single_file(name_or_path, **options)
+            options: dict[str, Any] = {"dtype": dtype, "config": model_config, **family.options}
+            pipe = getattr(diffusers, family.pipeline).from_single_file(name_or_path, **options)
         else:
             with contextlib.suppress(OSError):  # not there: what follows says so better
-                check_kind(name_or_path, StableDiffusionPipeline.load_config(name_or_path, revision=revision))
-            pipe = StableDiffusionPipeline.from_pretrained(name_or_path, **options)
+                index = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+                family = check_kind(name_or_path, index)
+                left_out = {part: None for part in family.optional if index.get(part) in (None, [None, None])}
+            options = {"dtype": dtype, "revision": revision, "variant": variant, **family.options, **left_out}
+            pipe = getattr(diffusers, family.pipeline).from_pretrained(name_or_path, use_safetensors=True, **options)
     except UserError:
         raise
     except Exception as error:  # of many kinds: parsers', torch's, the hub's
@@ -91,9 +92,11 @@ def load_pipeline(
                 else "; a single file holds no configs: give --model_config, a diffusers folder of its architecture"
             )
         raise UserError(f"{name_or_path}: cannot load the model: {why}") from error
-    if (problem := unsupported(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config.hidden_size)) is not None:
-        raise UserError(f"{name_or_path}: {problem}; {SUPPORTED}")
-    check_scheduler(pipe.scheduler, name_or_path)
+    if family.network == "unet":
+        width = sum(getattr(pipe, encoder).config.hidden_size for encoder in family.encoders)
+        if (problem := unsupported(pipe.unet.config, pipe.vae.config, width, family.added)) is not None:
+            raise UserError(f"{name_or_path}: {problem}; {supported()}")
+    check_scheduler(pipe.scheduler, name_or_path, flow=family.flow)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         from train.denoising.opening.adapters import fuse_lora
@@ -101,7 +104,7 @@ def load_pipeline(
         fuse_lora(pipe, lora)
     if device is not None:
         pipe.to(device)
-    set_attention(pipe.unet, attention)
+    set_attention(network_of(pipe), attention)
     return pipe
 
 
@@ -115,6 +118,10 @@ def check_trainable(pipe: StableDiffusionPipeline, name: str) -> None:
     Raises:
         UserError: the model predicts neither ε nor v, or is distilled for a few guided steps.
     """
+    if network_of(pipe).config.get("guidance_embeds") is False:
+        raise UserError(f"{name}: a model distilled to a few steps (FLUX.1 schnell) cannot be trained here: take dev")
+    if is_flow(pipe.scheduler):
+        return
     kind = pipe.scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"{name}: a model that predicts {kind!r} cannot be trained here: epsilon and v_prediction can")
@@ -131,7 +138,7 @@ def chosen_device(device: str) -> str:
     return device
 
 
-def open_pipeline(config: Any) -> StableDiffusionPipeline:
+def open_pipeline(config: Any) -> Any:
     """The pipeline that a job's settings name: :func:`load_pipeline` with their fields of the same names.
 
     Args:

@@ -36,14 +36,16 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path, *, half: bool = F
     if half:
         pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, variant="fp16" if half else None)
-    if (folder / "text_encoder").is_dir():
-        for path in (folder / "text_encoder").glob("*.safetensors"):
+    for config in folder.glob("text_encoder*/config.json"):
+        if not read_json(config)["model_type"].startswith("clip"):  # T5's weights have no such prefix
+            continue
+        for path in config.parent.glob("*.safetensors"):
             _prefix_weights(path)
-        for path in (folder / "text_encoder").glob("*.index*.json"):
+        for path in config.parent.glob("*.index*.json"):
             index = read_json(path)
             write_json(path, index | {"weight_map": prefixed(index["weight_map"])})
-    if (folder / "tokenizer" / "tokenizer.json").is_file():
-        _write_vocabulary(folder / "tokenizer")
+    for path in folder.glob("tokenizer*/tokenizer.json"):
+        _write_vocabulary(path.parent)
     for path in (folder / "model_index.json", *folder.glob("feature_extractor/*.json")):
         text = path.read_text(encoding="utf-8")
         plain = re.sub(r'(ImageProcessor)(Pil|Fast)"', r'\1"', text)

@@ -24,7 +24,6 @@ from train.finetune.caches.latents import CachedLatents, encode_moments
 from train.finetune.config import FinetuneConfig
 from train.finetune.data.images import Fault, Found, ImageLoader, SampleError, find_batch
 from train.finetune.data.order import SampleOrder
-from train.finetune.data.scan import ShardSet
 from train.finetune.data.transfer import to_device
 from train.stopping import StopOnSignal
 
@@ -46,6 +45,7 @@ class Batch:
         positions: of the samples in the run; their random numbers follow from them.
         rows: ``[n]`` int64, which sample of the shard set each is.
         moments: ``[n, 2c, h, w]`` float32, mean and log-variance of the VAE's posterior.
+        frames: ``[n, 6]`` int64 on the CPU, see ``ImageLoader.frame``.
         weight: ``[n]`` float32, what each counts in the loss before the filter; 0 where no image could be read.
         faults: samples that others stand in for.
     """
@@ -53,6 +53,7 @@ class Batch:
     positions: Sequence[int]
     rows: torch.Tensor
     moments: torch.Tensor
+    frames: torch.Tensor
     weight: torch.Tensor
     faults: Sequence[Fault] = ()
 
@@ -124,7 +125,7 @@ class DecodedBatches(Dataset[Any]):
             return str(error)
         width, height = self.loader.size(found[0].row)
         nothing = np.full((3, height, width), 255, dtype=np.uint8)
-        return {**about(found, positions, self.loader.shard_set), "pixels": stacked(found, nothing)}
+        return {**about(found, positions, self.loader), "pixels": stacked(found, nothing)}
 
     def _load(self, row: int, visit: int) -> NDArray[np.uint8]:
         try:
@@ -186,6 +187,7 @@ class StreamedBatches:
             positions=decoded["positions"],
             rows=decoded["rows"],
             moments=encode_moments(self.vae, to_device(decoded["pixels"], self.device)),
+            frames=decoded["frames"],
             weight=to_device(decoded["weight"], self.device),
             faults=decoded["faults"],
         )
@@ -220,15 +222,16 @@ class CachedBatches:
         shard_set = self.latents.shard_set
         found = find_batch(self.order, positions, self.latents.load, shard_set.identity)
         nothing = np.zeros(self.latents.shape(found[0].row), dtype=np.float16)
-        return {**about(found, positions, shard_set), "moments": stacked(found, nothing)}
+        return {**about(found, positions, self.latents.loader), "moments": stacked(found, nothing)}
 
 
-def about(found: Sequence[Found[Any]], positions: Sequence[int], shard_set: ShardSet) -> dict[str, Any]:
+def about(found: Sequence[Found[Any]], positions: Sequence[int], loader: ImageLoader) -> dict[str, Any]:
     """What a batch says of its samples, see :class:`Batch`."""
-    weight = [0.0 if one.value is None else shard_set.weight(one.row) for one in found]
+    weight = [0.0 if one.value is None else loader.shard_set.weight(one.row) for one in found]
     return {
         "positions": positions,
         "rows": torch.tensor([one.row for one in found]),
+        "frames": torch.tensor([loader.frame(one.row, one.visit) for one in found]),
         "weight": torch.tensor(weight),
         "faults": [fault for one in found for fault in one.faults],
     }

@@ -101,7 +101,7 @@ class Captions:
         texts = [text for text, _ in chosen]
         conditional = torch.tensor([is_conditional for _, is_conditional in chosen])
         if self.cached is not None:
-            return Conditioning({"embeds": self.cached.embed(texts)}), texts, conditional
+            return self.cached.conditioning(texts), texts, conditional
         seen = texts
         if self.tags.active:
             some = zip(texts, positions, strict=True)

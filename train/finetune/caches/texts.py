@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from afresh.files import digest
+from train.denoising.conditioning import SEQUENCE, Conditioning
 from train.finetune.caches.parts import Part, Write, in_memory, on_disk, weights_digest
 from train.finetune.data.scan import ShardSet, captions_by_shard
 from train.finetune.data.together import together
@@ -37,13 +39,42 @@ def cache_texts(
     if not where:
         return None
 
-    def encode(captions: Sequence[str]) -> torch.Tensor:
-        return model.denoiser.encode(captions).embeds
-
-    vocabulary = [sorted(model.pipe.tokenizer.get_vocab().items()), model.pipe.tokenizer.model_max_length]
-    identity = digest([weights_digest(model.denoiser.text_encoder), vocabulary])
+    packing = Packing(model.denoiser.encode([""]))
+    identity: list[Any] = []
+    for name, encoder in model.denoiser.encoders.items():
+        tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
+        vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
+        identity += [weights_digest(encoder), vocabulary]
     place: Literal["memory", "disk"] = "disk" if where == "disk" else "memory"
-    return CachedTexts(shard_set, encode, identity, place, folder, accelerator, stop)
+
+    def encode(captions: Sequence[str]) -> torch.Tensor:
+        return packing.pack(model.denoiser.encode(captions))
+
+    return CachedTexts(shard_set, encode, digest(identity), place, folder, accelerator, stop, packing.unpack)
+
+
+class Packing:
+    """Conditionings of one kind as one tensor each: a sequence as it is, several parts as one row of numbers.
+
+    Args:
+        like: one of the kind.
+    """
+
+    def __init__(self, like: Conditioning) -> None:
+        self.shapes = {name: tuple(part.shape[1:]) for name, part in like.parts.items()}
+
+    def pack(self, conditioning: Conditioning) -> torch.Tensor:
+        """``[n, tokens, width]`` of prompt embeddings alone, else ``[n, numbers]``."""
+        parts = list(conditioning.parts.values())
+        return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
+
+    def unpack(self, packed: torch.Tensor) -> Conditioning:
+        """The inverse."""
+        if len(self.shapes) == 1:
+            return Conditioning(dict.fromkeys(self.shapes, packed))
+        parts = packed.split([math.prod(shape) for shape in self.shapes.values()], 1)
+        named = zip(self.shapes.items(), parts, strict=True)
+        return Conditioning({name: part.unflatten(1, shape) for (name, shape), part in named})
 
 
 class CachedTexts:
@@ -60,6 +91,7 @@ class CachedTexts:
         folder: of the files on disk.
         accelerator: the processes that share the work.
         stop: what the work is given up by.
+        unpack: what ``encode`` gives → conditioning; by default it is prompt embeddings.
 
     Attributes:
         empty: the embedding ``[1, tokens, width]`` of the empty caption.
@@ -74,8 +106,9 @@ class CachedTexts:
         folder: Path,
         accelerator: Accelerator,
         stop: StopOnSignal | None = None,
+        unpack: Callable[[torch.Tensor], Conditioning] = lambda embeds: Conditioning({SEQUENCE: embeds}),
     ) -> None:
-        self._encode = encode
+        self._encode, self._unpack = encode, unpack
         with torch.no_grad():
             self.empty = encode([""]).float()
         self._numbers: dict[str, tuple[int, int]] = {}  # caption → part, row in it
@@ -110,7 +143,11 @@ class CachedTexts:
                 rows[at] = torch.from_numpy(self.stored[part].row(row)).view(self._shape)
         without = torch.tensor([not text for text in captions])
         rows, without = (to_device(x, self.empty.device) for x in (rows, without))
-        return torch.where(without[:, None, None], self.empty, rows)
+        return torch.where(without.view(-1, *[1] * len(self._shape)), self.empty, rows)
+
+    def conditioning(self, captions: Sequence[str]) -> Conditioning:
+        """:meth:`embed` as the denoiser takes it."""
+        return self._unpack(self.embed(captions))
 
     @torch.no_grad()
     def _encode_part(self, part: int, rows: Sequence[int], write: Write) -> None:

@@ -196,15 +196,42 @@ class ImageLoader:
             raise SampleError(str(error)) from error
         if not self.varies:
             return bring_to(image, size, crop_box(image.size, size, self.crop))
-        # By the sample's identity and not its row, which is another when shards are added: caches are shared.
-        name = self.shard_set.identity(row)
-        at = torch.rand(2, generator=generator(self.seed, "crop", *name, visit)).tolist()
-        pixels = bring_to(image, size, crop_box(image.size, size, self.crop, at))
+        pixels = bring_to(image, size, crop_box(image.size, size, self.crop, self._place(row, visit)))
         if not self.how.active:
             return pixels
-        uniform = draw([generator(self.seed, "augment", *name, visit)])
+        uniform = self._changes(row, visit)
         changed = augment(torch.from_numpy(pixels)[None].float() / 255, uniform, self.how)[0]
         return (changed * 255).round().to(torch.uint8).numpy()
+
+
+    def frame(self, row: int, visit: int) -> tuple[int, int, int, int, int, int]:
+        """What part of its original an image is at a visit, in pixels: height and width of the original; top and left
+        of the crop, in the original brought to the scale of the crop; height and width of the crop.
+
+        A flip counts as one of the original. An image that is squashed is cropped nowhere.
+        """
+        shard, place = self.shard_set.locate(row)
+        original = int(self.shard_set.column(shard, "width")[place]), int(self.shard_set.column(shard, "height")[place])
+        width, height = size = self.size(row)
+        if self.how.variants:
+            visit %= self.how.variants
+        left, top, right, bottom = crop_box(original, size, self.crop, self._place(row, visit))
+        if self.how.flip and float(self._changes(row, visit)[0, 1]) < self.how.flip:
+            left, right = original[0] - right, original[0] - left
+        at = round(top * height / (bottom - top)), round(left * width / (right - left))
+        return original[1], original[0], *at, height, width
+
+    # By the sample's identity and not its row, which is another when shards are added: caches are shared.
+
+    def _place(self, row: int, visit: int) -> list[float]:
+        """Where a random crop lies, see :func:`crop_box`."""
+        if self.crop != "random":
+            return [0.5, 0.5]
+        return torch.rand(2, generator=generator(self.seed, "crop", *self.shard_set.identity(row), visit)).tolist()
+
+    def _changes(self, row: int, visit: int) -> torch.Tensor:
+        """``[1, 9]``, see :func:`augment`."""
+        return draw([generator(self.seed, "augment", *self.shard_set.identity(row), visit)])
 
 
 @dataclass

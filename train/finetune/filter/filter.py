@@ -28,7 +28,7 @@ from train.finetune.filter.evidence import Evidence
 from train.finetune.filter.policies import caption_key, filter_weights, is_judged
 from train.finetune.filter.share import DroppedShare, what_to_change
 from train.finetune.filter.table import VerdictTable
-from train.memorization.thresholds import BANDS, Thresholds, timestep_band
+from train.memorization.thresholds import BANDS, Thresholds, compared_space, timestep_band
 
 if TYPE_CHECKING:
     from train.denoising.schedules import NoiseSchedule
@@ -47,7 +47,8 @@ class MemorizationFilter:
     Args:
         policy: the settings, with a calibration's lengths in numbers (``settings.with_lengths``).
         schedule: brings the model's output to ε-space.
-        predict_unconditional: ``(x_t, t) →`` the model's output under the empty caption, without gradients.
+        predict_unconditional: ``(x_t, t, frames) →`` the model's output under the empty caption, without gradients;
+            ``frames`` where :meth:`weigh` has them.
         samples: how many samples the shard set has.
         seed: of the run.
         thresholds: what is memorized; None if it is to be calibrated.
@@ -60,7 +61,7 @@ class MemorizationFilter:
         self,
         policy: FilterConfig,
         schedule: NoiseSchedule,
-        predict_unconditional: Callable[[Tensor, Tensor], Tensor],
+        predict_unconditional: Callable[..., Tensor],
         samples: int,
         seed: int,
         thresholds: Thresholds | None = None,
@@ -100,6 +101,7 @@ class MemorizationFilter:
         captioned: Tensor,
         counted: Tensor,
         step: int,
+        frames: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Judge one batch.
 
@@ -112,6 +114,8 @@ class MemorizationFilter:
             captioned: ``[n]`` bool, False where the caption was dropped for guidance training, on the CPU.
             counted: ``[n]`` bool, False where the sample counts nothing anyway, its image being unreadable.
             step: optimizer step.
+            frames: ``[n, 6]`` sizes and crops of the images, for models that are told them
+                (``train.finetune.data.images.ImageLoader.frame``).
 
         Returns:
             weights ``[n]`` float32, 0 where left out and 1 elsewhere; magnitudes ``[n]`` float32, NaN where not judged.
@@ -137,15 +141,16 @@ class MemorizationFilter:
             if len(asked):
                 index = to_device(asked, device)
                 x, times = x_t[index], to_device(t[asked], device)
-                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times), x, times).eps
+                framed = () if frames is None else (frames[asked],)
+                eps_uncond = self.schedule.prediction(self.predict_unconditional(x, times, *framed), x, times).compared
                 if len(chosen):
-                    eps_cond = self.schedule.prediction(output[index], x, times).eps
+                    eps_cond = self.schedule.prediction(output[index], x, times).compared
                     limits = to_device(self._limits(keys[chosen], bands[chosen], step), device)
                     kept[index], magnitudes[index] = filter_weights(eps_cond, eps_uncond, limits, self.policy.form)
                     magnitudes = torch.where(counted, magnitudes, torch.nan)
             kept = torch.where(counted, kept, 1.0)  # what counts nothing anyway is not the filter's doing
         left_out = (kept == 0).int()
-        known = to_device(torch.stack([rows, t, keys], dim=1).int(), device)
+        known = to_device(torch.stack([rows, t.long(), keys], dim=1).int(), device)
         seen = torch.stack([magnitudes.view(torch.int32), left_out], dim=1)
         self._records.append(torch.cat([known, seen], dim=1))
         return kept, magnitudes
@@ -299,7 +304,8 @@ class MemorizationFilter:
         summary: dict[str, Any] = {"samples_seen": seen, **totals}
         if self.policy.policy != "off":
             summary["dropped_share"] = round(totals["dropped"] / max(seen, 1), 3)
-            found: dict[str, Any] = {"form": self.policy.form, "by_band": self.by_band()}
+            space = compared_space(self.schedule.space)
+            found: dict[str, Any] = {"form": self.policy.form, "space": space, "by_band": self.by_band()}
             if self.quantiles is not None:
                 how = self.policy.calibrate
                 found |= {"quantile": how.quantile, "magnitudes": self.quantiles.sizes(), "window": how.window}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
 from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.filter.calibration import ENOUGH, unique_samples
@@ -29,7 +30,7 @@ LEAST_STEPS = 50
 def make_filter(
     config: FinetuneConfig,
     schedule: NoiseSchedule,
-    predict_unconditional: Callable[[Tensor, Tensor], Tensor],
+    predict_unconditional: Callable[..., Tensor],
     shard_set: ShardSet,
     samples: int,
     together: bool,
@@ -48,6 +49,8 @@ def make_filter(
     unique = 1.0 if reference is None else float(reference.float().mean())
     policy = with_lengths(config.filter.settled(), samples * (1 - config.caption_dropout) * unique)
     thresholds = chosen_thresholds(policy, config.model)
+    if thresholds is not None and (why := thresholds.unlike(thresholds.against, None, schedule.space)):
+        raise UsageError(f"filter.threshold {policy.threshold}: {why}: calibrate them on this model")
     before = policy.warmup_steps + (policy.calibrate.steps if thresholds is None else 0)
     if policy.policy != "off" and before >= config.steps and is_main_process():
         log.warning(

@@ -15,7 +15,7 @@ import numpy as np
 
 from afresh.errors import UsageError, UserError
 from curate.decisions.sample_lists import write_ids
-from train.finetune.config import VerdictsConfig
+from train.finetune.filter.config import VerdictsConfig
 
 
 def run_verdicts(config: VerdictsConfig) -> dict[str, Any]:

@@ -7,7 +7,8 @@ changes no other draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from afresh.errors import UsageError
 from train.denoising.opening.checkpoints import check_scheduler
+from train.denoising.schedules import FlowSchedule, NoiseSchedule, is_flow
 from train.finetune.config import FinetuneConfig, Timesteps
 from train.finetune.data.order import generator
 
@@ -29,7 +31,7 @@ class Draws(NamedTuple):
     input_noise: Tensor
     """``[n, c, h, w]``: what is added to the latents; ``noise`` itself unless it is perturbed."""
     t: Tensor
-    """``[n]`` int64 timesteps."""
+    """``[n]`` timesteps: int64, of flow matching float32."""
     uniform: Tensor
     """``[n, 2]`` in [0, 1): for the choice of the caption and its dropout."""
 
@@ -42,20 +44,20 @@ def draw_randomness(
     *,
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
-    how: Timesteps | None = None,
+    timestep: Callable[[torch.Generator], Tensor] | None = None,
 ) -> Draws:
     """The random numbers of the samples at some positions.
 
     Args:
         positions: of the samples.
         shape: of one latent, ``(c, h, w)``.
-        timesteps: ``t`` is uniform in [0, ``timesteps``).
+        timesteps: ``t`` is uniform in [0, ``timesteps``), unless ``timestep`` draws it.
         seed: of the run.
         noise_offset: ``ε`` gets this times one normal number for each channel (Guttenberg, "Diffusion with Offset
             Noise", 2023), so that a model learns to change the mean.
         input_perturbation: ``γ``; the latents get ``ε + γ ξ`` with ``ξ`` normal, while the target keeps the clean
             ``ε`` (Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models", ICML 2023, algorithm 1).
-        how: the timesteps are drawn; None draws them uniformly.
+        timestep: draws one timestep, where they are not uniform (:func:`timesteps_of`).
     """
     posterior, noise, times, uniform = [], [], [], []
     for position in positions:
@@ -64,8 +66,8 @@ def draw_randomness(
         noise.append(torch.randn(shape, generator=g))
         times.append(torch.randint(timesteps, (), generator=g))
         uniform.append(torch.rand(2, generator=g))
-    if how is not None and how != Timesteps():
-        times = [draw_timestep(how, timesteps, generator(seed, "timesteps", position)) for position in positions]
+    if timestep is not None:
+        times = [timestep(generator(seed, "timesteps", position)) for position in positions]
     eps = torch.stack(noise)
     if noise_offset:
         means = [torch.randn(shape[0], 1, 1, generator=generator(seed, "noise offset", p)) for p in positions]
@@ -77,8 +79,32 @@ def draw_randomness(
     return Draws(torch.stack(posterior), eps, input_noise, torch.stack(times), torch.stack(uniform))
 
 
+def timesteps_of(schedule: NoiseSchedule, config: FinetuneConfig) -> Callable[[torch.Generator], Tensor] | None:
+    """How a sample's timestep is drawn; None for uniformly, of a model that is defined by betas.
+
+    Of flow matching it is one of the schedule's (shifted) noise levels, at a place ``u`` of their list: a logit-normal
+    one, ``u = sigmoid(m + s z)``, or by the mode ``u = 1 − v − c (cos²(π v / 2) − 1 + v)``, or uniform (Esser et al.,
+    ICML 2024, §3.1), as diffusers' scripts draw it.
+    """
+    if not isinstance(schedule, FlowSchedule):
+        how = config.timesteps
+        return None if how == Timesteps() else partial(draw_timestep, how, schedule.timesteps)
+    flow, sigmas = config.flow, schedule.sigmas.cpu()
+
+    def draw(g: torch.Generator) -> Tensor:
+        if flow.density == "logit_normal":
+            u = torch.sigmoid(flow.logit_mean + flow.logit_std * torch.randn((), generator=g))
+        else:
+            u = torch.rand((), generator=g)
+            if flow.density == "mode":
+                u = 1 - u - flow.mode_scale * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+        return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)] * schedule.timesteps
+
+    return draw
+
+
 def draw_timestep(how: Timesteps, timesteps: int, g: torch.Generator) -> Tensor:
-    """One timestep, a scalar int64.
+    """One timestep of a model that is defined by betas, a scalar int64.
 
     Args:
         how: its distribution; what lies outside its range is brought into it in proportion.
@@ -116,6 +142,16 @@ def sampling_scheduler(scheduler: Any, config: FinetuneConfig) -> Any:
 
     kind: Any = type(scheduler)
     changes: dict[str, Any] = {}
+    if is_flow(scheduler):
+        for name, wrong in (
+            ("prediction_type", config.prediction_type != "model"),
+            ("zero_terminal_snr", config.zero_terminal_snr),
+            ("snr_gamma", config.snr_gamma > 0),
+            ("timesteps", config.timesteps != Timesteps()),
+        ):
+            if wrong:
+                raise UsageError(f"{name} is for models with a schedule of betas; this one is of flow matching (flow)")
+        return kind.from_config(scheduler.config, shift=config.flow.shift) if config.flow.shift else scheduler
     if config.prediction_type != "model":
         changes["prediction_type"] = config.prediction_type
     predicts = changes.get("prediction_type", scheduler.config.prediction_type)

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.denoising.schedules import NoiseSchedule
+from train.finetune.config import FinetuneConfig
+
 
 def sample_errors(output: Tensor, target: Tensor, huber_c: float = 0.0) -> Tensor:
     """The error of each sample, ``[n]``.
@@ -57,6 +60,24 @@ def min_snr_weights(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     if prediction_type == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1)
     return (gamma / snr).clamp(max=1.0)  # min(SNR, γ)/SNR without 0/0
+
+
+def loss_weights(schedule: NoiseSchedule, t: Tensor, config: FinetuneConfig) -> Tensor:
+    """What the errors at timesteps ``[n]`` count: ``[n]`` float32, by Min-SNR-γ, or of flow matching by
+    ``config.flow``.
+
+    ``sigma_sqrt`` is ``σ⁻²``, ``cosmap`` ``2 / (π (1 − 2σ + 2σ²))`` (Esser et al., ICML 2024, §3.1). An error of the
+    ``sample`` is ``σ²`` times that of the velocity.
+    """
+    if schedule.space != "velocity":
+        return min_snr_weights(schedule.snr(t), schedule.space, config.snr_gamma)
+    sigma, flow = t.float() / schedule.timesteps, config.flow
+    weights = torch.ones_like(sigma)
+    if flow.weighting == "sigma_sqrt":
+        weights = sigma**-2.0
+    elif flow.weighting == "cosmap":
+        weights = 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return weights * sigma**2 if flow.error_of == "sample" else weights
 
 
 def weighted_loss(losses: Tensor, weights: Tensor, nominal_batch: int) -> Tensor:

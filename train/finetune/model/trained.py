@@ -1,4 +1,4 @@
-"""What is trained: Stable Diffusion's parts, which of their weights change, and how the result is saved."""
+"""What is trained: a model's parts, which of their weights change, and how the result is saved."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from afresh.errors import UsageError
 from afresh.files import full_disk_named
 from train.denoising.conditioning import Conditioning
-from train.denoising.families.stable_diffusion import StableDiffusionDenoiser, pixel_size
-from train.denoising.opening.adapters import add_lora, save_lora
+from train.denoising.families.registry import denoiser_of, pipeline_family
+from train.denoising.kinds import STABLE_DIFFUSION
+from train.denoising.network import network_of
+from train.denoising.opening.adapters import add_lora, parts_of, save_lora, text_encoders
 from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.denoising.opening.original import save_single_file
 from train.denoising.opening.saving import save_pipeline
@@ -33,7 +35,7 @@ class Model:
 
     Attributes:
         pipe: the pipeline that the parts belong to.
-        denoiser: network and text encoder as one module; the optimizer and the data-parallel wrapper go around it.
+        denoiser: network and text encoders as one module; the optimizer and the data-parallel wrapper go around it.
         size: side of the training images in pixels.
         device: that it trains on.
     """
@@ -41,14 +43,14 @@ class Model:
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
-        denoiser: StableDiffusionDenoiser,
+        denoiser: Any,
         device: torch.device,
         fused: Callable[[str], StableDiffusionPipeline] | None = None,
     ) -> None:
         self.pipe, self.denoiser = pipe, denoiser
         self._fused = fused
         self._trained_names = {name for name, p in denoiser.named_parameters() if p.requires_grad}
-        self.size = pixel_size(pipe)
+        self.size = denoiser.side
         self.device = device
         self._empty: Conditioning | None = None
 
@@ -58,16 +60,18 @@ class Model:
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def predict_unconditional(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model's output under the empty caption: like ``x_t``, float32.
+    def predict_unconditional(self, x_t: Tensor, t: Tensor, frames: Tensor | None = None) -> Tensor:
+        """The model's output under the empty caption: like ``x_t``, float32; of images with these ``frames [n, 6]``.
 
         Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
         """
         if self._empty is None:  # encoded once, unless the text encoder changes
             tokens = self.denoiser.tokens([""]).to(self.device)
-            trained = any(p.requires_grad for p in self.denoiser.text_encoder.parameters())
+            encoders = self.denoiser.encoders.values()
+            trained = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
             self._empty = tokens if trained else self.denoiser.encoded(tokens)
-        return self.denoiser(x_t, t, self._empty).float()
+        empty = self._empty if frames is None else self.denoiser.framed(self._empty, frames)
+        return self.denoiser(x_t, t, empty).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that change, by name."""
@@ -96,7 +100,9 @@ class Model:
 
     def _save(self, folder: Path, half: bool, single_file: bool) -> None:
         pipe = self.pipe
-        pipe.unet, pipe.text_encoder = self.denoiser.unet.eval(), self.denoiser.text_encoder.eval()
+        self.denoiser.eval()
+        for name in parts_of(pipe):
+            setattr(pipe, name, getattr(self.denoiser, name))
         if self._fused is not None:
             adapters = folder.with_name("lora")
             save_lora(pipe, adapters)
@@ -118,7 +124,7 @@ def without_layers(pipe: StableDiffusionPipeline, n: int) -> StableDiffusionPipe
     Raises:
         UsageError: it has no more layers than that.
     """
-    if not n:
+    if not n or pipeline_family(pipe) is not STABLE_DIFFUSION:  # which is refused
         return pipe
     # Some releases of transformers have the layers a level deeper.
     encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder
@@ -127,6 +133,22 @@ def without_layers(pipe: StableDiffusionPipeline, n: int) -> StableDiffusionPipe
     encoder.layers = encoder.layers[:-n]
     pipe.text_encoder.config.num_hidden_layers -= n
     return pipe
+
+
+def check_options(pipe: Any, config: FinetuneConfig) -> None:
+    """Refuse options that a model's family does not have.
+
+    Raises:
+        UsageError: one of them is set; says why.
+    """
+    if (family := pipeline_family(pipe)) is STABLE_DIFFUSION:
+        return
+    for name, why in (
+        ("save_single_file", "that layout is written of Stable Diffusion 1.x and 2.x alone"),
+        ("clip_skip", "its text encoders are not read at their last layers"),
+    ):
+        if getattr(config, name):
+            raise UsageError(f"{name}: not for {family.name}: {why}; leave it out")
 
 
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:
@@ -151,16 +173,20 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
 
     pipe = load()
     check_trainable(pipe, config.model)
+    check_options(pipe, config)
     pipe.vae.to(device).requires_grad_(False)
     if config.lora.rank:
         # What is frozen needs no more than the precision that it is computed in.
         base = HALF.get(config.mixed_precision, torch.float32)
         add_lora(pipe, config.lora, text_encoder=config.train_text_encoder, base=base, seed=config.seed)
     else:
-        pipe.unet.requires_grad_(True)
-        pipe.text_encoder.requires_grad_(config.train_text_encoder)
+        network_of(pipe).requires_grad_(True)
+        for encoder in text_encoders(pipe).values():
+            encoder.requires_grad_(config.train_text_encoder)
     if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        network_of(pipe).enable_gradient_checkpointing()
+    denoiser: Any = denoiser_of(pipe)
+    denoiser.leave_unused_alone()
     fused = (lambda adapters: load(lora=adapters)) if config.lora.rank else None
-    return Model(pipe, StableDiffusionDenoiser(pipe).train(), device, fused)
+    return Model(pipe, denoiser.train(), device, fused)
 

@@ -47,10 +47,10 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 
 def parameter_groups(model: Model, config: FinetuneConfig) -> list[Any]:
-    """What is trained, for :func:`make_optimizer`: one list, or groups where the text encoder has a rate of its own."""
+    """What is trained, for :func:`make_optimizer`: one list, or groups where text encoders have a rate of their own."""
     if config.text_encoder_learning_rate is None:
         return list(model.trained)
-    text = {id(parameter) for parameter in model.denoiser.text_encoder.parameters()}
+    text = {id(parameter) for encoder in model.denoiser.encoders.values() for parameter in encoder.parameters()}
     parts = [[p for p in model.trained if (id(p) in text) == inside] for inside in (False, True)]
     relative = config.text_encoder_learning_rate / peak_learning_rate(config)
     return [{"params": parts[0]}, {"params": parts[1], "relative": relative}]

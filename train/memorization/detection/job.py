@@ -15,6 +15,7 @@ from afresh.errors import UsageError, UserError
 from afresh.files import digest, read_json, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.opening.loading import chosen_device, open_pipeline
+from train.denoising.schedules import NoiseSchedule
 from train.memorization.checks import check_detect, is_curation
 from train.memorization.config import DetectConfig
 from train.memorization.detection.charts import draw_chart, draw_trajectories
@@ -23,7 +24,7 @@ from train.memorization.detection.page import write_scores_page
 from train.memorization.detection.separation import labels_of, read_outcomes, summarise
 from train.memorization.scoring import Scores, Scoring
 from train.memorization.signals.registry import find_signals, identities
-from train.memorization.thresholds import FILE, calibrate
+from train.memorization.thresholds import FILE, calibrate, compared_space
 from train.prompts import Prompt, read_prompts
 
 SCORING = (
@@ -89,8 +90,8 @@ def run_detect(config: DetectConfig) -> dict[str, Any]:
 
     calibrated: dict[str, Any] = {}
     if config.calibrate:
-        timesteps, elements = pipe.scheduler.config.num_train_timesteps, math.prod(scoring.denoiser.shape)
-        calibrated = write_thresholds(config, prompts, scores, timesteps, elements)
+        denoiser = scoring.denoiser
+        calibrated = write_thresholds(config, prompts, scores, denoiser.schedule, math.prod(denoiser.shape))
     known = {"magnitude": calibrated["threshold"]} if calibrated else score_threshold(config)
     summary = summarise(prompts, scores, outcomes, bootstrap=config.bootstrap, known=known)
     summary |= {
@@ -179,14 +180,14 @@ def clean_prompts(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def write_thresholds(
-    config: DetectConfig, prompts: Sequence[Prompt], scores: Scores, train_timesteps: int, elements: int
+    config: DetectConfig, prompts: Sequence[Prompt], scores: Scores, schedule: NoiseSchedule, elements: int
 ) -> dict[str, Any]:
     """Find the thresholds of ``config.calibrate``, write them with the model, and return them and their file."""
     clean = clean_prompts(prompts)
     found: dict[str, Any] = {"form": config.form, "false_positive_rate": config.calibrate, "prompts": len(clean)}
-    found |= calibrate(scores.magnitudes[clean], scores.timesteps, config.calibrate, train_timesteps)
+    found |= calibrate(scores.magnitudes[clean], scores.timesteps, config.calibrate, schedule.timesteps)
     found |= {name: getattr(config, name) for name in ("steps", "num_inference_steps", "seeds", "scale")}
-    found |= {"against": config.negative_prompt, "elements": elements}
+    found |= {"against": config.negative_prompt, "elements": elements, "space": compared_space(schedule.space)}
     folder = Path(config.model)
     path = folder / FILE if folder.is_dir() else Path(config.out).with_suffix(f".{FILE}")
     write_json(path, found)

@@ -133,13 +133,28 @@ class Explanation:
         }
 
 
-def read_tokens(pipe: StableDiffusionPipeline, prompt: str) -> tuple[Token, ...]:
-    """The text encoder's input for a prompt, token by token, as the family tokenizes it."""
-    tokenizer = pipe.tokenizer
+def read_tokens(
+    pipe: StableDiffusionPipeline, prompt: str, sequence: Sequence[tuple[str, int]] | None = None
+) -> tuple[Token, ...]:
+    """The text encoders' input for a prompt, token by token.
+
+    Args:
+        pipe: with the tokenizers.
+        prompt: any text.
+        sequence: the tokenizers of the family's sequence by name, and how many tokens each has; None for the one.
+    """
+    sequence = sequence or [("tokenizer", pipe.tokenizer.model_max_length)]
+    read = [_read(getattr(pipe, name), length, prompt) for name, length in sequence]
+    return tuple(token for tokens in read for token in tokens)
+
+
+def _read(tokenizer: Any, length: int, prompt: str) -> list[Token]:
+    if tokenizer is None:  # an encoder that the model does without: its places are empty
+        return [Token("", "padding", 0, 0)] * length
     encoded = tokenizer(
         prompt,
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length,
         truncation=True,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
@@ -158,5 +173,5 @@ def read_tokens(pipe: StableDiffusionPipeline, prompt: str) -> tuple[Token, ...]
             kind, ended = "end", True
         text = prompt[start:end] if kind == "word" else tokenizer.convert_ids_to_tokens(number)
         tokens.append(Token(text, kind, start, end))
-    return tuple(tokens)
+    return tokens
 

@@ -68,11 +68,11 @@ def gradients_along(
         with torch.no_grad():
             uncond = denoiser.predict(x_t, t, empty)
         prompted = denoiser.predict(x_t, t, cond.with_embeds(embeds.to(cond.embeds.dtype)))
-        m = magnitude(prompted.eps, uncond.eps, form=form)
+        m = magnitude(prompted.compared, uncond.compared, form=form)
         yield m.detach(), token_significance(m * denoiser.gain, embeds) / denoiser.gain
         if step + 1 < len(timesteps):
             with torch.no_grad():
-                guided = prompted.guided_from(uncond, guidance_scale)
+                guided = denoiser.guided(prompted, uncond, guidance_scale)
                 x_t = denoiser.schedule.step(guided, timesteps[step + 1]).to(denoiser.dtype)
 
 
@@ -147,7 +147,7 @@ def explain(
     for row, prompt in enumerate(prompts):
         if not (np.isfinite(magnitudes[row]).all() and np.isfinite(significance[row]).all()):
             raise UserError(f"prompt {prompt!r}: its magnitudes or gradients are not finite; try dtype float32")
-        tokens = read_tokens(pipe, prompt)
+        tokens = read_tokens(pipe, prompt, denoiser.sequence)
         at = np.array(timesteps, np.int64)
         explanations.append(Explanation(prompt, tokens, significance[row], magnitudes[row], table[row].copy(), at))
     return explanations

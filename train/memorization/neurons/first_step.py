@@ -79,7 +79,7 @@ class FirstStep:
             if factors is not None:
                 for number, name in enumerate(self.layers):
                     gate[name] = factors[:, None, self.splits[number] : self.splits[number + 1]]
-            return self.denoiser.predict(x, t, cond).eps
+            return self.denoiser.predict(x, t, cond).compared
 
     def difference(self, rows: Sequence[int], factors: Tensor | None = None) -> Tensor:
         """``δ = ε(x_T, e_p) − x_T``, each channel brought to [0, 1]."""

@@ -23,8 +23,8 @@ def magnitude(eps_cond: Tensor, eps_uncond: Tensor, *, form: Form = "l2") -> Ten
     """``m = ‖ε(x_t, e_p) − ε(x_t, e_∅)‖₂`` of each image, over all dimensions but the first.
 
     Args:
-        eps_cond: ``[n, ...]`` noise prediction under the prompt, in ε-space (see
-            :func:`~train.denoising.predictions.to_eps`), any float dtype.
+        eps_cond: ``[n, ...]`` prediction under the prompt, any float dtype: in ε-space (see
+            :func:`~train.denoising.predictions.to_eps`), of flow-matching models the velocity.
         eps_uncond: the same shape, under the empty prompt.
         form: ``"l2"``, the papers' scale, or ``"rms"`` = ``l2 / sqrt(elements per image)``, which does not
             depend on the size of the latents.

@@ -15,7 +15,9 @@ LooksAt = Literal["every step", "first step", "no step"]
 
 @dataclass(frozen=True)
 class Seen:
-    """One evaluation of the denoiser for some images, in ε-space and float32."""
+    """One evaluation of the denoiser for some images, in float32: in ε-space, of flow-matching models as velocities
+    (:attr:`~train.denoising.predictions.Prediction.compared`), which then stand where ``ε`` is written.
+    """
 
     x_t: Tensor
     """``[n, c, h, w]``; the initial noise at the first step and at a noise level of a signal's own."""

@@ -19,7 +19,7 @@ from train.sampling.guidance import Guidance
 from train.sampling.job import shares
 from train.sampling.job.records import Task, batches
 from train.sampling.pipelines.session import NEAREST, Opened
-from train.sampling.pipelines.stable_diffusion import GuidedOutput, GuidedStableDiffusion
+from train.sampling.pipelines.stable_diffusion import GuidedOutput
 from train.sampling.terms import registry
 from train.sampling.terms.rejection import Accepted, NeverAbove, Rejection, unjudged
 
@@ -70,7 +70,7 @@ def draw_images(
 
 
 def _draw_batch(
-    pipe: GuidedStableDiffusion,
+    pipe: Any,
     config: SampleConfig,
     batch: Sequence[Task],
     guidance: Sequence[Guidance],
@@ -96,7 +96,7 @@ def _draw_batch(
 
 
 def _pipe(
-    pipe: GuidedStableDiffusion,
+    pipe: Any,
     config: SampleConfig,
     prompts: list[str],
     seeds: list[int],
@@ -107,18 +107,18 @@ def _pipe(
         bar.set_postfix_str(f"{len(prompts)} more at step {i + 1} of {len(pipe.scheduler.timesteps)}")
         return {}
 
+    # The model's own unconditional half where there is no negative prompt: not every family's is the empty prompt.
+    negative = [config.negative_prompt] * len(prompts) if config.negative_prompt else None
     output = pipe(
         prompts,
-        negative_prompt=[config.negative_prompt] * len(prompts),
+        **pipe.asked(config.scale, negative),
         num_inference_steps=config.steps,
-        guidance_scale=config.scale,
         height=config.height or None,
         width=config.width or None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         guidance=guidance,
         callback_on_step_end=told,
     )
-    assert isinstance(output, GuidedOutput)
     return output
 
 

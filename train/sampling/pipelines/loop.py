@@ -14,7 +14,7 @@ from afresh.progress import get_logger
 from train.denoising.coefficients import Coefficients
 from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import output_per_eps, to_eps
-from train.denoising.schedules import NoiseSchedule, coefficients_at, refines_a_step
+from train.denoising.schedules import coefficients_at, is_flow, refines_a_step, schedule_of
 from train.sampling.guidance import MIN_ALPHA_BAR, Guidance, Part, Run, Start, State, guide
 from train.sampling.trace import Trace
 
@@ -81,11 +81,13 @@ class GuidedLoop:
         terms = [term for term in self.terms if hasattr(term, "prepare")]
         if not terms:
             return latents, cond
-        scale = float(self.scheduler.scale_model_input(torch.ones(1), t))
+        scale = 1.0
+        if hasattr(self.scheduler, "scale_model_input"):
+            scale = float(self.scheduler.scale_model_input(torch.ones(1), t))
         at = coefficients_at(self.scheduler, t)
         assert at is not None  # the constructor saw to it
         noise = latents.float() * scale
-        schedule = NoiseSchedule(self.scheduler)
+        schedule = schedule_of(self.scheduler)
         start = Start(
             run=self.run,
             t=float(t),
@@ -147,13 +149,12 @@ class GuidedLoop:
         at = coefficients_at(self.scheduler, t)
         refines = refines_a_step(self.scheduler) or (float(t), at) == self._last
         self._refined, self._last = self._refined + refines, self._last if refines else (float(t), at)
-        if at is None or at.alpha_bar < MIN_ALPHA_BAR:
+        if at is None or (at.alpha_bar < MIN_ALPHA_BAR and not self._flow):
             return self._watched(t, output, output)
-        prediction_type = self.scheduler.config.prediction_type
         dtype, channels, x_t = x_t.dtype, x_t.shape[1], x_t.float()
 
         def eps(output: Tensor) -> Tensor:
-            return to_eps(output[:, :channels].float(), x_t, at, prediction_type)
+            return self._compared(output[:, :channels].float(), x_t, at)
 
         state = State(
             run=self.run,
@@ -170,12 +171,14 @@ class GuidedLoop:
             denoise=self._in_eps(t, dtype, at, cond),
             refines=refines,
             refined=self._refined,
+            space="velocity" if self._flow else "epsilon",
         )
         eps_hat, parts, columns = guide(self.steps, state)
         if self._columns:  # of the preparation: beside the first step's own
             columns, self._columns = {**self._columns, **columns}, {}
         self.trace.add(state, eps_hat, parts, columns, tensors=self._tensors)
-        guided = _add(output, parts, output_per_eps(prediction_type, at), channels)
+        factor = 1.0 if self._flow else output_per_eps(self.scheduler.config.prediction_type, at)
+        guided = _add(output, parts, factor, channels)
         return self._watched(t, output, guided)
 
     def warn_of_broken(self, prompts: Sequence[str] | None = None) -> None:
@@ -207,17 +210,23 @@ class GuidedLoop:
     def _in_eps(
         self, t: Tensor, dtype: torch.dtype, at: Coefficients, own: Conditioning | None
     ) -> Callable[[Tensor, Conditioning | None, Tensor], Tensor]:
-        prediction_type = self.scheduler.config.prediction_type
-
         def denoise(x_t: Tensor, conditioning: Conditioning | None, rows: Tensor) -> Tensor:
-            if at.alpha_bar < MIN_ALPHA_BAR:
+            if at.alpha_bar < MIN_ALPHA_BAR and not self._flow:
                 raise ValueError("the first step of a schedule of zero terminal SNR says nothing of ε: skip it")
             if conditioning is not None and own is not None:
                 conditioning = conditioning.beside(own[rows])
             output = self.denoiser(x_t.to(dtype), t, conditioning)[:, : x_t.shape[1]]
-            return to_eps(output.float(), x_t, at, prediction_type)
+            return self._compared(output.float(), x_t, at)
 
         return denoise
+
+    @property
+    def _flow(self) -> bool:
+        return is_flow(self.scheduler)
+
+    def _compared(self, output: Tensor, x_t: Tensor, at: Coefficients) -> Tensor:
+        """A model's output as terms see it: ``ε̂``, of flow-matching models the velocity that it is."""
+        return output if self._flow else to_eps(output, x_t, at, self.scheduler.config.prediction_type)
 
 
 def _finite(output: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from afresh.errors import UsageError
 from afresh.progress import get_logger, is_main_process
-from train.denoising.families.registry import denoiser_of
+from train.denoising.families.registry import denoiser_of, pipeline_family
 from train.denoising.opening.checkpoints import check_scheduler
 from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.prompts import Prompt
 from train.sampling.config import SampleConfig
-from train.sampling.pipelines.stable_diffusion import GuidedStableDiffusion
+from train.sampling.pipelines.registry import guided
 from train.sampling.similarity import check_not_empty
 
 if TYPE_CHECKING:
@@ -34,14 +34,16 @@ class Opened:
         self.config, self.prompts = config, prompts
 
     @cached_property
-    def pipe(self) -> GuidedStableDiffusion:
+    def pipe(self) -> Any:
         """The guided pipeline; says which prompts are too long for it."""
         pipe = open_pipeline(self.config)
-        guided = GuidedStableDiffusion.from_pipe(pipe, **_scheduler(self.config, pipe))
-        check_scheduler(guided.scheduler, self.config.scheduler or self.config.model, self.config.steps)
-        guided.set_progress_bar_config(disable=True)
-        _say_what_is_cut(guided.tokenizer, self.prompts)
-        return guided
+        drawing = guided(pipe, **_scheduler(self.config, pipe))
+        flow = pipeline_family(pipe).flow
+        name = self.config.scheduler or self.config.model
+        check_scheduler(drawing.scheduler, name, self.config.steps, flow=flow)
+        drawing.set_progress_bar_config(disable=True)
+        _say_what_is_cut(drawing.tokenizer, self.prompts)
+        return drawing
 
     @cached_property
     def index(self) -> tuple[TrainingIndex, Embedder] | tuple[None, None]:
@@ -57,7 +59,10 @@ class Opened:
     def thresholds(self) -> Thresholds | None:
         """The model's calibrated ones; None, and a warning, where magnitudes here are not to be compared with them."""
         found = model_thresholds(self.config.model)
-        if found is None or not (why := found.unlike(self.config.negative_prompt, self.elements)):
+        if found is None:
+            return None
+        space = denoiser_of(self.pipe).schedule.space
+        if not (why := found.unlike(self.config.negative_prompt, self.elements, space)):
             return found
         if is_main_process():
             log.warning(f"{Path(self.config.model) / FILE}: {why}; no image is called memorized by its magnitude")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from afresh.errors import UsageError
 from train.denoising.conditioning import Conditioning
-from train.denoising.predictions import x0_from_eps
+from train.denoising.predictions import to_x0
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Correction, Part, Run, State, StepFunction
 from train.sampling.similarity import Nearest, ObjectLevel, PixelIndex, Similarity
@@ -225,7 +225,7 @@ class AMG:
             if self.config.through_unet:  # the same value, with its dependence on x_t
                 again = self._text_guided(state, image, x_t)
                 eps_hat = eps_hat + again - again.detach()
-            pixels = self._decode(state, x0_from_eps(x_t, eps_hat, state.at))
+            pixels = self._decode(state, to_x0(eps_hat, x_t, state.at, state.space))
             sigma, nearest = self.similarity.against(pixels)
             views = [sigma]
             for edited in random_edits(pixels, self.config.edits, generator):

@@ -39,7 +39,9 @@ class OneNumber:
     """A filter over predictions whose magnitude is given: ``ε(x, e_p)`` has it in one element, ``ε(x, ∅)`` is zero."""
 
     def __init__(self, policy: FilterConfig, samples: int = 8, thresholds: Thresholds | None = None, **options) -> None:
-        schedule = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(eps=output))
+        schedule = SimpleNamespace(
+            timesteps=1000, space="epsilon", prediction=lambda output, x_t, t: SimpleNamespace(compared=output)
+        )
         self.asked: list[int] = []
         if thresholds is None and policy.threshold is not None:
             thresholds = Thresholds.of(policy.threshold, policy.form)

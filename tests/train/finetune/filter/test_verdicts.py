@@ -11,7 +11,8 @@ from curate.decisions.sample_lists import read_ids
 from curate.dedup import run_dedup
 from curate.results.ledger import read_ledger
 from tests.train.finetune.runs import settings
-from train.finetune.config import FilterConfig, VerdictsConfig
+from train.finetune.config import FilterConfig
+from train.finetune.filter.config import VerdictsConfig
 from train.finetune.filter.verdicts import run_verdicts
 from train.finetune.loop import run_finetune
 
