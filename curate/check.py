@@ -57,7 +57,8 @@ class CheckSummary(dict[str, Any]):
             alike[row["shard"], row["kind"]] += 1
             if alike[row["shard"], row["kind"]] <= SHOWN_ALIKE and len(shown) < SHOWN:
                 shown.append(row)
-        text = format_summary({**self, "listed": shown})
+        rest = {key: value for key, value in self.items() if key != "listed"}
+        text = format_summary(rest | {"listed": shown} if shown else rest)
         if more := self["problems"] - len(shown):
             text += f"\n\n{more:,} more problems are counted, and not shown here; --json lists {len(self['listed']):,}"
         return text
