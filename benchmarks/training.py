@@ -16,7 +16,7 @@ nothing follows, a copy above the similarity that 99 % of the held-out images ha
 real images of the same captions earn; no real image of these captions was ever shown to the encoder.
 
 A run that is done is not repeated, and one that was stopped goes on. ``results.parquet`` has a row an image; the table
-and ``training.png`` are made of it, with 95 % intervals over captions (bootstrap). ``--results FILE`` draws them from a
+and ``training.png`` are made of it, with 95 % intervals over captions. ``--results FILE`` draws them from a
 file alone.
 """
 
@@ -47,6 +47,7 @@ from curate.sample_set import load_part
 from train.denoising.opening.loading import sample_model_dir
 from train.evaluation.judging.drawn import read_drawn
 from train.evaluation.judging.dual_encoder import DualEncoder
+from train.evaluation.judging.intervals import Values, interval, ratio, resampled, share
 from train.evaluation.judging.metrics import copy_threshold, thumbnails
 from train.finetune.config import Calibration, FilterConfig, FinetuneConfig, RandomWords, ValidationConfig
 from train.finetune.loop import run_finetune
@@ -58,6 +59,7 @@ from train.sampling.job.job import run_sample
 log = get_logger(__name__)
 Row = dict[str, Any]
 PIXEL_COPY = 0.9
+RESAMPLES = 1000
 
 
 @dataclasses.dataclass
@@ -238,36 +240,34 @@ def read_results(path: Path) -> tuple[list[Row], float]:
     return table.to_pylist(), float(table.schema.metadata[b"judge_threshold"])
 
 
-def interval(values: Sequence[float], groups: Sequence[Any], samples: int = 1000) -> tuple[float, float, float]:
-    """Mean, and the 95 % interval of it over resampled groups (captions)."""
-    numbers, order = np.asarray(values, float), np.unique([str(group) for group in groups], return_inverse=True)[1]
-    sums, counts = np.bincount(order, numbers), np.bincount(order)
-    drawn = np.random.default_rng(0).integers(len(sums), size=(samples, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(numbers.mean()), float(low), float(high)
+def with_interval(values: Values, rows: Sequence[Row]) -> tuple[float, float, float]:
+    """A number of some rows, and its 95 % interval over captions."""
+    captions = [f"{row['set']} {row['caption']}" for row in rows]
+    low, high = interval(values, captions, resampled(captions, RESAMPLES))
+    return values.statistic(np.arange(len(rows))), low, high
 
 
 def table_of(rows: Sequence[Row], threshold: float) -> list[Row]:
-    """A row a setting and number of repeats: shares of copies by both measures, with intervals; held-out alignment."""
+    """A row a setting and number of repeats: shares of copies by both measures, by pixels of all numbers of repeats
+    together, and held-out alignment as a share of real images'; each with its interval.
+    """
+
+    def copies(some: Sequence[Row], measure: str, limit: float) -> tuple[float, float, float]:
+        return with_interval(share([row[measure] > limit for row in some]), some)
+
     table = []
     for name in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == name and row["step"] == 0]
-        held_out = [row for row in mine if row["repeats"] == 0]
-        ratio = [row["alignment"] for row in held_out], [row["real_alignment"] for row in held_out]
-        earned = float(np.mean(ratio[1]))
-        alignment = [value / earned for value in interval(ratio[0], [row["caption"] for row in held_out])]
-        for repeats in sorted({row["repeats"] for row in mine} - {0}):
-            some = [row for row in mine if row["repeats"] == repeats]
-            groups = [(row["set"], row["caption"]) for row in some]
-            table.append({
-                "setting": name,
-                "repeats": repeats,
-                "images": len(some),
-                "pixels": interval([row["pixels"] > PIXEL_COPY for row in some], groups),
-                "judged": interval([row["judged"] > threshold for row in some], groups),
-                "held_out_alignment": alignment,
-            })
+        held_out, repeated = ([row for row in mine if bool(row["repeats"]) == kind] for kind in (False, True))
+        earned = ratio([row["alignment"] for row in held_out], [row["real_alignment"] for row in held_out])
+        of_all = {
+            "pixels_of_all": copies(repeated, "pixels", PIXEL_COPY),
+            "held_out_alignment": with_interval(earned, held_out),
+        }
+        for repeats in sorted({row["repeats"] for row in repeated}):
+            some = [row for row in repeated if row["repeats"] == repeats]
+            shares = {"pixels": copies(some, "pixels", PIXEL_COPY), "judged": copies(some, "judged", threshold)}
+            table.append({"setting": name, "repeats": repeats, "images": len(some), **shares, **of_all})
     return table
 
 
@@ -310,7 +310,7 @@ def main() -> None:
     table = table_of(rows, threshold)
     print_table(table)
     args.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(args.out / "training.png", table, rows, PIXEL_COPY, interval)
+    draw_figure(args.out / "training.png", table, rows, PIXEL_COPY)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Interval = Callable[[Sequence[float], Sequence[Any]], tuple[float, float, float]]
 
 
-def draw_figure(path: Path, table: Sequence[Row], rows: Sequence[Row], pixel_copy: float, interval: Interval) -> None:
+def draw_figure(path: Path, table: Sequence[Row], rows: Sequence[Row], pixel_copy: float) -> None:
     """Three panels; copies by pixels, bars are 95 % intervals.
 
     Args:
@@ -18,7 +17,6 @@ def draw_figure(path: Path, table: Sequence[Row], rows: Sequence[Row], pixel_cop
         table: a row a setting and number of repeats.
         rows: a row an image.
         pixel_copy: correlation above which an image is a copy.
-        interval: mean, low and high of values over their groups.
     """
     from matplotlib.figure import Figure
 
@@ -35,9 +33,7 @@ def draw_figure(path: Path, table: Sequence[Row], rows: Sequence[Row], pixel_cop
             [share[0] for share in shares], yerr=_bars(shares), fmt=f"{marker}-", label=name, **style,
         )  # fmt: skip
         drawn = [row for row in rows if row["setting"] == name and row["repeats"]]
-        final = [row for row in drawn if row["step"] == 0]
-        share = interval([row["pixels"] > pixel_copy for row in final], [(r["set"], r["caption"]) for r in final])
-        alignment = mine[0]["held_out_alignment"]
+        share, alignment = mine[0]["pixels_of_all"], mine[0]["held_out_alignment"]
         alignment_panel.errorbar(
             [alignment[0]], [share[0]], xerr=_bars([alignment]), yerr=_bars([share]), fmt=marker, **style
         )

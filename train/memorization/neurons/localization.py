@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -175,14 +176,11 @@ class Localizer:
         if not 0 <= number <= sum(self.sizes.values()):
             raise UsageError(f"number is {number}: expected 0 to {sum(self.sizes.values())}, the model's neurons")
         self.statistics = Statistics.of(activations(pipe, self.clean, self.layers))
-        self._sensitivity: NDArray[np.float32] | None = None
 
-    @property
+    @cached_property
     def sensitivity(self) -> NDArray[np.float32]:
-        """What blocking each neuron costs the clean captions, ``[units]``; computed when it is first asked for."""
-        if self._sensitivity is None:
-            self._sensitivity = sensitivity(self.pipe, self.clean, self.layers, batch_size=self.batch_size)
-        return self._sensitivity
+        """What blocking each neuron costs the clean captions, ``[units]``."""
+        return sensitivity(self.pipe, self.clean, self.layers, batch_size=self.batch_size)
 
     def first_step(self, caption: str, seeds: Sequence[int], bar: Progress | None = None) -> FirstStep:
         """The first step of a prompt."""
