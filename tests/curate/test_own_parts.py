@@ -118,7 +118,7 @@ def test_without_the_working_folder_on_pythons_path_they_are_found_too_also_by_w
         ("rule", "gready", "rule: unknown 'gready': choose greedy, components, or your own as module:name"),
         ("steps", "has_no_e", "steps: unknown 'has_no_e'"),
         ("steps", "my_parts:Corners.size", "steps: unknown"),
-        ("engine", "rya", "engine: unknown 'rya': choose "),
+        ("engine", "rya", "engine: unknown 'rya': choose local, ray, ray:ADDRESS, or your own"),
         ("engine", "my_parts:Letters", "engine 'my_parts:Letters' cannot be made"),
     ],
 )
