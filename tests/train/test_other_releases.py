@@ -19,7 +19,7 @@ from curate.reading.writing import write_shard
 from curate.sample_set import load_part
 from train.denoising.opening.adapters import WEIGHTS
 from train.denoising.opening.config import LoRAConfig
-from train.denoising.opening.loading import load_pipeline
+from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.denoising.opening.original import save_single_file
 from train.denoising.opening.saving import save_pipeline
 from train.finetune.config import FinetuneConfig
@@ -112,6 +112,7 @@ def test_old_and_new_releases_load_what_is_saved_and_draw_the_same_image(base, r
         "adapters": (Path(base), "", str(runs / "adapters" / "lora" / WEIGHTS)),
         "kohya": (Path(base), "", str(runs / "adapters" / "lora" / "kohya.safetensors")),
         "single": (runs / "single" / "model", "", ""),
+        "carried": (sample_model_dir(), "", ""),
     }
     images = {}
     for name, (folder, variant, adapters) in cases.items():
@@ -126,8 +127,7 @@ def test_old_and_new_releases_load_what_is_saved_and_draw_the_same_image(base, r
 
 
 def test_names_in_the_saved_files_are_those_of_the_hubs_models(runs):
-    for name in ("full", "adapters", "single"):
-        model = runs / name / "model"
+    for model in (*(runs / name / "model" for name in ("full", "adapters", "single")), sample_model_dir()):
         with safe_open(model / "text_encoder" / "model.safetensors", "pt") as file:
             assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
         assert {path.name for path in (model / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
