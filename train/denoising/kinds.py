@@ -106,6 +106,8 @@ FLUX = Family(
     flow=True,
 )
 FAMILIES = (STABLE_DIFFUSION, XL, SD3, FLUX)
+ENCODERS = tuple(dict.fromkeys(name for family in FAMILIES for name in family.encoders))
+"""What pipelines call their text encoders, in order."""
 
 
 def family_of(names: Iterable[str]) -> Family | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from train.denoising.conditioning import Conditioning
+from train.denoising.kinds import ENCODERS
 from train.denoising.latents.scaling import to_network, without_overflow
 from train.denoising.network import FLOAT16_GAIN, frozen, running_device
 from train.denoising.predictions import Prediction
@@ -18,8 +19,6 @@ from train.denoising.schedules import NoiseSchedule, schedule_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class PipelineDenoiser(torch.nn.Module):

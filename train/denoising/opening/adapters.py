@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afresh.errors import UsageError, UserError, reason
-from train.denoising.kinds import STABLE_DIFFUSION, XL, family_of
+from train.denoising.kinds import ENCODERS, STABLE_DIFFUSION, XL, family_of
 from train.denoising.network import network_of
 from train.denoising.opening.files import adapter_options
 from train.denoising.opening.outputs import ADAPTERS
@@ -178,8 +178,7 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
 
 def text_encoders(pipe: Any) -> dict[str, Any]:
     """A pipeline's text encoders by name, in order, of those that it has."""
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+    return {name: part for name in ENCODERS if (part := getattr(pipe, name, None)) is not None}
 
 
 def parts_of(pipe: Any) -> dict[str, Any]:
