@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from afresh.errors import UserError, printable, reason
@@ -108,6 +108,24 @@ def text_lines(text: str) -> list[str]:
 def temporary_name(name: str) -> str:
     """``.tmp-…-NAME``, which nobody else gives: not another thread, nor a machine with the same process numbers."""
     return f".tmp-{secrets.token_hex(8)}-{name}"
+
+
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern in a folder, in order, without hidden names: half-written files that a killed job left
+    (:func:`temporary_name`) and the ``._NAME`` that a Mac puts beside each file of a copy.
+
+    Args:
+        pattern: of names; ``**/`` before it looks into folders too.
+    """
+    return [Path(name) for name in visible(map(str, folder.glob(pattern)), pattern)]
+
+
+def visible(names: Iterable[str], pattern: str) -> list[str]:
+    """The names or URLs that a pattern found, in order, without hidden ones, as a shell passes them by; all of them
+    where the pattern's own name begins with a dot.
+    """
+    asked_for = PurePosixPath(pattern).name.startswith(".")
+    return sorted(name for name in names if asked_for or not PurePosixPath(name).name.startswith("."))
 
 
 def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from afresh.cores import cpu_count, shares
 from afresh.errors import UsageError, one_line
+from afresh.files import files_in
 from curate.config import DedupConfig
 from curate.dedup import check_settings
 from curate.engines.local import LocalEngine
@@ -202,7 +203,7 @@ def _shards(source: Any) -> list[str] | None:
 def _names_shards(name: str) -> bool:
     """Whether a path, pattern or URL is one of tars."""
     if "://" not in name and os.path.isdir(name):
-        return any(Path(name).glob("*.tar"))
+        return bool(files_in(Path(name), "*.tar"))
     ends = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
     return name.partition("?")[0].lower().endswith(ends) or name.lower().endswith(ends)
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
 from afresh.errors import UsageError, UserError, reason
+from afresh.files import visible
 from afresh.storage import version
 from curate.config import ImportConfig
 from curate.importing.listing import fingerprint, list_files
@@ -162,7 +163,7 @@ def _matches(pattern: str) -> list[str]:
         path = f"{path.rstrip('/')}/**/*.parquet"
     elif not glob.has_magic(path):
         return []
-    found = sorted(str(file) for file in filesystem.glob(path))
+    found = visible(map(str, filesystem.glob(path)), path)
     return [filesystem.unstrip_protocol(file) for file in found] if "://" in pattern else found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from afresh.errors import UsageError, UserError, printable
+from afresh.files import files_in, visible
 from afresh.storage import version, why
 
 
@@ -137,7 +138,7 @@ def _expand(pattern: str) -> list[str]:
 def _expand_path(pattern: str, given: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(str(file) for file in path.glob("*.tar"))
+        found = [str(file) for file in files_in(path, "*.tar")]
         if not found:
             hint = f" (did you mean {path / 'shards'}?)" if (path / "shards").is_dir() else ""
             raise UsageError(f"shards {given!r}: the folder holds no *.tar file{hint}")
@@ -157,7 +158,7 @@ def _expand_url(pattern: str) -> list[str]:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern)
-        found = sorted(filesystem.unstrip_protocol(file) for file in filesystem.glob(path))
+        found = visible(map(filesystem.unstrip_protocol, filesystem.glob(path)), path)
     except Exception as error:
         raise UsageError(f"shards {pattern!r}: {why(error, pattern)}") from error
     if not found:

@@ -24,6 +24,18 @@ def test_shards_are_expanded_from_folders_globs_and_braces(tmp_path):
     assert expand_shards([f"memory://x/{{0..1}}.tar"]) == ["memory://x/0.tar", "memory://x/1.tar"]  # noqa: F541
 
 
+def test_hidden_files_are_no_shards(tmp_path):
+    import fsspec
+
+    for name in ("0.tar", "._0.tar", ".tmp-030857faf2866027-1.tar"):  # a Mac's, and one that a killed job left
+        (tmp_path / name).write_bytes(three_samples())
+        with fsspec.open(f"memory://hidden/{name}", "wb") as stream:
+            stream.write(three_samples())
+    assert expand_shards([str(tmp_path)]) == [str(tmp_path / "0.tar")]
+    assert expand_shards(["memory://hidden/*.tar"]) == ["memory:///hidden/0.tar"]
+    assert len(expand_shards([f"{tmp_path}/.*.tar"])) == 2  # asked for by name
+
+
 @pytest.mark.parametrize("pattern", ["nowhere/*.tar", "nowhere.tar", "nowhere-{0..2}.tar", "{0..", "."])
 def test_a_pattern_that_names_nothing_is_bad_usage_and_named(tmp_path, monkeypatch, pattern):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from afresh.errors import UsageError, UserError, reason
-from afresh.files import read_json
+from afresh.files import files_in, read_json
 from train.denoising.kinds import Family, family_of, supported
 from train.denoising.opening.outputs import ADAPTERS, model_file, trained_file
 
@@ -85,12 +85,12 @@ def check_folder(path: Path, variant: str | None) -> None:
     for part in family.weighted:
         if not _is_there(path / part):
             continue
-        files = [file.name for file in (path / part).glob("*.safetensors")]
+        files = [file.name for file in files_in(path / part, "*.safetensors")]
         variants = {name.split(".")[1].split("-")[0] for name in files if name.count(".") > 1}
         there = ", ".join(sorted(variants)) or "none"
         plain = any(name.count(".") == 1 for name in files)
         if not files:
-            pickles = [*(path / part).glob("*.bin")]
+            pickles = files_in(path / part, "*.bin")
             found = f" but {pickles[0].name}: pickles are never loaded" if pickles else ""
             raise UserError(f"{path}: {part} has no safetensors weights{found}; re-export it as safetensors")
         if variant is None and not plain:
@@ -155,7 +155,7 @@ def adapter_options(source: str | Path) -> dict[str, Any]:
     options: dict[str, Any] = {"use_safetensors": True}
     if path.is_dir():
         if (file := trained_file(path)) is None:
-            found = len([*path.glob("*.safetensors")])
+            found = len(files_in(path, "*.safetensors"))
             raise UserError(f"{source}: expected {ADAPTERS}, or one .safetensors file; found {found}: name the file")
         options["weight_name"] = file.relative_to(path).as_posix()
     elif path.is_file() and path.suffix != ".safetensors":

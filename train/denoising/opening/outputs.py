@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from afresh.files import files_in
+
 ADAPTERS = "pytorch_lora_weights.safetensors"
 """The name under which diffusers saves adapters."""
 _ON_THE_WAY = re.compile(r".*[-_](?:step)?(\d{6,})")
@@ -22,7 +24,7 @@ def trained_file(folder: Path) -> Path | None:
     Args:
         folder: the output folder of a run; safetensors alone are looked for.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = files_in(folder, "*.safetensors")
     if folder / ADAPTERS in files:
         return folder / ADAPTERS
     saved = {file: match for file in files if (match := _ON_THE_WAY.fullmatch(file.stem)) is not None}

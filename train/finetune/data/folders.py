@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from afresh.files import files_in
 from curate.config import ImportConfig
 from curate.ingest import run_import
 from train.finetune.config import ShardGroup
@@ -14,7 +15,7 @@ from train.finetune.config import ShardGroup
 def is_plain_folder(path: str) -> bool:
     """Whether a path is a folder that holds files or folders, and no tar shards."""
     folder = Path(path)
-    return "://" not in path and folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("*.tar"))
+    return "://" not in path and folder.is_dir() and any(folder.iterdir()) and not files_in(folder, "*.tar")
 
 
 def with_folders_imported(

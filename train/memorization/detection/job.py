@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from afresh.errors import UsageError, UserError
-from afresh.files import digest, read_json, write_json
+from afresh.files import digest, files_in, read_json, write_json
 from afresh.progress import get_logger, progress
 from train.denoising.opening.loading import chosen_device, open_pipeline
 from train.denoising.schedules import NoiseSchedule
@@ -162,7 +162,7 @@ def gather_prompts(config: DetectConfig) -> list[Prompt]:
 def list_files(model: str) -> list[tuple[str, int, int]]:
     """Name, size and time of a local model's files: so that rows of another model under its name are not taken over."""
     path = Path(model)
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) if path.is_dir() else []
+    files = [path] if path.is_file() else files_in(path, "**/*.safetensors") if path.is_dir() else []
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
