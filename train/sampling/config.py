@@ -47,8 +47,10 @@ DEFAULTS: dict[str, Any] = {
     "sim_form": "released",
     "normalise": False,
     "floor": 1.0,
+    "escalate": 0.0,
     "decoder": "full",
     "release": 0.0,
+    "views": False,
     "through_unet": False,
     "t_range": (0.0, 1000.0),
     "sim_t_range": (0.0, 1000.0),
@@ -85,6 +87,9 @@ class AMGConfig:
         c_3: strength of G_sim; None is the form's own.
         floor: guidance scale that G_spe and G_dup together leave at least (paper: 1; 0 drops the prompt,
             below 0 opposes it).
+        escalate: how far the floor falls in 1000 timesteps in which an image that is guided stays above λ_t, so that
+            one that needs little loses little.
+        least_floor: how far it falls at most.
         sim_form: factor of ∇σ. released: c_3 (σ − sim_offset) exp((1000 − t)/170); paper: c_3 √(1 − ᾱ_t);
             excess: c_3 (σ − λ_t) √(1 − ᾱ_t), which starts from nothing at the threshold.
         sim_offset: the released form's offset.
@@ -95,6 +100,8 @@ class AMGConfig:
         through_unet: let the gradient run through the denoiser too (slow, and more memory).
         decoder: what images are watched and steered through: full is the VAE's own, linear a convolution that is
             fitted to it and costs next to nothing.
+        views: watch and steer by the highest similarity of the index and its views (docs/sampling.md), not by the
+            index's embedder alone.
         release: an image that is guided is let go only when σ falls below λ_t less this.
         t_range: timesteps, of 1000, at which images are watched and guided.
         sim_t_range: timesteps at which G_sim acts.
@@ -117,12 +124,15 @@ class AMGConfig:
     c_2: float | None = None
     c_3: float | None = None
     floor: float | None = None
+    escalate: float | None = None
+    least_floor: float = -2.0
     sim_form: Literal["released", "paper", "excess"] | None = None
     sim_offset: float | None = None
     normalise: bool | None = None
     edits: int = 0
     through_unet: bool | None = None
     decoder: Literal["full", "linear"] | None = None
+    views: bool | None = None
     release: float | None = None
     t_range: tuple[float, float] | None = None
     sim_t_range: tuple[float, float] | None = None
@@ -396,6 +406,8 @@ class SampleConfig:
         tries: of never_above: drawings of an image at most, the first included.
         index: training-set index: the output folder of curate dedup, or its index folder.
         embedder: image embedder; empty takes the one that the index was built with.
+        views: look at images through the views of the index too: a second embedder, luminance, edges. They are made
+            beside the shards of the index when they are first asked for; false goes by its embedder alone.
         judge_index: of never_above: a second index, of another embedder, by which no image may be above it either.
         seeds: images per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first image.
@@ -434,6 +446,7 @@ class SampleConfig:
     tries: int = 5
     index: str = ""
     embedder: str = ""
+    views: bool = True
     judge_index: str = ""
     seeds: int = 4
     first_seed: int = 0

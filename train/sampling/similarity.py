@@ -108,34 +108,40 @@ class ObjectLevel:
         return cosine, torch.as_tensor(rows, device=features.device)
 
 
+View = tuple["TrainingIndex", "Embedder"]
+"""An index of a training set's images, and the embedder that it was built with."""
+
+
 class Views:
     """The highest of several similarities: an image is as near as the view that finds it nearest.
 
     Args:
-        views: each on one scale, with its name; the first one's captions and counts are looked up by its rows.
+        views: by name, each on the scale of the schedule. Rows are those of the first, then those of the second, ….
     """
+
+    SOFT = 0.05
+    """How far below the highest a similarity has e times less weight in the gradient."""
 
     def __init__(self, views: Mapping[str, Similarity]) -> None:
         self.views = dict(views)
         first = next(iter(self.views.values()))
-        self.raw_name, self.memorized = "raw", first.memorized
-        # Rows of all views, one after the other.
+        self.raw_name, self.memorized = first.raw_name, first.memorized
         self.captions: Sequence[str | None] = [c for view in self.views.values() for c in view.captions]
         self.counts = np.concatenate([np.asarray(view.counts) for view in self.views.values()])
         sizes = [len(view.captions) for view in self.views.values()]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
-    def of(self, rows: Tensor) -> list[str]:
-        """The view that each row is of."""
-        names = list(self.views)
-        starts = torch.tensor(self._starts[1:], device=rows.device)
-        return [names[i] for i in torch.bucketize(rows, starts, right=True).tolist()]
+    def of(self, rows: Tensor) -> tuple[list[str], Tensor]:
+        """The view that each row is of, by name, and its number there."""
+        names, starts = list(self.views), torch.tensor(self._starts, device=rows.device)
+        view = torch.bucketize(rows, starts[1:], right=True)
+        return [names[i] for i in view.tolist()], rows - starts[view]
 
     def nearest(self, pixels: Tensor, k: int) -> Nearest:
         """See :class:`Similarity`; a training image that several views find near stands once for each."""
         found = [view.nearest(pixels, k) for view in self.views.values()]
         rows = torch.cat([near.rows + start for near, start in zip(found, self._starts, strict=True)], 1)
-        sigma, order = torch.cat([near.sigma for near in found], 1).sort(1, descending=True, stable=True)
+        sigma, order = torch.cat([near.sigma for near in found], 1).sort(dim=1, descending=True, stable=True)
         order, k = order[:, :k], min(k, order.shape[1])
         return Nearest(sigma[:, :k], torch.cat([near.raw for near in found], 1).gather(1, order), rows.gather(1, order))
 
@@ -153,8 +159,17 @@ class Views:
         weighed = (sigma * (sigma.detach() / self.SOFT).softmax(0)).sum(0)
         return best + weighed - weighed.detach(), near
 
-    SOFT = 0.05
-    """How far below the highest a similarity has e times less weight in the gradient."""
+
+def object_level(index: TrainingIndex, embedder: Embedder, views: Sequence[View] = ()) -> Similarity:
+    """How AMG measures with an index, or with it and its views.
+
+    Raises:
+        UserError, UsageError: see :class:`ObjectLevel`.
+    """
+    own = ObjectLevel(index, embedder)
+    if not views:
+        return own
+    return Views({embedder.name: own, **{other.name: ObjectLevel(view, other) for view, other in views}})
 
 
 class PixelIndex:

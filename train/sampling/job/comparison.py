@@ -39,7 +39,7 @@ def write_comparison(
         cells = [pictures.Cell(task.prompt.image if nth == 0 else None)] if originals else []
         for folder in folders:
             record = folder.records[task]
-            note, marked = pictures.similarity_note(record["similarity"])
+            note, marked = pictures.similarity_note(record["similarity"] if record.get("highest") is None else record["highest"])
             withheld = folder.image(task) is None
             cells.append(pictures.Cell(folder.image(task), note, marked and not withheld, withheld))
         rows.append(pictures.Row(task.prompt.caption, f"seed {task.seed}" if seeds > 1 else "", cells))

@@ -6,7 +6,7 @@ without arguments, so its settings are its own defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from afresh.errors import UsageError
 from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.sampling.config import AMGConfig, SampleConfig, configured
 from train.sampling.guidance import Guidance
+from train.sampling.similarity import View
 from train.sampling.terms.amg import AMG
 from train.sampling.terms.anisotropy import AnisotropyMinimisation
 from train.sampling.terms.attention_masking import AttentionMasking
@@ -190,7 +191,7 @@ def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: floa
 
 
 def make(
-    config: SampleConfig, index: TrainingIndex | None, embedder: Embedder | None
+    config: SampleConfig, index: TrainingIndex | None, embedder: Embedder | None, views: Sequence[View] = ()
 ) -> tuple[list[Guidance], Rejection | None]:
     """The terms of the loop, and what stands around it.
 
@@ -208,7 +209,7 @@ def make(
             if name == "rejection":
                 rejection = Rejection(index, embedder, chosen)
             else:
-                terms.append(AMG(index, embedder, chosen))
+                terms.append(AMG(index, embedder, chosen, views=views))
         else:
             terms.append(TERMS[name](chosen))
     return terms, rejection
