@@ -1,4 +1,4 @@
-"""Development models of guidance: small Stable Diffusions that memorize in different ways, each with all that judges it.
+"""Development models of guidance: small Stable Diffusions that memorize in different ways, with all that judges them.
 
     python -m benchmarks.guidance_models strong --out runs/guidance
     python -m benchmarks.guidance_models twemoji --out runs/guidance --drawings twemoji-16.0.1/package/dist/svg
@@ -151,6 +151,7 @@ def make(name: str, out: Path, drawings: Path | None = None, twin: bool = False)
             finetuned(kind, shards, out / f"finetune_{model}")
     protocol = {
         "models": {model: f"finetune_{model}/model" for model, _ in pairs},
+        "settings": [{"model": model, "guidance": "none"} for model, _ in pairs],
         "prompts": {part: f"prompts/{part}.jsonl" for part in ("repeated", "held_out")},
         "index": "curated",
         "training": ["raw"],

@@ -13,6 +13,8 @@ from afresh.errors import UsageError
 # ``early`` is ours (docs/sampling.md shows why). It watches and steers through a linear preview of the decoder, at the
 # published threshold, but not in the first steps, where every image is near some training image; it holds on to what it
 # guides, and steers while layout is open.
+# ``views`` is that as a loop that closes: by the highest of several views, with a floor that falls while this does not,
+# and drawn again where it is a copy in the end.
 # ``pixels`` is for similarities that are minus a normalised L2 distance: the schedule of the authors' released CIFAR
 # sampler, whose t of 250 is a quarter of ours. Their c_3 is not published; this form and strength are ours.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,6 +34,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "t_range": (0.0, 900.0),
         "sim_t_range": (500.0, 900.0),
     },
+    "views": {
+        "lambda_a": 0.3,
+        "lambda_b": 0.4,
+        "lambda_c": 0.005,
+        "sim_offset": 0.3,
+        "sim_form": "excess",
+        "normalise": True,
+        "gain": 1.0,
+        "decoder": "linear",
+        "release": 0.25,
+        "views": True,
+        "floor": 0.0,
+        "escalate": 4.0,
+        "restarts": 4,
+        "t_range": (0.0, 900.0),
+        "sim_t_range": (500.0, 900.0),
+    },
     "pixels": {
         "lambda_a": -1.95,
         "lambda_b": -1.5,
@@ -48,6 +67,7 @@ DEFAULTS: dict[str, Any] = {
     "normalise": False,
     "floor": 1.0,
     "escalate": 0.0,
+    "restarts": 0,
     "decoder": "full",
     "release": 0.0,
     "views": False,
@@ -72,8 +92,8 @@ class AMGConfig:
     pixels, minus a normalised L2 distance (unrelated near −2, copies above −1.4).
 
     Args:
-        preset: where the values left at None come from: main and strong are published, early is ours, pixels is for
-            pixels.
+        preset: where the values left at None come from: main and strong are published, early and views are ours, pixels
+            is for pixels.
         despecification: use G_spe, which lowers the guidance scale.
         deduplication: use G_dup, which steers away from the nearest training sample's caption.
         dissimilarity: use G_sim, which steers down the gradient of the similarity.
@@ -102,6 +122,8 @@ class AMGConfig:
             fitted to it and costs next to nothing.
         views: watch and steer by the highest similarity of the index and its views (docs/sampling.md), not by the
             index's embedder alone.
+        restarts: of ``train sample``: how often an image that is a copy by some view when it is finished (above 0.5) is
+            drawn again, from another seed and under stronger guidance; the farthest of its drawings is kept.
         release: an image that is guided is let go only when σ falls below λ_t less this.
         t_range: timesteps, of 1000, at which images are watched and guided.
         sim_t_range: timesteps at which G_sim acts.
@@ -112,7 +134,7 @@ class AMGConfig:
         seed: of the random edits.
     """
 
-    preset: Literal["main", "strong", "early", "pixels"] = "main"
+    preset: Literal["main", "strong", "early", "views", "pixels"] = "main"
     despecification: bool = True
     deduplication: bool = True
     dissimilarity: bool = True
@@ -133,6 +155,7 @@ class AMGConfig:
     through_unet: bool | None = None
     decoder: Literal["full", "linear"] | None = None
     views: bool | None = None
+    restarts: int | None = None
     release: float | None = None
     t_range: tuple[float, float] | None = None
     sim_t_range: tuple[float, float] | None = None
@@ -159,7 +182,8 @@ class AMGConfig:
         _choice("amg.decoder", config.decoder, ("full", "linear"))
         if config.normalise and config.sim_form == "released":
             raise ValueError("amg.normalise needs amg.sim_form paper or excess: released is a factor for raw gradients")
-        _least("amg", config, every=1, neighbours=1, decode_slice=1, edits=0, min_count=0, release=0)
+        least = {"edits": 0, "min_count": 0, "release": 0, "escalate": 0, "restarts": 0}
+        _least("amg", config, every=1, neighbours=1, decode_slice=1, **least)
         for option in ("t_range", "sim_t_range"):
             low, high = getattr(config, option)
             if not low <= high:
@@ -385,7 +409,8 @@ class SampleConfig:
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet).
         out: folder to write; images that it already holds are kept.
-        guidance: none; amg, amg-strong or amg-early (presets of AMG); prompt (embedding minimisation); anisotropy (the
+        guidance: none; amg (by several views); amg-released, amg-paper, amg-strong or amg-early (by the index's
+            embedder alone); prompt (embedding minimisation); anisotropy (the
             same, of the anisotropy); attention (cross-attention masking); basin (guidance from the dynamic transition
             point) or opposite (the same, with opposite guidance before it); noise or
             noise-batch (initial-noise adjustment, per sample or batch-wise); tokens or numbers (random words or numbers
@@ -433,7 +458,7 @@ class SampleConfig:
     model_config: str | None = None
     lora: str | None = None
     guidance: str = "none"
-    amg: AMGConfig = field(default_factory=AMGConfig)
+    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset="views"))
     prompt: PromptConfig = field(default_factory=PromptConfig)
     anisotropy: AnisotropyConfig = field(default_factory=AnisotropyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

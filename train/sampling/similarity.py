@@ -134,7 +134,7 @@ class Views:
     def of(self, rows: Tensor) -> tuple[list[str], Tensor]:
         """The view that each row is of, by name, and its number there."""
         names, starts = list(self.views), torch.tensor(self._starts, device=rows.device)
-        view = torch.bucketize(rows, starts[1:], right=True)
+        view = torch.bucketize(rows.contiguous(), starts[1:], right=True)
         return [names[i] for i in view.tolist()], rows - starts[view]
 
     def nearest(self, pixels: Tensor, k: int) -> Nearest:

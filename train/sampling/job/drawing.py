@@ -54,6 +54,10 @@ def draw_images(
             judges=opened.judges,
             views=opened.views,
         )
+    elif restarts := registry.restarts(config):
+        assert index is not None
+        tries = 1 + restarts
+        never = NeverAbove(index, embedder, tries=tries, amg=config.amg, views=opened.views, withhold=False)
     seen = Judges(*opened.views)
 
     with progress(total=len(tasks), desc=f"sampling, {config.guidance}", unit="images") as bar:
@@ -150,7 +154,8 @@ def _nearest(
     cosine, rows = index.search(embedder.embed(images), 1)
     sigma = index.calibrate(cosine[:, 0])
     by_view = views(images) if views.levels else [()] * len(images)
-    each = [dict(zip((embedder.name, *views.names), (float(s), *v), strict=True)) for s, v in zip(sigma, by_view, strict=True)]
+    names = (embedder.name, *views.names)
+    each = [dict(zip(names, (float(s), *view), strict=True)) for s, view in zip(sigma, by_view, strict=True)]
     return [
         {
             "similarity": float(s),

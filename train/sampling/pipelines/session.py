@@ -151,5 +151,14 @@ def _scheduler(config: SampleConfig, pipe: Any) -> dict[str, Any]:
     return {"scheduler": kind.from_config(pipe.scheduler.config)}
 
 
-NEAREST = ("similarity", "highest", "judged_by", "cosine", "nearest_row", "nearest_shard", "nearest_key", "nearest_caption")
+NEAREST = (
+    "similarity",
+    "highest",
+    "judged_by",
+    "cosine",
+    "nearest_row",
+    "nearest_shard",
+    "nearest_key",
+    "nearest_caption",
+)
 

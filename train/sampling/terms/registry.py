@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # What a name stands for: settings out of the job's, and what is made of them.
 SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg": lambda c: c.amg,
+    "amg-released": lambda c: replace(c.amg, preset="main"),
+    "amg-paper": lambda c: replace(c.amg, preset="main", sim_form="paper", schedule="parabolic"),
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
     "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
@@ -67,7 +69,7 @@ class Own:
 
 # Terms that change the prompt's words, and terms that work on whatever words there are.
 WORDS, EMBEDDINGS = ("tokens", "numbers"), ("prompt", "anisotropy", "attention")
-INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
+INDEXED = ("amg", "amg-released", "amg-paper", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
     "prompt": ("prompt", "target"),
@@ -142,7 +144,7 @@ def check(config: SampleConfig) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
         if chosen.preset == "pixels":
-            raise UsageError("amg.preset pixels is not on the scale of an index: choose main, strong or early")
+            raise UsageError("amg.preset pixels is not on the scale of an index: choose views, main, strong or early")
 
 
 def automatic(config: SampleConfig) -> list[tuple[str, str]]:
@@ -188,6 +190,12 @@ def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: floa
             )
         config = replace(config, **{term: replace(getattr(config, term), **{name: value})})
     return config
+
+
+def restarts(config: SampleConfig) -> int:
+    """How often an image is drawn again that is a copy in the end, as the AMG that is used asks for."""
+    chosen = [_chosen(name, config) for name in names(config.guidance)]
+    return max((one.resolved().restarts or 0 for one in chosen if isinstance(one, AMGConfig)), default=0)
 
 
 def make(

@@ -223,7 +223,9 @@ def strengthened(guidance: Sequence[Guidance], times: int, amg: AMG) -> list[Gui
     if not times:
         return terms
     return [
-        AMG(term.index, term.embedder, stronger(term.config, times), views=term.views) if isinstance(term, AMG) else term
+        term
+        if not isinstance(term, AMG)
+        else AMG(term.index, term.embedder, stronger(term.config, times), views=term.views)
         for term in terms
     ]
 
