@@ -130,7 +130,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ``images`` that were written; ``similarity`` to the nearest training sample, their mean, ``max_similarity``, and
         ``copies`` above 0.5 by the highest of the index and its views (None without an index); ``fired``, how many
         guidance acted on; ``flagged``, how many the calibrated threshold calls memorized at their first step (None
-        without one); ``redrawn``, images drawn more than once; ``withheld``; ``drawings_per_image`` and ``seconds_per_image``: all drawings, by the images written.
+        without one); ``redrawn``, images drawn more than once; ``withheld``; ``drawings_per_image`` and
+        ``seconds_per_image``: all drawings, by the images written.
     """
     kept = [row for row in rows if not row.get("withheld")]
     by_any = [one for row in kept if (one := highest(row)) is not None]

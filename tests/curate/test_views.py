@@ -11,9 +11,9 @@ from curate.dedup import run_dedup
 from curate.embed.registry import load_embedder
 from curate.index.calibration import Calibration
 from curate.index.training_index import TrainingIndex
-from curate.index.views import build_views, kept_images, strict, views_of
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
+from curate.views import build_views, kept_images, strict, views_of
 
 
 @pytest.fixture(scope="module")
