@@ -25,6 +25,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,20 @@ class Bench:
             if number:
                 write_prompts(self.out / f"{kind}.jsonl", self.protocol.prompts[kind], number)
         self._metrics: list[Any] = []
-        self.training: Sequence[Image.Image] = ()
+
+    @cached_property
+    def training(self) -> tuple[list[Image.Image], list[str]]:
+        """Distinct training images, and their captions."""
+        return read_images(self.protocol.training)
 
     def metrics(self) -> list[Any]:
         """The judges, opened when the first images are there."""
         if not self._metrics:
-            self.training, captions = read_images(self.protocol.training)
+            training, captions = self.training
             held_out, more = read_images(self.protocol.held_out)
             prompts = [prompt for file in self.protocol.prompts.values() for prompt in read_prompts(file)]
             originals = {caption: [image] for caption, image in read_originals(prompts).items()}
-            reference = Reference(self.training, held_out, captions + more, originals=originals)
+            reference = Reference(training, held_out, captions + more, originals=originals)
             kinds = [DualEncoderJudge, Pixels]
             if not ImageNetJudge.lacking(self.protocol):
                 kinds.append(ImageNetJudge)
@@ -194,10 +199,9 @@ def figure(benches: Sequence[Bench], path: Path, form: str = "amg", side: int = 
     page = Image.new("RGB", (8 * (2 * side + 12), len(benches) * (side + 8)), "white")
     for y, bench in enumerate(benches):
         row, folder = bench.row(form, "repeated"), bench.out / form / "repeated"
-        bench.metrics()
         for x, worst in enumerate(row["worst"] if row else []):
             with Image.open(folder / worst["file"]) as drawn:
-                for k, image in enumerate((bench.training[worst["nearest"]], drawn)):
+                for k, image in enumerate((bench.training[0][worst["nearest"]], drawn)):
                     place = x * (2 * side + 12) + k * side, y * (side + 8)
                     page.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), place)
     with write_atomic(path) as temporary:
