@@ -2,7 +2,7 @@
 
 They know nothing of what is shown and forgive no edit but a change of contrast and brightness, and of colour: what an
 embedder of objects can be talked out of by other colours and texture, these still see. Beside an embedder they are
-views of an index (:mod:`curate.views`); alone they are too strict to find edited copies with.
+views of an index (:mod:`curate.stages.views`); alone they are too strict to find edited copies with.
 """
 
 from __future__ import annotations

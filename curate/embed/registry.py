@@ -7,7 +7,7 @@ Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curati
   mirroring, lost colour, mild crops.
 - ``copy-detector``: the carried network (``curate/embed/copy_detector.py``); small images, edits of every kind.
 - ``luminance``, ``edges``: weight-free too; the pixels at low resolution, the views of an index
-  (``curate/views.py``).
+  (``curate/stages/views.py``).
 - ``FILE.pt``, ``FILE.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing, the shorter edge
   brought to 288 pixels; ``FILE.pt@320`` squashes images to squares of 320, SSCD's other official way, and
   ``FILE.pt@short224`` brings the shorter edge to 224 (``curate/embed/torch_embedder.py``).

@@ -47,7 +47,7 @@ class Validation:
         self.config, self.autocast = config, autocast
         self.guidance: list[Guidance] = []
         if config.guidance != "none":
-            from curate.views import views_of
+            from curate.stages.views import views_of
             from train.sampling.pipelines.session import open_index
             from train.sampling.terms.amg import AMG
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from afresh.errors import UsageError
-from train.sampling.presets import C_3, DEFAULTS, PRESETS
+from train.sampling.presets.config import C_3, DEFAULTS, PRESETS
 
 
 @dataclass

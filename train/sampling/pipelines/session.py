@@ -55,7 +55,7 @@ class Opened:
         """The views of the training set, each with its embedder on the job's device; none without an index."""
         if not (self.config.index and self.config.views):
             return []
-        from curate.views import views_of
+        from curate.stages.views import views_of
 
         return [self._placed(*view) for view in views_of(self.config.index, self.index[0])]  # type: ignore[arg-type]
 

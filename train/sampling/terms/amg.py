@@ -57,7 +57,7 @@ class AMG:
         index: the training set, as curation left it; or its pixels.
         embedder: the image embedder that the index was built with; none for pixels.
         config: settings, or a preset's name; None is the preset of the index's kind, main or pixels.
-        views: further ``(index, embedder)`` of the same images (:mod:`curate.views`), where the settings ask for
+        views: further ``(index, embedder)`` of the same images (:mod:`curate.stages.views`), where the settings ask for
             them: the highest similarity of all is what is watched and steered down.
         overrides: fields of :class:`AMGConfig` to set otherwise.
 

@@ -13,7 +13,7 @@ from curate.index.calibration import Calibration
 from curate.index.training_index import TrainingIndex
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
-from curate.views import build_views, kept_images, strict, views_of
+from curate.stages.views import build_views, kept_images, strict, views_of
 
 
 @pytest.fixture(scope="module")
