@@ -37,7 +37,7 @@ class LightEmbedder:
     _SIDE, _FINE = 16, 32
 
     def __init__(self, name: Literal["luminance", "edges"]) -> None:
-        self.name = name
+        self.name: str = name
 
     @property
     def digest(self) -> str:

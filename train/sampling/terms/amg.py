@@ -119,7 +119,8 @@ class AMG:
         threshold = torch.full_like(sigma[:, 0], trace.threshold)
         threshold[memory.guided[due].to(sigma.device)] -= config.release
         acts = sigma[:, 0] > threshold
-        found = {"similarity": sigma[:, 0], "nearest": nearest[:, 0], self.similarity.raw_name: raw[:, 0]}
+        found: dict[str, Any] = {"similarity": sigma[:, 0], "nearest": nearest[:, 0]}
+        found[self.similarity.raw_name] = raw[:, 0]
         if isinstance(self.similarity, Views):
             found["view"], found["nearest"] = self.similarity.of(nearest[:, 0])
         trace.fill(rows, threshold=threshold, **found)
