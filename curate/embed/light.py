@@ -8,7 +8,7 @@ views of an index (:mod:`curate.stages.views`); alone they are too strict to fin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,13 +30,13 @@ class LightEmbedder:
     The cosine of two images is the correlation of these maps; of an image without light and shade it is 0.
 
     Args:
-        name: which of the two.
+        name: luminance or edges.
     """
 
     dim, size = 256, 64
     _SIDE, _FINE = 16, 32
 
-    def __init__(self, name: Literal["luminance", "edges"]) -> None:
+    def __init__(self, name: str) -> None:
         self.name: str = name
 
     @property

@@ -63,7 +63,7 @@ def load_embedder(name_or_path: str, *, half: bool | None = None) -> Embedder:
     """
     if name_or_path == "layout":
         return LayoutEmbedder()
-    if name_or_path == "luminance" or name_or_path == "edges":
+    if name_or_path in ("luminance", "edges"):
         return LightEmbedder(name_or_path)
     if name_or_path == "copy-detector":
         from curate.embed.copy_detector import CopyDetector
