@@ -31,6 +31,7 @@ from train.sampling.config import SampleConfig
 from train.sampling.job.drawing import draw_images
 from train.sampling.job.records import Task
 from train.sampling.terms import registry
+from train.sampling.terms.amg_strengths import schedule
 
 if TYPE_CHECKING:
     from curate.index.training_index import TrainingIndex
@@ -262,11 +263,18 @@ def settings(
     return watched, guided
 
 
+def limits(config: SampleConfig, trace: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """``(t, λ_t)`` of the steps of a trace, by the AMG among the guidance."""
+    name = next(one for one in reversed(config.guidance.split("+")) if one.startswith("amg"))
+    threshold = schedule(registry.SETTINGS[name](config).resolved())
+    return [(row["t"], threshold(row["t"])) for row in trace]
+
+
 def draw(
     bench: Bench, client: str, config: SampleConfig, prompt: str, seed: int, without_neurons: Neurons | None = None
 ) -> dict[str, Any]:
-    """One image and what is known of it: its record (:mod:`train.sampling.job.drawing`), ``image``, and whether it is a
-    ``copy`` of its nearest training image.
+    """One image and what is known of it: its record (:mod:`train.sampling.job.drawing`), ``image``, and whether it is
+    ``copied`` from its nearest training image.
 
     Raises:
         UserError: the prompt or the seed cannot be taken, or the client stopped it.
@@ -276,4 +284,4 @@ def draw(
     with bench.alone(client) as pipe, blocked(pipe, without_neurons) if without_neurons else nullcontext():
         task = Task(0, Prompt(checked(prompt)), int(seed))
         _, image, record = next(iter(draw_images(config, bench.opened, [task])))
-    return {**record, "image": image, "copy": record["similarity"] is not None and record["similarity"] > MEMORIZED}
+    return {**record, "image": image, "copied": record["similarity"] is not None and record["similarity"] > MEMORIZED}

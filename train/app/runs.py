@@ -33,15 +33,23 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The folders that hold a log, a table or a figure, the one that changed last first; links are not followed."""
-    found: list[tuple[float, Run]] = []
+    """The folders that hold a log, a table or a figure; links are not followed.
+
+    Fine-tunings that are not finished come first, then tables, other fine-tunings, and what has figures alone; of each
+    kind the one that changed last first.
+    """
+    found: list[tuple[int, float, Run]] = []
     for path, depth in _folders(folder, 0):
-        times = [one.stat().st_mtime for one in _shown_files(path)]
-        if times:
-            found.append((max(times), Run(str(path.relative_to(folder)) if depth else ".", path)))
+        files = _shown_files(path)
+        if files:
+            names = {one.name for one in files}
+            going = "log.jsonl" in names and not (path / "summary.json").is_file()
+            kind = 0 if going else 1 if "table.md" in names else 2 if "log.jsonl" in names else 3
+            changed = max(one.stat().st_mtime for one in files)
+            found.append((kind, -changed, Run(str(path.relative_to(folder)) if depth else ".", path)))
         if len(found) >= MOST_RUNS:
             break
-    return [run for _, run in sorted(found, key=lambda one: (-one[0], one[1].name))]
+    return [run for *_, run in sorted(found, key=lambda one: (one[0], one[1], one[2].name))]
 
 
 def _folders(folder: Path, depth: int) -> Iterator[tuple[Path, int]]:

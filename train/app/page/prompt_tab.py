@@ -140,7 +140,7 @@ class PromptTab:
         second = prompts.draw(bench, who, guided, text, int(seed or 0))
         yield (
             fragment("pair", sides=_sides(one, self._side(second, title), title, "")),
-            str(trace_chart(first["trace"], second["trace"], title)),
+            trace_chart(first["trace"], second["trace"], prompts.limits(guided, second["trace"]) if bench.sampling.index else [], title),
         )
 
     def stop(self, request: gr.Request) -> None:
@@ -161,7 +161,7 @@ def side(record: dict[str, Any], title: str, pictures: Pictures | None) -> dict[
         "title": title,
         "image": shown(record["image"], 384),
         "alt": f"{title}: {record['prompt']}",
-        "copy": record["copy"],
+        "copied": record["copied"],
         "withheld": record["withheld"],
         "similarity": record["similarity"],
         "training": training,
@@ -179,10 +179,12 @@ def _sides(plain: dict[str, Any] | None, guided: dict[str, Any] | None, title: s
 
 def blank(title: str, waiting: str) -> dict[str, Any]:
     """The place of an image that is not there yet."""
-    return {"title": title, "image": None, "copy": False, "withheld": False, "similarity": None, "waiting": waiting}
+    return {"title": title, "image": None, "copied": False, "withheld": False, "similarity": None, "waiting": waiting}
 
 
-def trace_chart(plain: list[dict[str, Any]], guided: list[dict[str, Any]], title: str) -> str:
+def trace_chart(
+    plain: list[dict[str, Any]], guided: list[dict[str, Any]], limit: list[tuple[float, float]], title: str
+) -> str:
     """The similarity of both images step by step beside λ_t; without an index their magnitudes."""
     watched = any(row.get("similarity") is not None for row in plain)
     name = "similarity" if watched else "magnitude"
@@ -191,7 +193,7 @@ def trace_chart(plain: list[dict[str, Any]], guided: list[dict[str, Any]], title
         Curve(f"{name}, {title}", [(row["t"], row.get(name)) for row in guided], "guided"),
     ]
     if watched:
-        curves.append(Curve("λ_t", [(row["t"], row.get("threshold")) for row in guided], "limit"))
+        curves.append(Curve("λ_t", limit, "limit"))
     return chart(curves, "timestep t", falling=True)
 
 

@@ -28,7 +28,7 @@ class RunsTab:
         names = [run.name for run in find_runs(self.folder)]
         with gr.Row(equal_height=False):
             name = gr.Dropdown(
-                names, value=names[0] if names else None, label="Run, what changed last first", elem_id="run", scale=5
+                names, value=names[0] if names else None, label="Run", elem_id="run", scale=5
             )
             again = gr.Button("Look again", elem_id="look-again", scale=1, min_width=110)
         going = gr.HTML(elem_id="going")

@@ -53,12 +53,12 @@ class SetTab:
                     label="or drop an image",
                     file_types=[".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"],
                     type="filepath",
-                    height=110,
+                    height=150,
                     elem_id="search-image",
                 )
                 with gr.Row():
                     page = gr.Number(
-                        1, label=f"Groups, page of {self.curated.pages:,}", precision=0, minimum=1,
+                        1, label=f"Groups: page, of {self.curated.pages:,}", precision=0, minimum=1,
                         maximum=self.curated.pages, min_width=120, elem_id="page"
                     )  # fmt: skip
                     browse = gr.Button("Show groups", min_width=110, elem_id="browse")
