@@ -48,16 +48,15 @@ class PromptTab:
                 asked = self._draw_controls(prompt, struck)
         update = {"outputs": [words, magnitude], "show_progress": "hidden", "trigger_mode": "always_last", **MODEL}
         read = told(self.read)
-        prompt.input(lambda: [], outputs=struck, queue=False, show_progress="hidden", api_visibility="private")
-        prompt.input(read, inputs=prompt, **update)
+        # Not `input`, which misses what is pasted or taken away.
+        prompt.change(lambda: [], outputs=struck, queue=False, show_progress="hidden", api_visibility="private")
+        prompt.change(read, inputs=prompt, **update)
         words.strike(told(self.strike), inputs=[prompt, struck], outputs=[struck, words], queue=False).then(
             told(self.read_rest), inputs=[prompt, struck], **update
         )
         demo.load(read, inputs=prompt, **update)
         if self.examples:
-            example.input(told(_chosen), inputs=example, outputs=[prompt, struck], queue=False).then(
-                read, inputs=prompt, **update
-            )
+            example.input(_chosen, inputs=example, outputs=prompt, queue=False, api_visibility="private")
         prompt.submit(**asked)
 
     def _draw_controls(self, prompt: gr.Textbox, struck: gr.State) -> dict[str, Any]:
@@ -197,8 +196,8 @@ def trace_chart(
     return chart(curves, "timestep t", falling=True)
 
 
-def _chosen(example: str | None) -> tuple[Any, list[int]]:
-    return (gr.skip() if example is None else example), []
+def _chosen(example: str | None) -> Any:
+    return gr.skip() if example is None else example
 
 
 def _unread(prompt: str, struck: list[int] | None = None) -> list[dict[str, Any]]:
