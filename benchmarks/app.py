@@ -45,7 +45,8 @@ def first_screen(config: AppConfig) -> tuple[float, float]:
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     clock = time.perf_counter()
-    command = [sys.executable, "-m", "train", "app", "--model", config.model, "--curated", config.curated, "--port", "0"]
+    options = ["--model", config.model, "--curated", config.curated, "--port", "0"]
+    command = [sys.executable, "-m", "train", "app", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -34,7 +34,9 @@ class Curve:
     """Class of the line: plain, guided, limit."""
 
 
-def chart(curves: Sequence[Curve], x_name: str, *, falling: bool = False, width: int = 640, height: int = 230) -> Markup:
+def chart(
+    curves: Sequence[Curve], x_name: str, *, falling: bool = False, width: int = 640, height: int = 230
+) -> Markup:
     """Curves over one axis as SVG, with a legend; nothing where no point is finite.
 
     Args:

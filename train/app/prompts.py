@@ -1,4 +1,4 @@
-"""What the page says of a prompt: its magnitude on the scale of clean prompts, its words, and two images of one seed."""
+"""What the page says of a prompt: its magnitude among clean prompts, its words, and two images of one seed."""
 
 from __future__ import annotations
 

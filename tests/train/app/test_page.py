@@ -287,7 +287,8 @@ def test_a_file_that_was_not_uploaded_cannot_be_searched_for(served):
     asked = [one["id"] for one in config["dependencies"] if [kinds[i] for i in one["inputs"]] == ["file"]]
     assert asked
     for number in asked:
-        body = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}], "fn_index": number, "session_hash": "me"}  # fmt: skip
+        file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [file], "fn_index": number, "session_hash": "me"}
         request = urllib.request.Request(
             f"{address}/gradio_api/run/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

@@ -38,7 +38,8 @@ def explained(prompt: str, values: list[float]) -> Explanation:
     """As ``explain`` would give it, each word one token of a significance."""
     tokens = [Token(word.text, "word", word.start, word.end) for word in words_of(prompt)]
     significance = np.array(values, np.float32)[None, None]
-    return Explanation(prompt, tuple(tokens), significance, np.full((1, 1), 2.0, np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64))  # fmt: skip
+    none = np.zeros(1, np.int64)
+    return Explanation(prompt, tuple(tokens), significance, np.full((1, 1), 2.0, np.float32), none, none)
 
 
 def test_words_are_struck_with_the_separators_that_they_leave_alone():
@@ -159,7 +160,9 @@ def test_a_chart_leaves_out_what_is_no_number():
 
 
 def test_texts_can_be_neither_markup_nor_a_template_of_the_browsers_side():
-    words = [{"number": 0, "text": text, "point": False, "struck": False, "seen": True, "significance": 1.0, "weight": 1.0} for text in ("<b>", "{{x}}", "${x}", "`", "\x1b\u202e", '"')]  # fmt: skip
+    texts = ("<b>", "{{x}}", "${x}", "`", "\x1b\u202e", '"')
+    known = {"number": 0, "point": False, "struck": False, "seen": True, "significance": 1.0, "weight": 1.0}
+    words = [known | {"text": text} for text in texts]
     text = fragment("words", words=words)
     assert "<b>" not in text and not set("{}$`\x1b\u202e") & set(text)
     assert "&#123;&#123;x&#125;&#125;" in text and "\\x1b" in text

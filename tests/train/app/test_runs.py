@@ -51,7 +51,8 @@ def test_lines_of_a_log_that_are_no_lines_are_passed_over(tmp_path):
 
 
 def test_tables_come_with_their_titles_and_what_is_bold(tmp_path):
-    text = "**held-out captions**, 2 images\n\n| setting | a \\| b |\n|---|---|\n| raw | **0.5** [0, 1] |\n| <b> | – |\n\nnote\n"
+    text = "**held-out captions**, 2 images\n\n| setting | a \\| b |\n|---|---|\n"
+    text += "| raw | **0.5** [0, 1] |\n| <b> | – |\n\nnote\n"
     (tmp_path / "table.md").write_text(text)
     (table,) = tables_of(chosen(tmp_path, "."))
     assert table["title"] == "held-out captions, 2 images" and table["head"] == ["setting", "a | b"]

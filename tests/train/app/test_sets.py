@@ -8,10 +8,10 @@ from afresh.errors import UsageError, UserError
 from curate.config import DedupConfig
 from curate.dedup import run_dedup
 from curate.results.ledger import DROPPED, KEPT, read_ledger
+from tests.train.app.hostile import CAPTIONS, encoded, picked
 from train.app.pictures import Pictures
 from train.app.review import Review
 from train.app.sets import CuratedSet
-from tests.train.app.hostile import CAPTIONS, encoded, picked
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 

@@ -49,7 +49,7 @@ class PromptTab:
         update = {"outputs": [words, magnitude], "show_progress": "hidden", "trigger_mode": "always_last", **MODEL}
         read = told(self.read)
         # Not `input`, which misses what is pasted or taken away.
-        prompt.change(lambda: [], outputs=struck, queue=False, show_progress="hidden", api_visibility="private")
+        prompt.change(list, outputs=struck, queue=False, show_progress="hidden", api_visibility="private")
         prompt.change(read, inputs=prompt, **update)
         words.strike(told(self.strike), inputs=[prompt, struck], outputs=[struck, words], queue=False).then(
             told(self.read_rest), inputs=[prompt, struck], **update
@@ -137,9 +137,10 @@ class PromptTab:
         one = self._side(first, "Plain")
         yield fragment("pair", sides=_sides(one, None, title, "drawing …")), ""
         second = prompts.draw(bench, who, guided, text, int(seed or 0))
+        limit = prompts.limits(guided, second["trace"]) if bench.sampling.index else []
         yield (
             fragment("pair", sides=_sides(one, self._side(second, title), title, "")),
-            trace_chart(first["trace"], second["trace"], prompts.limits(guided, second["trace"]) if bench.sampling.index else [], title),
+            trace_chart(first["trace"], second["trace"], limit, title),
         )
 
     def stop(self, request: gr.Request) -> None:

@@ -37,8 +37,9 @@ class SetTab:
         summary = self.curated.summary
         seen = gr.State({"rows": [], "note": "", "query": None, "similarity": {}})
         gr.HTML(
-            f"<p class='soft'>{summary['samples']:,} samples: {summary['kept']:,} kept, {summary['dropped']:,} dropped, "
-            f"{summary['unreadable']:,} unreadable; {len(self.curated.groups):,} groups of copies.</p>"
+            f"<p class='soft'>{summary['samples']:,} samples: {summary['kept']:,} kept, "
+            f"{summary['dropped']:,} dropped, {summary['unreadable']:,} unreadable; "
+            f"{len(self.curated.groups):,} groups of copies.</p>"
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=260):
