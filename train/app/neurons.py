@@ -41,8 +41,8 @@ class PromptNeurons:
             return widths(value_layers(network_of(pipe), up_blocks=True))
 
     def find(self, client: str, prompt: str, share: float) -> dict[str, list[int]]:
-        """The neurons of a prompt: those of the file where it has the prompt, else as many as a share of the model's, by
-        how much blocking each gains over what it costs clean captions.
+        """The neurons of a prompt: those of the file where it has the prompt, else as many as a share of the model's,
+        by how much blocking each gains over what it costs clean captions.
 
         Args:
             client: who asks.

@@ -144,7 +144,7 @@ def test_a_hostile_prompt_is_shown_as_it_is_written(page, caption):
     text = caption.replace("\t", " ")
     write_prompt(page, text)
     last = re.findall(r"\w+", text)[-1]
-    page.wait_for_selector(f"#words .word:has-text('{last}') small")
+    page.wait_for_selector(f"#words .word:has-text('{last}') small, #words .unseen:has-text('{last}')")
     assert page.locator("#words img, #words script, #words a").count() == 0
 
 
