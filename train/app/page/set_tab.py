@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from afresh.errors import UsageError
+from afresh.errors import UsageError, UserError
 from curate.reading.images import ImageError, decode_image
 from train.app.fragments import fragment
 from train.app.page.calls import SET, shown, told
@@ -86,7 +86,10 @@ class SetTab:
         """Samples by image."""
         if file is None:
             raise UsageError("there is no image to search for")
-        found = self.curated.by_image(file)
+        try:
+            found = self.curated.by_image(file)
+        except UserError as error:  # where it lies on this machine is nobody's affair
+            raise UserError(str(error).replace(file, Path(file).name)) from error
         try:
             query = shown(decode_image(Path(file).read_bytes(), max_pixels=self.curated.pictures.max_pixels), 160)
         except (OSError, ImageError):
