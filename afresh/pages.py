@@ -25,7 +25,7 @@ BASE = Path(__file__).with_name("page.html.jinja")
 Point = tuple[float, float]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _template(path: Path) -> Any:
     import jinja2
 
@@ -52,9 +52,14 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
         template: a jinja file that extends ``base``.
         values: what it names; texts are escaped, control characters among them.
     """
-    text = _template(template).render(**values)
+    text = render(template, **values)
     with write_atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def render(template: Path, **values: Any) -> str:
+    """A template with the values that it names, as :func:`write_page` writes it: a page, or a part of one."""
+    return _template(template).render(**values)
 
 
 def picture(image: Image, largest: int = 160) -> str:

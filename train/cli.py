@@ -67,6 +67,12 @@ VERBS = {
         "train.machine.job:run_check",
         "try what this machine can do, compare it with the CPU's result, and say what to put into a config",
     ),
+    "app": Verb(
+        "train.app.config:AppConfig",
+        "train.app.job:run_app",
+        "open a page over a model, a curation and a folder of runs",
+        check="train.app.checks:check_app",
+    ),
     "reports": Verb(
         "train.evaluation.config:ReportsConfig",
         "train.evaluation.reporting.index:run_reports",

@@ -301,6 +301,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 "kept": int(totals.kept),
                 "judged": int(totals.judged),
                 "dropped": int(totals.dropped),
+                "magnitude": totals.magnitude / totals.judged if totals.judged else None,
                 "skipped_steps": counts.skipped,
                 **({"not_finite": names} if bad else {}),
                 **meter.read(),

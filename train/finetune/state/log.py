@@ -40,6 +40,8 @@ class Totals:
     """Samples that the filter left out."""
     loss: float
     """Sum of the processes' losses, each ``Σ w ℓ / nominal batch``; what is not finite counts 0."""
+    magnitude: float
+    """Sum of the magnitudes that the filter looked at."""
     not_finite: float
     """Micro-batches whose loss was not finite."""
     asked: float
@@ -58,7 +60,7 @@ class Tally:
         timesteps: of the noise schedule; the bands divide them evenly.
     """
 
-    SCALARS = 5
+    SCALARS = 6
 
     def __init__(self, device: torch.device, timesteps: int) -> None:
         self.timesteps = timesteps
@@ -93,6 +95,7 @@ class Tally:
             (~magnitudes.isnan()).sum(),
             (kept == 0).sum(),
             torch.where(finite, loss, 0.0),
+            magnitudes.nansum(),
             ~finite,
         )
         self._scalars += torch.stack([number.float() for number in numbers])
@@ -117,8 +120,9 @@ class Tally:
         everyone = accelerator.gather(torch.cat([mine.view(torch.int32), records.flatten()])[None]).cpu()
         sums = everyone[:, : len(mine)].contiguous().view(torch.float32).sum(dim=0).tolist()
         of_all = everyone[:, len(mine) :].view(len(everyone), *records.shape)
-        kept, judged, dropped, loss, not_finite, stops = sums[: -2 * BANDS]
-        totals = Totals(kept, judged, dropped, loss, not_finite, stops, sums[-2 * BANDS : -BANDS], sums[-BANDS:])
+        kept, judged, dropped, loss, magnitude, not_finite, stops = sums[: -2 * BANDS]
+        bands = sums[-2 * BANDS : -BANDS], sums[-BANDS:]
+        totals = Totals(kept, judged, dropped, loss, magnitude, not_finite, stops, *bands)
         return totals, of_all.transpose(0, 1).reshape(-1, records.shape[-1])
 
 

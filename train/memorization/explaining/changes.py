@@ -30,9 +30,11 @@ class Change:
     """Averaged over the same steps and seeds as the explanation's."""
 
 
-def without(prompt: str, word: Word, replacement: str = "") -> str:
-    """The prompt with another word in that place, or none; then spaces and separators that stand alone go too."""
-    changed = prompt[: word.start] + replacement + prompt[word.end :]
+def without(prompt: str, *words: Word, replacement: str = "") -> str:
+    """The prompt with another word for each, or none; spaces and separators that stand alone then go too."""
+    changed = prompt
+    for word in sorted(words, key=lambda word: -word.start):
+        changed = changed[: word.start] + replacement + changed[word.end :]
     if not replacement:
         changed = re.sub(r"\s+([,.;:!?])", r"\1", changed)
         changed = re.sub(r"([,;:])(?:\s*[,;:])+", r"\1", changed)
@@ -80,7 +82,8 @@ def suggest(
     draw = np.random.default_rng(seed)
     for word in chosen:
         for replacement in draw.choice(others, min(replacements, len(others)), replace=False).tolist():
-            changes.append(Change("replaced", word.text, without(explanation.prompt, word, replacement), 0.0))
+            prompt = without(explanation.prompt, word, replacement=replacement)
+            changes.append(Change("replaced", word.text, prompt, 0.0))
     changes = [change for change in changes if change.prompt]
     if not changes:
         return []

@@ -41,6 +41,7 @@ def test_a_step_is_summed_by_sample_and_by_timestep_band():
     assert seen.tolist() == [[0, 1], [2, 3]]
     assert (totals.kept, totals.judged, totals.dropped) == (4, 2, 1)
     assert (totals.loss, totals.not_finite, totals.asked) == (0.5, 1, 1)
+    assert totals.magnitude == pytest.approx(5.1)  # of what was judged
     assert totals.band_losses == [3.0, 5.0] + [0.0] * 8  # neither the unreadable sample nor the NaN
     assert totals.band_counts == [2.0, 2.0] + [0.0] * 8
     bands = LossBands()

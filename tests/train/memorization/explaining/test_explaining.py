@@ -205,7 +205,7 @@ def test_removing_a_word_leaves_no_lone_separators(tiny_pipe):
     assert without(prompt, by_text["girl"]) == "family: woman, boy"
     assert without(prompt, by_text["boy"]) == "family: woman, girl"
     assert without(prompt, by_text["woman"]) == "family: girl, boy"
-    assert without(prompt, by_text["girl"], "kite") == "family: woman, kite, boy"
+    assert without(prompt, by_text["girl"], replacement="kite") == "family: woman, kite, boy"
 
 
 def test_suggestions_measure_the_changed_prompts(tiny_pipe):

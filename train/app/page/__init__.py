@@ -1,0 +1,1 @@
+"""The page in Gradio: what stands where, and what is called when."""
