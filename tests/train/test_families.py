@@ -36,6 +36,7 @@ KINDS = {
     "sd3": families.tiny_sd3,
     "sd3-t5": lambda: families.tiny_sd3(with_t5=True),
     "flux": families.tiny_flux,
+    "z-image": families.tiny_z_image,
     "schnell": lambda: families.tiny_flux(guidance_embeds=False),
 }
 DISTILLED = ["flux", "schnell"]

@@ -149,6 +149,8 @@ def check_options(pipe: Any, config: FinetuneConfig) -> None:
     ):
         if getattr(config, name):
             raise UsageError(f"{name}: not for {family.name}: {why}; leave it out")
+    if config.train_text_encoder and set(family.encoders) <= set(family.frozen):
+        raise UsageError(f"train_text_encoder: {family.name}'s is a language model, which is never trained; leave it out")
 
 
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:
