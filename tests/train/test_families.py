@@ -142,7 +142,7 @@ def test_sample_with_the_rivals_that_make_sense(kind, model, data, tmp_path, gui
             return
         config = replace(config, negative_prompt="blurred")  # true guidance
     if guidance == "attention" and kind not in CROSS_ATTENTION:
-        with pytest.raises(UserError, match="joint attention takes neither masks nor weights of tokens"):
+        with pytest.raises(UserError, match=r"joint attention takes .*weights of tokens"):
             run_sample(config)
         return
     run_sample(config)
