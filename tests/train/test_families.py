@@ -41,6 +41,7 @@ KINDS = {
 }
 DISTILLED = ["flux", "schnell"]
 CROSS_ATTENTION = ["xl"]
+JOINT_ATTENTION = ["sd3", "sd3-t5", "flux", "schnell"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -187,17 +188,19 @@ def test_audit_and_evaluate(kind, model, data, tmp_path):
     assert [(row["guidance"], row["images"]) for row in summary["rows"]] == [("none", 4), (other, 4)]
 
 
-def test_localize_finds_value_neurons_where_there_is_cross_attention(kind, model, data, tmp_path):
+def test_localize_finds_value_neurons_of_cross_attention_and_of_the_texts_stream(kind, model, data, tmp_path):
     config = LocalizeConfig(
         model=model, prompts=str(data / "prompts.jsonl"), out=str(tmp_path / "n.json"), seeds=2, criterion="magnitude",
         threshold=0.4, number=5, up_blocks=True, image_seeds=1, others=1, steps=2, device="cpu",
         edited_model=str(tmp_path / "edited"),
     )  # fmt: skip
-    if kind not in CROSS_ATTENTION:
+    if kind not in CROSS_ATTENTION + JOINT_ATTENTION:
         with pytest.raises(UserError, match="no cross-attention"):
             run_localize(config)
         return
     run_localize(config)
     together, own = read_neurons(config.out)
     assert together and len(own) == 2
+    suffix = "attn2.to_v" if kind in CROSS_ATTENTION else "attn.add_v_proj"
+    assert all(name.endswith(suffix) for name in together)
     assert (tmp_path / "edited" / "model_index.json").exists()
