@@ -104,12 +104,12 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
              ("repeated", "held_out")}  # fmt: skip
     labels = np.repeat([1, 0], [len(texts["repeated"]), len(texts["held_out"])])
     found = score(
-        pipe, texts["repeated"] + texts["held_out"], steps=STEPS, num_inference_steps=STEPS, seeds=2,
+        pipe, texts["repeated"] + texts["held_out"], steps=STEPS, num_inference_steps=STEPS, seeds=args.seeds,
         guidance_scale=SCALE, batch_size=32,
     )  # fmt: skip
     schedule = denoiser_of(pipe).schedule
     sigmas = np.array(schedule.steps(STEPS)) / schedule.timesteps
-    by_step = found.magnitudes.mean(1)  # of both seeds
+    by_step = found.magnitudes.mean(1)  # of all seeds
     rows = [{"sigma": float(s), **told_apart(by_step[:, i], labels)} for i, s in enumerate(sigmas)]
     first = {f"first {n}": told_apart(by_step[:, :n].mean(1), labels) for n in (1, 5, STEPS)}
     in_eps = {f"first {n}, ε-space": told_apart((by_step * (1 - sigmas))[:, :n].mean(1), labels) for n in (5, STEPS)}
@@ -121,7 +121,7 @@ def training(args: argparse.Namespace) -> dict[str, Any]:
     """Noised training images, repeated against unique, by the share of noise: one noise a band."""
     pipe = load_pipeline(str(args.out / "off" / "model"))
     denoiser: Any = denoiser_of(pipe)
-    samples, labels = read_set(args.out, 240)
+    samples, labels = read_set(args.out, args.samples)
     x_0 = denoiser.encode_pixels(torch.from_numpy(stack_images([decode_image(one.image) for one in samples], 64)))
     captions = denoiser.encode([sample.caption or "" for sample in samples])
     empty, g, rows = denoiser.encode([""]), generator("statistic"), []
@@ -148,7 +148,7 @@ def drawn(args: argparse.Namespace) -> dict[str, Any]:
         "index": "curated",
         "training": ["raw"],
         "held_out": ["held_out"],
-        "seeds": 2,
+        "seeds": args.seeds,
         "steps": STEPS,
         "scale": SCALE,
         "amg": {"preset": "early"},
@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("model", help="pipeline folder of the flow-matching sample model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=500, help="of each fine-tuning")
+    parser.add_argument("--seeds", type=int, default=2, help="noises of a caption, of trajectories and of images")
+    parser.add_argument("--samples", type=int, default=240, help="noised training images of each kind")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

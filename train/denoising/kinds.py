@@ -27,6 +27,7 @@ class Family:
         optional: parts that a model may do without.
         also: other pipeline classes with the same parts.
         files: what diffusers calls its single-file checkpoints.
+        folders: what it calls those that it has to make a folder of first: they lack text encoders, or their tokenizers.
         prefixes: part → how its weights' names begin in a single file of the original layout.
         added: how the network is conditioned on more than the caption (``addition_embed_type`` of a UNet).
         flow: whether it is trained by flow matching, and its schedulers are.
@@ -43,6 +44,7 @@ class Family:
     optional: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     added: str | None = None
     flow: bool = False
@@ -96,6 +98,7 @@ SD3 = Family(
     frozen=("text_encoder_3",),
     optional=("text_encoder_3", "tokenizer_3"),
     also=("GuidedStableDiffusion3",),
+    folders=("sd3", "sd35_large", "sd35_medium"),
     flow=True,
 )
 FLUX = Family(
@@ -107,6 +110,7 @@ FLUX = Family(
     encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     frozen=("text_encoder_2",),
     also=("GuidedFlux",),
+    folders=("flux-dev", "flux-schnell"),
     flow=True,
 )
 Z_IMAGE = Family(
@@ -117,6 +121,7 @@ Z_IMAGE = Family(
     network="transformer",
     frozen=("text_encoder",),
     also=("ZImageImg2ImgPipeline", "ZImageInpaintPipeline", "GuidedZImage"),
+    folders=("z-image-turbo",),
     flow=True,
 )
 FAMILIES = (STABLE_DIFFUSION, XL, SD3, FLUX, Z_IMAGE)

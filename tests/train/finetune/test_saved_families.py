@@ -12,9 +12,11 @@ from afresh.errors import UsageError
 from tests.train.families import tiny_flux, tiny_sd3, tiny_xl, tiny_z_image
 from tests.train.finetune.runs import settings
 from tests.train.finetune.test_stable_diffusion_3 import shards
+from train.denoising.opening.adapters import text_encoders
 from train.denoising.opening.loading import load_pipeline
-from train.finetune.config import Timesteps, ValidationConfig
+from train.finetune.config import FilterConfig, Timesteps, ValidationConfig
 from train.finetune.loop import run_finetune
+from train.finetune.model.trained import Model
 
 __all__ = ["shards"]
 MODELS = {"xl": tiny_xl, "sd3": tiny_sd3, "flux": tiny_flux, "z-image": tiny_z_image}
@@ -66,3 +68,25 @@ def test_timesteps_of_flow_matching_are_those_of_flow(model, shards, tmp_path):
     else:
         with pytest.raises(UsageError, match="timesteps is for models with a schedule of betas"):
             run_finetune(config)
+
+
+def test_once_embeddings_are_cached_no_encoder_is_called_and_the_saved_model_has_them(model, shards, tmp_path, monkeypatch):
+    parked, own = [], Model.encoders_to_cpu
+
+    def never(*args, **given):
+        raise AssertionError("an encoder was called")
+
+    def park(self) -> None:
+        own(self)
+        for encoder in self.denoiser.encoders.values():
+            encoder.register_forward_pre_hook(never)
+            parked.append(encoder)
+
+    monkeypatch.setattr(Model, "encoders_to_cpu", park)
+    judge = FilterConfig("every_step", threshold=1e9)
+    run_finetune(settings(model, shards, tmp_path / "run", steps=2, cache_text="memory", caption_dropout=0.5, filter=judge))
+    assert parked
+    saved, base = load_pipeline(str(tmp_path / "run" / "model")), load_pipeline(model)
+    for name, encoder in text_encoders(saved).items():
+        for mine, theirs in zip(encoder.parameters(), getattr(base, name).parameters(), strict=True):
+            assert torch.equal(mine, theirs)
