@@ -1,13 +1,13 @@
 """What the statistic, the filter and AMG do on a flow-matching model: the sample set's small Stable Diffusion 3.
 
     python -m benchmarks.flow_matching runs/sample_model/flow/model --out runs/flow_matching
-    python -m benchmarks.flow_matching runs/sample_model/flow/model --out runs/flow_matching --stages prepare off sampling
+    python -m benchmarks.flow_matching runs/sample_model/flow/model --out runs/flow_matching --stages prepare off
 
-The model (``configs/sample_model/flow.yaml``) is fine-tuned on the quickstart's raw set, where 24 images are repeated 40
-times, without the filter (``off``) and with the recommended one (``filtered``). On the first, the magnitude ``‖Δu‖`` is
-measured at each step of trajectories from noise, of repeated captions against captions that were never trained on
-(``sampling``), and of noised training images, repeated ones against unique ones, by noise level (``training``). Images of
-both, plain and under AMG (``drawn``), are measured as by ``train evaluate``. A stage that is done is not repeated.
+The model (``configs/sample_model/flow.yaml``) is fine-tuned on the quickstart's raw set, where 24 images are repeated
+40 times, without the filter (``off``) and with the recommended one (``filtered``). On the first, the magnitude ``‖Δu‖``
+is measured at each step of trajectories from noise, of repeated captions against captions that were never trained on
+(``sampling``), and of noised training images, repeated ones against unique ones, by noise level (``training``). Images
+of both, plain and under AMG (``drawn``), are measured as by ``train evaluate``. A stage that is done is not repeated.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def finetune(args: argparse.Namespace, name: str, judge: FilterConfig) -> dict[s
     if summary.get("stopped"):
         raise SystemExit(f"stopped in {name}; the same command goes on from there")
     shares = dropped_shares(args.out / name / "verdicts.parquet") if judge.policy != "off" else {}
-    return {**{key: summary[key] for key in ("judged", "samples_seen", "dropped", "seconds") if key in summary}, **shares}
+    return {
+        **{key: summary[key] for key in ("judged", "samples_seen", "dropped", "seconds") if key in summary},
+        **shares,
+    }
 
 
 def off(args: argparse.Namespace) -> dict[str, Any]:

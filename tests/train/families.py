@@ -193,7 +193,9 @@ def language_model(seed: int = 0) -> tuple[Any, Any]:
     learner.pre_tokenizer, learner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     learner.train_from_iterator([f"user\n{caption} assistant" for caption in CAPTIONS], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=learner, pad_token=special[0], eos_token=special[2], model_max_length=1024

@@ -27,7 +27,7 @@ class Family:
         optional: parts that a model may do without.
         also: other pipeline classes with the same parts.
         files: what diffusers calls its single-file checkpoints.
-        folders: what it calls those that it has to make a folder of first: they lack text encoders, or their tokenizers.
+        folders: what it calls those that have to be made a folder of first, since they lack encoders or tokenizers.
         prefixes: part → how its weights' names begin in a single file of the original layout.
         added: how the network is conditioned on more than the caption (``addition_embed_type`` of a UNet).
         flow: whether it is trained by flow matching, and its schedulers are.

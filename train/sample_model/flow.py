@@ -1,5 +1,5 @@
-"""Recipe: the untrained flow-matching sample model, a small Stable Diffusion 3 without T5, which ``train finetune`` then
-trains.
+"""Recipe: the untrained flow-matching sample model, a small Stable Diffusion 3 without T5, which ``train finetune``
+then trains.
 
     python -m train.sample_model.flow --config configs/sample_model/flow_untrained.yaml
 

@@ -310,7 +310,11 @@ def test_steps_that_a_scheduler_cannot_take_are_told_before_the_first(steps):
 @pytest.mark.parametrize(
     ("key", "shape", "said"),
     [
-        ("model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias", [9216], "Stable Diffusion 3 and 3.5"),
+        (
+            "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias",
+            [9216],
+            "Stable Diffusion 3 and 3.5",
+        ),
         ("double_blocks.0.img_attn.norm.key_norm.scale", [128], "FLUX.1"),
     ],
 )

@@ -40,7 +40,12 @@ def test_shipped_configs_run_on_a_machine_without_a_gpu(model, shards, tmp_path,
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("sdxl", families.tiny_xl), ("sd3", families.tiny_sd3), ("flux", families.tiny_flux), ("z_image", families.tiny_z_image)],
+    [
+        ("sdxl", families.tiny_xl),
+        ("sd3", families.tiny_sd3),
+        ("flux", families.tiny_flux),
+        ("z_image", families.tiny_z_image),
+    ],
 )
 def test_shipped_configs_of_other_families_run_at_a_small_size(shards, tmp_path, name, family):
     family().save_pretrained(tmp_path / "model")

@@ -70,7 +70,9 @@ def test_timesteps_of_flow_matching_are_those_of_flow(model, shards, tmp_path):
             run_finetune(config)
 
 
-def test_once_embeddings_are_cached_no_encoder_is_called_and_the_saved_model_has_them(model, shards, tmp_path, monkeypatch):
+def test_once_embeddings_are_cached_no_encoder_is_called_and_the_saved_model_has_them(
+    model, shards, tmp_path, monkeypatch
+):
     parked, own = [], Model.encoders_to_cpu
 
     def never(*args, **given):
@@ -84,7 +86,9 @@ def test_once_embeddings_are_cached_no_encoder_is_called_and_the_saved_model_has
 
     monkeypatch.setattr(Model, "encoders_to_cpu", park)
     judge = FilterConfig("every_step", threshold=1e9)
-    run_finetune(settings(model, shards, tmp_path / "run", steps=2, cache_text="memory", caption_dropout=0.5, filter=judge))
+    run_finetune(
+        settings(model, shards, tmp_path / "run", steps=2, cache_text="memory", caption_dropout=0.5, filter=judge)
+    )
     assert parked
     saved, base = load_pipeline(str(tmp_path / "run" / "model")), load_pipeline(model)
     for name, encoder in text_encoders(saved).items():

@@ -2,7 +2,7 @@
 
 The transformer is given lists, an entry an image: latents of one frame, and as many token states as the caption has. It
 counts time from noise to image, ``1 − σ``, and returns ``x_0 − ε``, the velocity with its sign changed. Classifier-free
-guidance is the stock pipeline's ``cond + w (cond − uncond)``: its scale ``w`` is one less than the ``s`` of all else here.
+guidance is the stock pipeline's ``cond + w (cond − uncond)``: its scale ``w`` is one less than the ``s`` of all else.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class ZImageDenoiser(PipelineDenoiser):
     # ------------------------------------------------------------------------------------------------- the denoiser
 
     def forward(self, x_t: Tensor, t: Any, conditioning: Conditioning) -> Tensor:
-        """The transformer's velocity, like ``x_t``, in float32 as the stock pipeline has it. Masked tokens are left out.
+        """The transformer's velocity, like ``x_t``, in float32 as the stock pipeline has it, without masked tokens.
 
         Args:
             x_t: ``[n, c, h, w]``, sides even.

@@ -58,9 +58,9 @@ def check_file(path: Path) -> Family:
     made = next((family for family in FAMILIES if kind in family.folders), None)
     if made is not None:
         raise UserError(
-            f"{path}: a single file of {made.name} ({kind}), which lacks parts or their tokenizers: make a folder of it, "
-            f"diffusers.{made.pipeline}.from_single_file({path.name!r}).save_pretrained(FOLDER), and give that, or give "
-            "the model's hub name"
+            f"{path}: a single file of {made.name} ({kind}), which lacks parts or their tokenizers: make a folder of "
+            f"it, diffusers.{made.pipeline}.from_single_file({path.name!r}).save_pretrained(FOLDER), and give that, or "
+            "give the model's hub name"
         )
     if family is None:
         raise UserError(f"{path}: a checkpoint of the kind {kind}; {supported()}")

@@ -161,7 +161,8 @@ def check_options(pipe: Any, config: FinetuneConfig) -> None:
         if getattr(config, name):
             raise UsageError(f"{name}: not for {family.name}: {why}; leave it out")
     if config.train_text_encoder and set(family.encoders) <= set(family.frozen):
-        raise UsageError(f"train_text_encoder: {family.name}'s is a language model, which is never trained; leave it out")
+        why = "is a language model, which is never trained; leave it out"
+        raise UsageError(f"train_text_encoder: {family.name}'s {why}")
 
 
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:

@@ -20,8 +20,8 @@ from train.sampling.pipelines.guided import Callback, GuidedOutput, GuidedPipeli
 class GuidedZImage(GuidedPipeline, ZImagePipeline):
     """``ZImagePipeline`` whose velocity guidance terms may correct at each step.
 
-    Without terms it draws the stock pipeline's images bit for bit. Its ``guidance_scale`` is the stock pipeline's ``w`` of
-    ``cond + w (cond − uncond)``; the trace's and the terms' is ``1 + w``.
+    Without terms it draws the stock pipeline's images bit for bit. Its ``guidance_scale`` is the stock pipeline's ``w``
+    of ``cond + w (cond − uncond)``; the trace's and the terms' is ``1 + w``.
     """
 
     STOCK = ZImagePipeline
@@ -46,7 +46,10 @@ class GuidedZImage(GuidedPipeline, ZImagePipeline):
         guided = cond + self.guidance_scale * (cond - uncond)
         if self._cfg_normalization and float(self._cfg_normalization) > 0.0:
             for own, new in zip(cond, guided, strict=True):
-                most, norm = torch.linalg.vector_norm(own) * float(self._cfg_normalization), torch.linalg.vector_norm(new)
+                most, norm = (
+                    torch.linalg.vector_norm(own) * float(self._cfg_normalization),
+                    torch.linalg.vector_norm(new),
+                )
                 if norm > most:
                     new *= most / norm
         return guided
@@ -108,13 +111,19 @@ class GuidedZImage(GuidedPipeline, ZImagePipeline):
         Raises:
             ValueError: as the stock pipeline.
         """
-        self._guidance_scale, self._joint_attention_kwargs, self._interrupt = guidance_scale, joint_attention_kwargs, False
+        self._guidance_scale, self._joint_attention_kwargs, self._interrupt = (
+            guidance_scale,
+            joint_attention_kwargs,
+            False,
+        )
         self._cfg_normalization, self._cfg_truncation = cfg_normalization, cfg_truncation
         watch = callback_on_step_end, asked_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         denoiser = ZImageDenoiser(self, joint_attention_kwargs=joint_attention_kwargs, length=max_sequence_length)
         size = height or denoiser.side, width or denoiser.side
         if any(side % denoiser.multiple for side in size):
-            raise ValueError(f"Height and width must be divisible by {denoiser.multiple} (got {size[0]} and {size[1]}).")
+            raise ValueError(
+                f"Height and width must be divisible by {denoiser.multiple} (got {size[0]} and {size[1]})."
+            )
         texts = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,

@@ -45,7 +45,9 @@ def both(pipe, name: str = "FlowMatchEulerDiscreteScheduler", **options):
         {"output_type": "latent"},
         {"callback_on_step_end": lambda pipe, i, t, tensors: {"latents": tensors["latents"] * 0.9}},
         {
-            "callback_on_step_end": lambda pipe, i, t, tensors: {"prompt_embeds": [x * 0.5 for x in tensors["prompt_embeds"]]},
+            "callback_on_step_end": lambda pipe, i, t, tensors: {
+                "prompt_embeds": [x * 0.5 for x in tensors["prompt_embeds"]]
+            },
             "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
         },
     ],
