@@ -13,6 +13,7 @@ of both, plain and under AMG (``drawn``), are measured as by ``train evaluate``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,10 @@ import yaml
 
 from afresh.files import write_json
 from afresh.progress import get_logger
-from benchmarks.filter_effect import Size, dropped_shares, prepare
+from benchmarks.quickstart_set import original, read_settings, repeated_images
 from benchmarks.training_statistic import read_set
+from curate.config import DedupConfig
+from curate.dedup import run_dedup
 from curate.reading.images import decode_image, stack_images
 from train.denoising.families.registry import denoiser_of
 from train.denoising.opening.loading import load_pipeline
@@ -38,12 +41,32 @@ from train.memorization import score
 from train.memorization.detection.roc import roc_auc, tpr_at_fpr
 from train.memorization.signals.magnitude import magnitude
 from train.prompts import read_prompts
-from train.quickstart.config import MessConfig
+from train.quickstart.config import MessConfig, QuickstartConfig
+from train.quickstart.mess import make_mess
 
 log = get_logger(__name__)
-SIZE = Size(MessConfig(set=1), held_out_captions=64)
 BANDS = 10
 SCALE, STEPS = 4.0, 25
+
+
+def plant(args: argparse.Namespace) -> dict[str, Any]:
+    """The quickstart's raw set, its prompts, and its curation, for the ledger and the index."""
+    make_mess(args.out, QuickstartConfig(mess=MessConfig(set=1), held_out_captions=64))
+    dedup = DedupConfig(**read_settings()["dedup"])
+    summary = run_dedup(dataclasses.replace(dedup, shards=[str(args.out / "raw")], out=str(args.out / "curated")))
+    return {"samples": summary["samples"]}
+
+
+def dropped_shares(verdicts: Path) -> dict[str, float]:
+    """Share of the visits that were left out, of repeated samples (copies and their originals) and of the others."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(verdicts, columns=["key", "seen", "dropped"]).to_pylist()
+    repeated, shares = repeated_images(row["key"] for row in rows), {}
+    for name, wanted in (("dropped_repeated", True), ("dropped_unique", False)):
+        some = [row for row in rows if (original(row["key"]) in repeated) == wanted]
+        shares[name] = sum(row["dropped"] for row in some) / max(1, sum(row["seen"] for row in some))
+    return shares
 
 
 def finetune(args: argparse.Namespace, name: str, judge: FilterConfig) -> dict[str, Any]:
@@ -165,8 +188,8 @@ def drawn(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": [{name: row[name] for name in names} for row in rows]}
 
 
-STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]] = {
-    "prepare": lambda args: prepare(args.out, SIZE),
+STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "prepare": plant,
     "off": off,
     "sampling": sampling,
     "training": training,
@@ -189,7 +212,7 @@ def main() -> None:
         record = args.out / f"{name}.json"
         if not record.is_file():
             log.info("stage %s", name)
-            write_json(record, STAGES[name](args) or {})
+            write_json(record, STAGES[name](args))
         print(name, json.dumps(json.loads(record.read_text()), indent=1, ensure_ascii=False))
 
 
