@@ -184,7 +184,7 @@ def drawn(args: argparse.Namespace) -> dict[str, Any]:
     path = args.out / "protocol.yaml"
     path.write_text(yaml.safe_dump(protocol, sort_keys=False))
     names = ("model", "guidance", "prompts", "memorized_share", "copied_share", "pixel_copied_share", "alignment")
-    rows = run_evaluate(EvaluateConfig(str(path), str(args.out / "evaluated"), batch_size=32))["rows"]
+    rows = run_evaluate(EvaluateConfig(protocol=str(path), out=str(args.out / "evaluated"), batch_size=32))["rows"]
     return {"rows": [{name: row[name] for name in names} for row in rows]}
 
 
