@@ -175,3 +175,66 @@ def tiny_flux(seed: int = 0, guidance_embeds: bool = True, side: int | None = 16
     pipe.default_sample_size = side or pipe.default_sample_size
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Of chats, as Qwen's language models write them."""
+
+
+def language_model(seed: int = 0) -> tuple[Any, Any]:
+    """A Qwen3 language model and its tokenizer, of bytes and whole words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer, learner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator([f"user\n{caption} assistant" for caption in CAPTIONS], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=learner, pad_token=special[0], eos_token=special[2], model_max_length=1024
+    )
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen3Model(config).eval(), tokenizer
+
+
+def tiny_z_image(seed: int = 0) -> Any:
+    """A random Z-Image (64 pixels, latents 4 × 16 × 16)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[640, 8, 8],
+    )
+    for name, parameter in transformer.named_parameters():  # some begin at zero, and the prompt would change nothing
+        if not parameter.any() or name.endswith("pad_token"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    text_encoder, tokenizer = language_model(seed + 1)
+    pipe = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from diffusers import FluxPipeline
 
 from afresh.errors import UserError
@@ -19,10 +20,15 @@ from curate.reading.images import decode_image
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
 from tests.train import families
+from train.denoising.network import network_of
+from train.denoising.opening.adapters import add_lora, save_lora
+from train.denoising.opening.config import LoRAConfig
+from train.denoising.opening.loading import load_pipeline
 from train.evaluation.audit import run_audit
 from train.evaluation.config import AuditConfig, EvaluateConfig, LocalizeConfig
 from train.evaluation.evaluate import run_evaluate
 from train.evaluation.localize import run_localize
+from train.memorization import score
 from train.memorization.config import DetectConfig, ExplainConfig
 from train.memorization.detection.job import run_detect
 from train.memorization.explaining.job import run_explain
@@ -36,10 +42,12 @@ KINDS = {
     "sd3": families.tiny_sd3,
     "sd3-t5": lambda: families.tiny_sd3(with_t5=True),
     "flux": families.tiny_flux,
+    "z-image": families.tiny_z_image,
     "schnell": lambda: families.tiny_flux(guidance_embeds=False),
 }
 DISTILLED = ["flux", "schnell"]
 CROSS_ATTENTION = ["xl"]
+JOINT_ATTENTION = ["sd3", "sd3-t5", "flux", "schnell"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -141,7 +149,7 @@ def test_sample_with_the_rivals_that_make_sense(kind, model, data, tmp_path, gui
             return
         config = replace(config, negative_prompt="blurred")  # true guidance
     if guidance == "attention" and kind not in CROSS_ATTENTION:
-        with pytest.raises(UserError, match="joint attention takes neither masks nor weights of tokens"):
+        with pytest.raises(UserError, match=r"joint attention takes .*weights of tokens"):
             run_sample(config)
         return
     run_sample(config)
@@ -186,17 +194,50 @@ def test_audit_and_evaluate(kind, model, data, tmp_path):
     assert [(row["guidance"], row["images"]) for row in summary["rows"]] == [("none", 4), (other, 4)]
 
 
-def test_localize_finds_value_neurons_where_there_is_cross_attention(kind, model, data, tmp_path):
+def test_detect_and_audit_take_a_base_and_its_adapters(model, data, tmp_path):
+    pipe = load_pipeline(model)
+    add_lora(pipe, LoRAConfig(rank=2), seed=1)
+    for name, parameter in network_of(pipe).named_parameters():
+        if "lora_B" in name:  # as if they had been trained
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(pipe, tmp_path / "lora")
+
+    def magnitudes(name: str, **options: str) -> list[float]:
+        config = DetectConfig(
+            model=model, prompts=str(data / "prompts.jsonl"), out=str(tmp_path / name), steps=1, num_inference_steps=2,
+            seeds=1, device="cpu", bootstrap=10, **options,
+        )  # fmt: skip
+        run_detect(config)
+        return parquet.read_table(config.out)["magnitude"].to_pylist()
+
+    adapted = magnitudes("adapted.parquet", lora=str(tmp_path / "lora"))
+    fused = load_pipeline(model, lora=str(tmp_path / "lora"))
+    captions = [json.loads(line)["caption"] for line in (data / "prompts.jsonl").read_text().splitlines()]
+    expected = score(fused, captions, steps=1, num_inference_steps=2, seeds=1).per_prompt()
+    assert adapted == pytest.approx(expected.tolist(), rel=1e-4)
+    assert np.abs(np.array(adapted) - magnitudes("base.parquet")).max() > 1e-3
+    config = AuditConfig(
+        model=model, lora=str(tmp_path / "lora"), prompts=str(data / "prompts.jsonl"), out=str(tmp_path / "a"),
+        search_steps=1, device="cpu", images=1, noises=1, seeds=1, steps=2, measure_every=1, bootstrap=10,
+        index=str(data / "index"),
+    )  # fmt: skip
+    run_audit(config)
+    assert (tmp_path / "a" / "report.html").exists()
+
+
+def test_localize_finds_value_neurons_of_cross_attention_and_of_the_texts_stream(kind, model, data, tmp_path):
     config = LocalizeConfig(
         model=model, prompts=str(data / "prompts.jsonl"), out=str(tmp_path / "n.json"), seeds=2, criterion="magnitude",
         threshold=0.4, number=5, up_blocks=True, image_seeds=1, others=1, steps=2, device="cpu",
         edited_model=str(tmp_path / "edited"),
     )  # fmt: skip
-    if kind not in CROSS_ATTENTION:
+    if kind not in CROSS_ATTENTION + JOINT_ATTENTION:
         with pytest.raises(UserError, match="no cross-attention"):
             run_localize(config)
         return
     run_localize(config)
     together, own = read_neurons(config.out)
     assert together and len(own) == 2
+    suffix = "attn2.to_v" if kind in CROSS_ATTENTION else "attn.add_v_proj"
+    assert all(name.endswith(suffix) for name in together)
     assert (tmp_path / "edited" / "model_index.json").exists()

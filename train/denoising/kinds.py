@@ -23,9 +23,11 @@ class Family:
         guided: its pipeline with guidance terms, ``module:class``.
         network: the part that denoises.
         encoders: text encoder → its tokenizer, in the order in which their outputs are joined.
+        frozen: text encoders that are never trained.
         optional: parts that a model may do without.
         also: other pipeline classes with the same parts.
         files: what diffusers calls its single-file checkpoints.
+        folders: what it calls those that have to be made a folder of first, since they lack encoders or tokenizers.
         prefixes: part → how its weights' names begin in a single file of the original layout.
         added: how the network is conditioned on more than the caption (``addition_embed_type`` of a UNet).
         flow: whether it is trained by flow matching, and its schedulers are.
@@ -38,9 +40,11 @@ class Family:
     guided: str
     network: str = "unet"
     encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "tokenizer"})
+    frozen: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     added: str | None = None
     flow: bool = False
@@ -91,8 +95,10 @@ SD3 = Family(
     guided=f"{PIPELINES}.stable_diffusion_3:GuidedStableDiffusion3",
     network="transformer",
     encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"},
+    frozen=("text_encoder_3",),
     optional=("text_encoder_3", "tokenizer_3"),
     also=("GuidedStableDiffusion3",),
+    folders=("sd3", "sd35_large", "sd35_medium"),
     flow=True,
 )
 FLUX = Family(
@@ -102,10 +108,23 @@ FLUX = Family(
     guided=f"{PIPELINES}.flux:GuidedFlux",
     network="transformer",
     encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    frozen=("text_encoder_2",),
     also=("GuidedFlux",),
+    folders=("flux-dev", "flux-schnell"),
     flow=True,
 )
-FAMILIES = (STABLE_DIFFUSION, XL, SD3, FLUX)
+Z_IMAGE = Family(
+    name="Z-Image",
+    pipeline="ZImagePipeline",
+    denoiser=f"{FAMILY_FILES}.z_image:ZImageDenoiser",
+    guided=f"{PIPELINES}.z_image:GuidedZImage",
+    network="transformer",
+    frozen=("text_encoder",),
+    also=("ZImageImg2ImgPipeline", "ZImageInpaintPipeline", "GuidedZImage"),
+    folders=("z-image-turbo",),
+    flow=True,
+)
+FAMILIES = (STABLE_DIFFUSION, XL, SD3, FLUX, Z_IMAGE)
 ENCODERS = tuple(dict.fromkeys(name for family in FAMILIES for name in family.encoders))
 """What pipelines call their text encoders, in order."""
 

@@ -72,6 +72,10 @@ class Denoiser(Protocol):
     def sequence(self) -> list[tuple[str, int]]:
         """The tokenizers whose tokens make the sequence, one after the other, and how many each has."""
 
+    @property
+    def frame(self) -> tuple[str, str] | None:
+        """Text that is put before and after a prompt, which a language model is asked; None where there is none."""
+
     def draw(
         self, conditioning: Conditioning, x_T: Tensor, *, steps: int, guidance_scale: float
     ) -> list[Image]:

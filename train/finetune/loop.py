@@ -179,6 +179,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     config = with_numbers(config, shard_set, world)
     loader, order = lay_out(shard_set, sizes, config, planned)
     texts = cache_texts(model, shard_set, config.cache_text, cache_folder(config), accelerator, stop)
+    if texts is not None and not config.validation.every:  # which encodes its prompts each time
+        model.encoders_to_cpu()
     dropout, words, tags = config.caption_dropout, config.random_words, config.tags
     captions = Captions(model, shard_set.captions, dropout, texts, words, config.seed, tags)
 

@@ -158,7 +158,7 @@ def test_a_checkpoint_that_lacks_a_part_names_it(checkpoint, configs, tmp_path):
     ("key", "shape", "kind"),
     [
         ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", (4,), "xl_refiner"),
-        ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", (4,), "flux"),
+        ("model.diffusion_model.single_stream_modulation.lin.weight", (4,), "flux-2-dev"),
         ("model.diffusion_model.input_blocks.0.0.weight", (8, 9, 3, 3), "inpainting"),
     ],
 )
@@ -305,3 +305,23 @@ def test_steps_that_a_scheduler_cannot_take_are_told_before_the_first(steps):
     check_scheduler(PNDMScheduler(), "model", 4)
     with pytest.raises(UserError, match="cannot take 2000 steps"):
         check_scheduler(DDIMScheduler(), "model", 2000)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [
+        (
+            "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias",
+            [9216],
+            "Stable Diffusion 3 and 3.5",
+        ),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", [128], "FLUX.1"),
+    ],
+)
+def test_single_files_of_a_family_that_needs_a_folder_say_how_to_make_one(tmp_path, key, shape, said):
+    path = tmp_path / "model.safetensors"
+    weights = {key: torch.zeros(shape), "model.diffusion_model.pos_embed": torch.zeros(1, 36864, 8)}
+    save_file(weights if "joint" in key else {key: weights[key]}, path)
+    with pytest.raises(UserError, match="from_single_file.*save_pretrained") as refused:
+        load_pipeline(str(path))
+    assert f"a single file of {said}" in str(refused.value) and "\n" not in str(refused.value)

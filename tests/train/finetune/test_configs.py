@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from curate.cli import main as curate
+from tests.train import families
 from tests.train.finetune.runs import REPOSITORY, log_lines, make_environment
 from tests.train.finetune.test_options import photographs
 from tests.train.finetune.test_processes import finish
@@ -35,6 +36,25 @@ def test_shipped_configs_run_on_a_machine_without_a_gpu(model, shards, tmp_path,
     assert run["mixed_precision"] in ("no", "bf16") and run["crop"] == "center" and run["buckets"]["step"] == 32
     chosen = [run["filter"][name] for name in ("policy", "verdict_of", "evidence", "threshold")]
     assert chosen == ["noisy_steps", "caption", "window", None] and run["filter"]["calibrate"]["quantile"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("sdxl", families.tiny_xl),
+        ("sd3", families.tiny_sd3),
+        ("flux", families.tiny_flux),
+        ("z_image", families.tiny_z_image),
+    ],
+)
+def test_shipped_configs_of_other_families_run_at_a_small_size(shards, tmp_path, name, family):
+    family().save_pretrained(tmp_path / "model")
+    out, path = tmp_path / "run", str(CONFIGS / f"finetune_{name}_lora.yaml")
+    small = words(str(tmp_path / "model"), shards, out, resolution=64, gradient_accumulation=1, batch_size=1)
+    assert main(["finetune", "--config", path, *small]) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert run["cache_text"] == run["cache_latents"] == "disk" and run["filter"]["policy"] == "noisy_steps"
+    assert (out / "lora" / WEIGHTS).is_file() and (out / "model" / "model_index.json").is_file()
 
 
 def test_a_folder_of_photographs_becomes_adapters_that_diffusers_loads_by_one_command(model, tmp_path):

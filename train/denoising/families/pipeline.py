@@ -90,6 +90,11 @@ class PipelineDenoiser(torch.nn.Module):
         """
         return conditioning
 
+    @property
+    def frame(self) -> tuple[str, str] | None:
+        """Text that is put before and after a prompt, which a language model is asked; None where there is none."""
+        return None
+
     def leave_unused_alone(self) -> None:
         """Freeze weights of the text encoders that no output hangs on: there are none here."""
 

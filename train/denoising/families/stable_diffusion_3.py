@@ -25,7 +25,7 @@ from train.denoising.schedules import NoiseSchedule, schedule_of
 
 IDS_2, IDS_3, POOLED = "ids_2", "ids_3", "pooled"
 T5_TOKENS = 256
-"""Tokens of T5, as the stock pipeline takes them by default."""
+"""Tokens of T5, as the stock pipeline takes them by default; a tokenizer that says so has fewer."""
 
 
 class StableDiffusion3Denoiser(PipelineDenoiser):
@@ -67,9 +67,15 @@ class StableDiffusion3Denoiser(PipelineDenoiser):
             self.text_encoder_3.requires_grad_(False)
 
     @property
+    def t5_tokens(self) -> int:
+        """Tokens of T5, or zeros in their place where its encoder is missing."""
+        own = getattr(self.pipe.tokenizer_3, "model_max_length", T5_TOKENS)
+        return min(T5_TOKENS, int(own))
+
+    @property
     def sequence(self) -> list[tuple[str, int]]:
         """The tokenizers whose tokens make the sequence, one after the other, and how many each has."""
-        return [("tokenizer", int(self.pipe.tokenizer.model_max_length)), ("tokenizer_3", T5_TOKENS)]
+        return [("tokenizer", int(self.pipe.tokenizer.model_max_length)), ("tokenizer_3", self.t5_tokens)]
 
     # ------------------------------------------------------------------------------------------------- conditioning
 
@@ -77,7 +83,7 @@ class StableDiffusion3Denoiser(PipelineDenoiser):
         """Token ids of all tokenizers that are there, on the CPU."""
         parts = {IDS: tokenize(self.pipe, prompts), IDS_2: tokenize(self.pipe, prompts, "tokenizer_2")}
         if self.text_encoder_3 is not None:
-            padding = {"padding": "max_length", "max_length": T5_TOKENS, "truncation": True}
+            padding = {"padding": "max_length", "max_length": self.t5_tokens, "truncation": True}
             parts[IDS_3] = self.pipe.tokenizer_3(list(prompts), return_tensors="pt", **padding).input_ids
         return Conditioning(parts)
 
@@ -92,7 +98,7 @@ class StableDiffusion3Denoiser(PipelineDenoiser):
         ]
         embeds, pooled = torch.cat([one.hidden_states[-2] for one in clip], -1), torch.cat([one[0] for one in clip], -1)
         width = self.transformer.config.joint_attention_dim
-        t5 = embeds.new_zeros(len(embeds), T5_TOKENS, width)
+        t5 = embeds.new_zeros(len(embeds), self.t5_tokens, width)
         if self.text_encoder_3 is not None:
             t5 = self._run(self.text_encoder_3, parts.pop(IDS_3))[0].to(embeds)
         embeds = torch.cat([pad(embeds, (0, width - embeds.shape[-1])), t5], dim=-2)

@@ -55,6 +55,13 @@ def check_file(path: Path) -> Family:
     header = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     kind = infer_diffusers_model_type(header)
     family = next((family for family in FAMILIES if kind in family.files), None)
+    made = next((family for family in FAMILIES if kind in family.folders), None)
+    if made is not None:
+        raise UserError(
+            f"{path}: a single file of {made.name} ({kind}), which lacks parts or their tokenizers: make a folder of "
+            f"it, diffusers.{made.pipeline}.from_single_file({path.name!r}).save_pretrained(FOLDER), and give that, or "
+            "give the model's hub name"
+        )
     if family is None:
         raise UserError(f"{path}: a checkpoint of the kind {kind}; {supported()}")
     # v1 is also what it makes of the unknown.

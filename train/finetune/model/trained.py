@@ -73,6 +73,17 @@ class Model:
         empty = self._empty if frames is None else self.denoiser.framed(self._empty, frames)
         return self.denoiser(x_t, t, empty).float()
 
+    @torch.no_grad()
+    def encoders_to_cpu(self) -> None:
+        """Keep the text encoders' weights in main memory from now on, all captions being cached: nothing encodes again.
+
+        Buffers stay, which the data-parallel wrapper compares between the devices.
+        """
+        self._empty = self.denoiser.encoded(self.denoiser.tokens([""]).to(self.device))
+        for encoder in self.denoiser.encoders.values():
+            for parameter in encoder.parameters():
+                parameter.data = parameter.data.cpu()
+
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that change, by name."""
         return {k: v for k, v in self.denoiser.state_dict().items() if k in self._trained_names}
@@ -149,6 +160,9 @@ def check_options(pipe: Any, config: FinetuneConfig) -> None:
     ):
         if getattr(config, name):
             raise UsageError(f"{name}: not for {family.name}: {why}; leave it out")
+    if config.train_text_encoder and set(family.encoders) <= set(family.frozen):
+        why = "is a language model, which is never trained; leave it out"
+        raise UsageError(f"train_text_encoder: {family.name}'s {why}")
 
 
 def load_model(config: FinetuneConfig, device: torch.device) -> Model:

@@ -8,12 +8,14 @@ hold whole tensors, as those of an ordinary run do.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from afresh.errors import UsageError
+from train.denoising.network import network_of
 from train.finetune.config import FinetuneConfig
 from train.finetune.model.trained import Model, load_model
 from train.finetune.state.checkpoint import Stateful
@@ -87,10 +89,28 @@ def prepare(
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
+        plugin.transformer_cls_names_to_wrap = layers_to_gather(
+            network_of(model.pipe), plugin.transformer_cls_names_to_wrap
+        )
         for module in frozen:
             module.to(accelerator.device)
     denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
     return denoiser, optimizer
+
+
+def layers_to_gather(network: torch.nn.Module, asked: Sequence[str] | None) -> list[str]:
+    """The classes of layers whose weights come together one layer at a time.
+
+    Args:
+        network: that is trained.
+        asked: names of Accelerate's settings, which are a UNet's in ``configs/accelerate``.
+
+    Returns:
+        Those of ``asked`` that the network has; if it has none of them, those that it says itself are not to be split.
+    """
+    there = {type(module).__name__ for module in network.modules()}
+    own: Sequence[str] = getattr(network, "_no_split_modules", None) or ()
+    return [name for name in asked or () if name in there] or [name for name in own if name in there]
 
 
 def gather_whole(state: Any, keep: bool) -> Any:

@@ -134,7 +134,10 @@ class Explanation:
 
 
 def read_tokens(
-    pipe: StableDiffusionPipeline, prompt: str, sequence: Sequence[tuple[str, int]] | None = None
+    pipe: StableDiffusionPipeline,
+    prompt: str,
+    sequence: Sequence[tuple[str, int]] | None = None,
+    frame: tuple[str, str] | None = None,
 ) -> tuple[Token, ...]:
     """The text encoders' input for a prompt, token by token.
 
@@ -142,17 +145,19 @@ def read_tokens(
         pipe: with the tokenizers.
         prompt: any text.
         sequence: the tokenizers of the family's sequence by name, and how many tokens each has; None for the one.
+        frame: the text that the family puts before and after a prompt, whose tokens are of the kinds ``begin`` and
+            ``end``; None where it puts none.
     """
     sequence = sequence or [("tokenizer", pipe.tokenizer.model_max_length)]
-    read = [_read(getattr(pipe, name), length, prompt) for name, length in sequence]
+    read = [_read(getattr(pipe, name), length, prompt, frame) for name, length in sequence]
     return tuple(token for tokens in read for token in tokens)
 
 
-def _read(tokenizer: Any, length: int, prompt: str) -> list[Token]:
+def _read(tokenizer: Any, length: int, prompt: str, frame: tuple[str, str] | None) -> list[Token]:
     if tokenizer is None:  # an encoder that the model does without: its places are empty
         return [Token("", "padding", 0, 0)] * length
     encoded = tokenizer(
-        prompt,
+        prompt.join(frame or ("", "")),
         padding="max_length",
         max_length=length,
         truncation=True,
@@ -160,6 +165,8 @@ def _read(tokenizer: Any, length: int, prompt: str) -> list[Token]:
         return_special_tokens_mask=True,
     )
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if frame is not None:
+        return _within(tokenizer, prompt, len(frame[0]), encoded)
     tokens = []
     ended = False
     for position, (number, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
@@ -175,3 +182,17 @@ def _read(tokenizer: Any, length: int, prompt: str) -> list[Token]:
         tokens.append(Token(text, kind, start, end))
     return tokens
 
+
+def _within(tokenizer: Any, prompt: str, first: int, encoded: Any) -> list[Token]:
+    """The tokens of a text in which the prompt begins at the character ``first``."""
+    tokens = []
+    for number, (start, end), counts in zip(
+        encoded["input_ids"], encoded["offset_mapping"], encoded["attention_mask"], strict=True
+    ):
+        start, end = start - first, end - first
+        if counts and 0 <= start < end <= len(prompt):
+            tokens.append(Token(prompt[start:end], "word", start, end))
+            continue
+        kind: Kind = "padding" if not counts else "begin" if start < 0 else "end"
+        tokens.append(Token(tokenizer.convert_ids_to_tokens(number), kind, 0, 0))
+    return tokens

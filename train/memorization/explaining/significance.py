@@ -147,7 +147,7 @@ def explain(
     for row, prompt in enumerate(prompts):
         if not (np.isfinite(magnitudes[row]).all() and np.isfinite(significance[row]).all()):
             raise UserError(f"prompt {prompt!r}: its magnitudes or gradients are not finite; try dtype float32")
-        tokens = read_tokens(pipe, prompt, denoiser.sequence)
+        tokens = read_tokens(pipe, prompt, denoiser.sequence, denoiser.frame)
         at = np.array(timesteps, np.int64)
         explanations.append(Explanation(prompt, tokens, significance[row], magnitudes[row], table[row].copy(), at))
     return explanations

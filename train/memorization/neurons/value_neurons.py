@@ -3,6 +3,10 @@
 Source: Hintersdorf et al., "Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models"
 (NeurIPS 2024), §3. A neuron is an output unit of a value projection ``attn2.to_v``; a blocked one gives 0.
 
+Joint attention has no cross-attention. What text gives to the image there is the value projection of the text's stream,
+``add_v_proj``, and its output units are the neurons: this is ours, not the paper's. What such a layer is given has been
+through the blocks before, so activations are those of a pass from one noise at the first step.
+
 Layers go by name, so any UNet of diffusers with cross-attention will do. A set of neurons is a mapping from a layer's
 name to the numbers of its units; where sets are computed with, it is a row of booleans over all units of all layers, in
 the layers' order.
@@ -12,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from afresh.errors import UserError
 from train.denoising.families.registry import denoiser_of
@@ -25,17 +29,21 @@ from train.denoising.families.registry import denoiser_of
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from train.denoising.conditioning import Conditioning
+    from train.denoising.protocol import Denoiser
+
 
 Neurons = Mapping[str, Sequence[int]]
 Mask = NDArray[np.bool_]
-SUFFIX = "attn2.to_v"
+SUFFIX, JOINT = "attn2.to_v", "add_v_proj"
 
 
 def value_layers(unet: nn.Module, *, up_blocks: bool = False) -> dict[str, nn.Module]:
-    """The value projections of a UNet's cross-attention, by name, in the order of the forward pass.
+    """The value projections of a UNet's cross-attention, or of the text's stream of a transformer with joint attention,
+    by name, in the order of the forward pass.
 
     Args:
-        unet: any of diffusers', perhaps with adapters (peft).
+        unet: any of diffusers', or a transformer, perhaps with adapters (peft).
         up_blocks: also those of the up blocks. NeMo leaves them out, since it found the memorizing neurons of Stable
             Diffusion 1.4 in the others.
 
@@ -55,8 +63,9 @@ def value_layers(unet: nn.Module, *, up_blocks: bool = False) -> dict[str, nn.Mo
                 raise UserError(f"{name}: fused with the keys' projection; call unfuse_qkv_projections() first")
             if up_blocks or stage != "up_blocks.":
                 found[name] = module
+    found = found or {name: module for name, module in modules.items() if name.endswith(f".{JOINT}")}
     if not found:
-        raise UserError(f"the model has no cross-attention: no layer is called …{SUFFIX}")
+        raise UserError(f"the model has no cross-attention: no layer is called …{SUFFIX}, nor …{JOINT}")
     return found
 
 
@@ -125,17 +134,41 @@ def activations(
 ) -> NDArray[np.float32]:
     """How active each caption makes each neuron: the mean over all tokens of ``|W_V e|`` (NeMo, §3.2).
 
-    It depends on the text embedding ``e`` alone, so no pass through the UNet is needed.
+    It depends on the text embedding ``e`` alone, so no pass through a UNet is needed. Of joint attention ``e`` is what
+    the layer is given at the first step, from the noise of seed 0.
 
     Returns:
         ``[captions, units of all layers]``.
     """
     rows, denoiser = [], denoiser_of(pipe)
     for start in range(0, len(captions), batch_size):
-        e = denoiser.encode(captions[start : start + batch_size]).embeds.to(denoiser.dtype)
-        parts = [layer(e).float().abs().mean(dim=1) for layer in layers.values()]
+        cond = denoiser.encode(captions[start : start + batch_size]).to(dtype=denoiser.dtype)
+        if all(name.endswith(SUFFIX) for name in layers):
+            parts = [layer(cond.embeds).float().abs().mean(dim=1) for layer in layers.values()]
+        else:
+            parts = _in_a_pass(denoiser, cond, layers)
         rows.append(torch.cat(parts, dim=1).cpu().numpy())
     return np.concatenate(rows)
+
+
+def _in_a_pass(denoiser: Denoiser, cond: Conditioning, layers: Mapping[str, nn.Module]) -> list[Tensor]:
+    """The same of joint attention: ``[captions, units]`` of each layer, at the first step from one noise."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            seen[name] = output.float().abs().mean(dim=1)
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        x_T = denoiser.noise([0]).expand(len(cond), -1, -1, -1)
+        denoiser(x_T, denoiser.schedule.steps(50)[0], cond)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return [seen[name] for name in layers]
 
 
 @dataclass(frozen=True)

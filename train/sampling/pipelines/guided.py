@@ -170,10 +170,10 @@ class GuidedPipeline:
                 output = self._both(loop, x_t, t, uncond, cond)
                 output_uncond, output_cond = output.chunk(2) if cfg else (None, output)
                 if output_uncond is not None:
-                    output = output_uncond + self.guidance_scale * (output_cond - output_uncond)
+                    output = self._guided(output_uncond, output_cond)
                     output = self._beside(loop, i, t, latents, output, output_cond, cond)
                 output = loop.correct(
-                    i, t, x_t[: len(latents)], output_uncond, output_cond, output, uncond, cond, self.guidance_scale
+                    i, t, x_t[: len(latents)], output_uncond, output_cond, output, uncond, cond, self.cfg_scale
                 )
                 if cfg and getattr(self, "guidance_rescale", 0.0) > 0.0:
                     output = rescale_noise_cfg(output, output_cond, guidance_rescale=self.guidance_rescale)
@@ -188,6 +188,15 @@ class GuidedPipeline:
     def _both(self, loop: Any, x_t: Tensor, t: Any, uncond: Conditioning | None, cond: Conditioning) -> Tensor:
         """The model's output for both halves, or the one: in one pass, as most stock pipelines do."""
         return loop.denoiser(x_t, t, Conditioning.join([uncond, cond]) if uncond is not None else cond)
+
+    @property
+    def cfg_scale(self) -> float:
+        """``s`` of ``uncond + s (cond − uncond)``."""
+        return self.guidance_scale
+
+    def _guided(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """Classifier-free guidance of the model's outputs."""
+        return uncond + self.guidance_scale * (cond - uncond)
 
     @staticmethod
     def asked(scale: float, negative: list[str] | None) -> dict[str, Any]:

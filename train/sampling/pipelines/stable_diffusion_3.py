@@ -57,7 +57,7 @@ class GuidedStableDiffusion3(GuidedPipeline, StableDiffusion3Pipeline):
         clip_skip: int | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 256,
+        max_sequence_length: int | None = None,
         skip_guidance_layers: list[int] | None = None,
         skip_layer_guidance_scale: float = 2.8,
         skip_layer_guidance_stop: float = 0.2,
@@ -94,7 +94,7 @@ class GuidedStableDiffusion3(GuidedPipeline, StableDiffusion3Pipeline):
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
         }
-        how = {"max_sequence_length": max_sequence_length}
+        how = {"max_sequence_length": max_sequence_length or StableDiffusion3Denoiser(self).t5_tokens}
         self.check_inputs(height=height, width=width, callback_on_step_end_tensor_inputs=watch[1], **how, **texts)
         denoiser = self._denoiser(how)
         halves = denoiser.conditions(texts, num_images_per_prompt)

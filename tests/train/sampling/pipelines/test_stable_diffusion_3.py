@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.families import tiny_sd3
+from tests.train.families import t5, tiny_sd3
 from tests.train.sampling.pipelines.test_pipelines import PROMPTS, Scaled, seeds
 from train.denoising.families.registry import denoiser_of
 from train.sampling.pipelines.registry import guided
@@ -131,3 +131,16 @@ def test_the_denoisers_own_drawing_follows_the_schedule_to_the_stock_pipelines_i
             prediction = denoiser.predict(x_t, t, cond).guided_from(denoiser.predict(x_t, t, empty), 7.0)
             x_t = schedule.step(prediction, following)
     torch.testing.assert_close(x_t, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_t5_tokenizer_of_fewer_tokens_says_how_many_stand_in_the_sequence():
+    short = t5()[1]
+    short.model_max_length = 1
+    pipe = tiny_sd3()
+    pipe.register_modules(tokenizer_3=short)
+    stock, drawing = both(pipe)
+    denoiser = denoiser_of(pipe)
+    assert denoiser.sequence[-1] == ("tokenizer_3", 1) and denoiser.encode(["red apple"]).tokens == 16 + 1
+    call = {"num_inference_steps": 2, "output_type": "np"}
+    expected = stock("red apple", generator=seeds(1)[0], max_sequence_length=1, **call).images
+    np.testing.assert_array_equal(drawing("red apple", generator=seeds(1)[0], **call).images, expected)
