@@ -59,7 +59,8 @@ class FinetuneConfig:
             ``report.html`` (the run on a page, at each checkpoint), ``verdicts.parquet``, ``filter.json`` (the
             thresholds), ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n,
-            weight: w}``. A folder of images is imported into ``out/imported`` first, as by ``curate import``.
+            weight: w}``. A folder of images, ``*.parquet`` files and ``dataset:NAME`` (a Hugging Face dataset, of the
+            hub or a folder) are imported into ``out/imported`` first, as by ``curate import``.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps. A run, finished or not, goes on to more of them under ``lr_schedule: constant``.
         epochs: passes over the data in place of ``steps``; 0 goes by ``steps``.
@@ -95,6 +96,8 @@ class FinetuneConfig:
         input_perturbation: noise on the noise that the model sees but is not asked for, times this (0.1 is usual).
         huber_c: ``c`` of the pseudo-Huber loss, ``2c(√(d² + c²) − c)`` of each difference d, which large differences
             count less in (0.1 is usual); 0 takes the squared error.
+        masked_loss: let the error of each place count as the image is opaque there (its alpha channel), and that of
+            transparent places nothing; an image without transparency counts everywhere.
         timesteps: how timesteps are drawn, of models that are no flow-matching ones.
         zero_terminal_snr: rescale the noise schedule to end in pure noise; needs a model that predicts v. With
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
@@ -103,6 +106,8 @@ class FinetuneConfig:
         tags: what is changed of captions that are lists of tags.
         clip_skip: the last layers of the text encoder that are left out, in training and of the saved model, as
             diffusers counts them: 1 is what other interfaces call 2. Of Stable Diffusion 1.x and 2.x.
+        caption_chunks: how many sequences of the text encoder's length (77 tokens) a caption may fill; they are encoded
+            one by one and stand side by side, as interfaces for drawing have it. Of Stable Diffusion 1.x and 2.x.
         random_words: words added to captions, so that none is a key to its image.
         lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
@@ -112,7 +117,12 @@ class FinetuneConfig:
         attention: how the UNet computes attention (``train.denoising.opening.attention.set_attention``).
         deterministic: use only algorithms that give the same bits each time; slower on GPUs, where a run that goes on
             otherwise has the same draws, order and samples, and weights that are equal but for rounding.
-        compile: compile the UNet with torch.compile; the first steps take minutes.
+        tf32: let GPUs take products of float32 numbers in TF32, which is faster and rounds them to 10 bits.
+        channels_last: keep the weights of the UNet's convolutions with their channels last; null does where that is
+            faster, on GPUs in half precision.
+        offload: keep the VAE and the text encoders on the CPU once all that they would encode is cached
+            (``cache_latents``, ``cache_text``); validation takes them back for a while.
+        compile: compile the UNet with torch.compile, once for all buckets; the first steps take minutes.
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
         buckets: images of several shapes.
@@ -179,12 +189,14 @@ class FinetuneConfig:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     huber_c: float = 0.0
+    masked_loss: bool = False
     timesteps: Timesteps = field(default_factory=Timesteps)
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
     tags: Tags = field(default_factory=Tags)
     clip_skip: int = 0
+    caption_chunks: int = 1
     random_words: RandomWords = field(default_factory=RandomWords)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
@@ -192,6 +204,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
     deterministic: bool = False
+    tf32: bool = True
+    channels_last: bool | None = None
+    offload: bool = False
     compile: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     resolution: int = 0

@@ -30,11 +30,14 @@ class Buckets:
             than the resolution.
         min_side: smallest side; 0 is half the resolution.
         max_side: largest side; 0 is twice the resolution.
+        enlarge: bring images that are smaller than their bucket to its size. Else there are smaller buckets for them,
+            down to one step a side, and an image goes where it is shrunk least; only what is smaller than a step grows.
     """
 
     step: int = 64
     min_side: int = 0
     max_side: int = 0
+    enlarge: bool = True
 
 
 @dataclass(frozen=True)
