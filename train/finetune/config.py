@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from train.denoising.opening.config import LoRAConfig
 from train.finetune.data.config import Augmentation, Buckets, RandomWords, ShardGroup, Tags
+from train.finetune.filter.config import Calibration as Calibration
 from train.finetune.filter.config import FilterConfig
 from train.finetune.model.config import Flow, Timesteps
 
