@@ -38,7 +38,7 @@ log = get_logger(__name__)
 
 FREE = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
-    *("workers", "trackers", "validation", "push_to_hub", "license", "cache"),
+    *("workers", "trackers", "validation", "push_to_hub", "license", "cache", "offload"),
 )
 """Settings that may change between a run and its resumption: the result does not depend on them."""
 
