@@ -149,6 +149,28 @@ def _decoded(data: bytes, at_least: int | None, max_pixels: int) -> DecodedImage
         raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
 
 
+def decode_opacity(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """How opaque each pixel of an image is, upright, as 8-bit grey: 255 everywhere where it has no transparency.
+
+    Args:
+        data, max_pixels: as for ``decode_image``.
+
+    Raises:
+        ImageError: as ``decode_image``.
+    """
+    with pillows_limit_lifted():
+        image = _opened(data, max_pixels)
+        if not image.has_transparency_data:
+            width, height = image.size
+            return Image.new("L", (height, width) if _orientation(image) > 4 else (width, height), 255)
+        try:
+            return _upright(image.convert("RGBA").getchannel("A"))
+        except Exception as error:
+            if of_the_machine(error):
+                raise
+            raise ImageError(f"image cannot be decoded: {reason(error, at_most=200)}") from error
+
+
 def as_seen(image: Image.Image) -> Image.Image:
     """What a viewer shows of an image, as 8-bit RGB: upright, 16-bit values scaled, transparency on white."""
     image.load()  # an orientation may stand behind the pixels

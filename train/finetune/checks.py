@@ -10,8 +10,9 @@ from curate.decisions.sample_lists import read_ids
 from curate.index.training_index import check_index
 from curate.reading.urls import expand_shards
 from train.denoising.opening.files import check_model
+from train.denoising.opening.quantized import check_quantize
 from train.finetune.config import FinetuneConfig, ShardGroup, ValidationConfig
-from train.finetune.data.folders import is_plain_folder
+from train.finetune.data.folders import is_imported
 from train.finetune.filter.checks import check_filter
 
 
@@ -29,7 +30,7 @@ def check_finetune(config: FinetuneConfig) -> None:
         check_model(config.model, config.variant)
     if not (out / "samples.arrow").is_file():  # begun: what is lost since then is replaced
         patterns = [one.path if isinstance(one, ShardGroup) else one for one in config.shards]
-        patterns = [pattern for pattern in patterns if not is_plain_folder(pattern)]
+        patterns = [pattern for pattern in patterns if not is_imported(pattern)]
         if patterns:
             expand_shards([pattern for pattern in patterns if "://" not in pattern] or patterns)
     if config.exclude:
@@ -41,7 +42,7 @@ def check_finetune(config: FinetuneConfig) -> None:
 def check_ranges(config: FinetuneConfig) -> None:
     """Raise :class:`UsageError` for numbers out of range, and options that exclude each other."""
     counts = ("steps", "batch_size", "gradient_accumulation", "log_every", "lr_cycles", "max_bad_steps")
-    for name in (*counts, "learning_rate"):
+    for name in (*counts, "caption_chunks", "learning_rate"):
         if getattr(config, name) <= 0:
             raise UsageError(f"{name} must be positive, not {getattr(config, name)}")
     least_0 = ("snr_gamma", "noise_offset", "input_perturbation", "huber_c", "lr_power", "max_grad_norm")
@@ -51,6 +52,8 @@ def check_ranges(config: FinetuneConfig) -> None:
     for name in ("ema_decay", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must lie in [0, 1), not {getattr(config, name)}")
+    if config.offload and not (config.cache_latents and config.cache_text):
+        raise UsageError("offload needs cache_latents and cache_text: what is not cached is encoded at every step")
     if config.cache_text and config.train_text_encoder:
         raise UsageError("cache_text: embeddings change while the text encoder is trained; set one of them to false")
     words = config.random_words
@@ -76,6 +79,18 @@ def check_ranges(config: FinetuneConfig) -> None:
             raise UsageError(f"lora.{name} must be 0 or more, not {getattr(lora, name)}")
     if not 0 <= lora.dropout < 1:
         raise UsageError(f"lora.dropout must lie in [0, 1), not {lora.dropout}")
+    check_quantize(lora.quantize if lora.rank else "none")
+    for name, wrong in (
+        ("dora", lora.dora),
+        ("dropout", lora.dropout > 0),
+        ("quantize", lora.quantize != "none"),
+        ("kind", config.train_text_encoder),
+    ):
+        if lora.kind != "lora" and wrong:
+            without = "train_text_encoder false" if name == "kind" else f"{name} left out"
+            raise UsageError(f"lora.{name}: lora.kind {lora.kind} goes with {without}, or take lora.kind lora")
+    if lora.quantize != "none" and (lora.dora or not lora.rank):
+        raise UsageError("lora.quantize needs lora.rank, and lora.dora false: quantised weights are not trained")
     if lora.dora and config.train_text_encoder:
         raise UsageError(
             "lora.dora: diffusers does not load those of a text encoder as they were trained: set train_text_encoder "

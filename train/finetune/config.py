@@ -2,243 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from train.denoising.opening.config import LoRAConfig
-
-
-@dataclass(frozen=True)
-class ShardGroup:
-    """Shards whose samples stand in an epoch several times, or count more or less than others.
-
-    Args:
-        path: a path, glob, brace range, folder or fsspec URL.
-        repeats: how often each of their samples is seen in an epoch.
-        weight: what their losses are multiplied by, beside ``weight_field``.
-    """
-
-    path: str
-    repeats: int = 1
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """Images of several shapes, of which a batch holds one: each goes where the aspect ratio is nearest to its own.
-
-    Args:
-        step: sides are multiples of it, in pixels. 0 brings every image to one square, as does one that is no smaller
-            than the resolution.
-        min_side: smallest side; 0 is half the resolution.
-        max_side: largest side; 0 is twice the resolution.
-    """
-
-    step: int = 64
-    min_side: int = 0
-    max_side: int = 0
-
-
-@dataclass(frozen=True)
-class Tags:
-    """Captions that are lists of tags, made other ones at every visit.
-
-    Args:
-        trigger: words in front of every caption that is not dropped.
-        shuffle: bring the tags into another order.
-        dropout: probability that a tag is left out, in [0, 1); one stays.
-        keep: how many of the first tags are neither moved nor left out.
-        separator: between tags.
-    """
-
-    trigger: str = ""
-    shuffle: bool = False
-    dropout: float = 0.0
-    keep: int = 0
-    separator: str = ","
-
-    @property
-    def active(self) -> bool:
-        """Whether a caption is changed at all."""
-        return bool(self.trigger or self.shuffle or self.dropout)
-
-
-@dataclass(frozen=True)
-class Timesteps:
-    """How the timesteps that are trained on are drawn, among 1000.
-
-    Args:
-        kind: ``uniform``, or ``logit_normal``: the sigmoid of a normal number, most often in the middle (Esser et al.,
-            ICML 2024, §3.1).
-        mean: of that number; above 0 favours noisy timesteps.
-        spread: its standard deviation.
-        lowest: the least timestep.
-        highest: the one after the greatest.
-    """
-
-    kind: Literal["uniform", "logit_normal"] = "uniform"
-    mean: float = 0.0
-    spread: float = 1.0
-    lowest: int = 0
-    highest: int = 1000
-
-
-@dataclass(frozen=True)
-class RandomWords:
-    """Words that a caption gets at random places, other ones at every visit (Somepalli et al., NeurIPS 2023).
-
-    Args:
-        kind: word of the tokenizer's vocabulary, number, or repeat, a word of the caption again.
-        number: how many; 0 leaves captions as they are. The paper adds 4.
-        share: probability that a visit gets them.
-    """
-
-    kind: Literal["word", "number", "repeat"] = "word"
-    number: int = 0
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Flow:
-    """How flow-matching models are trained; others do not look at it.
-
-    Args:
-        density: of the noise levels that are trained at: logit_normal, mode or uniform, before the schedule's shift.
-        logit_mean: of logit_normal.
-        logit_std: of logit_normal.
-        mode_scale: of mode.
-        weighting: of the loss by noise level: none, sigma_sqrt or cosmap.
-        error_of: the velocity, or the sample that it stands for, whose error is σ² times as large.
-        shift: of the noise levels, ``σ → s σ / (1 + (s − 1) σ)``, in training and in what is saved; 0 keeps the
-            model's own.
-    """
-
-    density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
-    error_of: Literal["velocity", "sample"] = "velocity"
-    shift: float = 0.0
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Ranges of the random changes; zero switches one off.
-
-    Args:
-        shift: largest shift, as a share of the image's side.
-        scale: largest relative change of size, in both directions.
-        flip: probability of a horizontal flip.
-        colour: largest change of brightness, contrast and saturation, relative.
-        hue: largest rotation of hue, in turns.
-        rotate: largest rotation, in degrees.
-        variants: how many augmented forms of each image are made in all (their latents can then be cached);
-            0 makes a new one at every visit.
-    """
-
-    shift: float = 0.0
-    scale: float = 0.0
-    flip: float = 0.0
-    colour: float = 0.0
-    hue: float = 0.0
-    rotate: float = 0.0
-    variants: int = 0
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is changed at all."""
-        return any((self.shift, self.scale, self.flip, self.colour, self.hue, self.rotate))
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How the filter finds its thresholds by itself, from samples that are known to be unique.
-
-    Args:
-        steps: optimizer steps in which magnitudes are gathered and nothing is left out; 0 takes as many as give each
-            threshold 40 magnitudes, and at least 50.
-        quantile: of their magnitudes that becomes the threshold: one minus the share of unique samples left out. null
-            takes the preset's, 0.8, or 0.9 where a policy is named.
-        release: with ``evidence: window``, the quantile below which what was left out counts again.
-        per_band: one threshold for each timestep band of 100; else one for all.
-        window: steps after which an older magnitude counts by a factor e less; the threshold then follows the model to
-            the end of the run. null takes twice ``steps``; 0 fixes the threshold after them.
-        unique: folder of a curation of the shards that are trained on; its ledger tells which samples have no near
-            copy. Empty takes all samples, which is right for shards that curation wrote.
-    """
-
-    steps: int = 0
-    quantile: float | None = None
-    release: float = 0.5
-    per_band: bool = True
-    window: int | None = None
-    unique: str = ""
-
-
-PRESETS = {
-    "recommended": ("noisy_steps", "caption", "window"),
-    "paper": ("every_step", "sample", "visit"),
-    "none": ("off", "sample", "visit"),
-}
-"""What each of the filter's presets stands for: ``policy``, ``verdict_of`` and ``evidence``."""
-
-
-@dataclass
-class FilterConfig:
-    """Which samples of a batch are left out because the model retrieves them from their caption.
-
-    A preset is all that most runs need; who names a policy sets each of the others, too.
-
-    Args:
-        policy: ``off``; ``every_step`` judges each sample at each visit (Wen et al.); ``noisy_steps`` only where the
-            timestep is at least ``min_timestep``; ``one_in_k`` at one of its visits in ``k``; ``noisy_one_in_k`` where
-            both hold. Visits without a caption are never judged, nor left out. null takes the preset's.
-        threshold: smallest text-conditional noise magnitude that is left out. null finds it in the run
-            (``calibrate``), as it depends on the model, the set and the latents' size; else one number; or ten, one for
-            each timestep band of 100, null where nothing is judged; or ``auto``, those that ``train detect
-            --calibrate`` left in the model's folder; or a file of its or of a run's (``filter.json``).
-        form: ``l2`` is the papers' scale (grows with the latent's size), ``rms`` is independent of it.
-        min_timestep: of the noisy policies, in [0, 1000).
-        k: of the policies one_in_k.
-        expires: how many further visits a sample's last verdict stands for, where they are not judged themselves; 0
-            leaves a sample out at the very visit only.
-        verdict_of: whose last verdict stands in: the ``sample``'s own, or the latest one of any sample under the same
-            ``caption``, whose visits it then holds for: copies that stand under one caption are judged by each other,
-            as the magnitude is the caption's more than the image's. null is the preset's; ``sample`` beside a policy.
-        evidence: what a verdict rests on: the magnitude of that ``visit`` alone; or those of all visits in the
-            ``window`` of ``calibrate``, which it needs, each ranked among the unique samples', older ones counting
-            less: visits of the sample, or of all samples under its caption (``verdict_of``). null takes the preset's;
-            ``visit`` beside a policy.
-        calibrate: how the thresholds are found in the run itself, where ``threshold`` is null.
-        warmup_steps: steps before the filter starts.
-        most_dropped: share of the visits from which on the run says that too many are left out, and what to change.
-        preset: ``recommended`` is what docs/filter.md measures as the best: noisy_steps, by caption, over a window;
-            ``paper`` is Wen et al.'s every_step, by visits; ``none`` trains without a filter.
-    """
-
-    policy: Literal["off", "every_step", "noisy_steps", "one_in_k", "noisy_one_in_k"] | None = None
-    threshold: float | list[float | None] | str | None = None
-    form: Literal["l2", "rms"] = "l2"
-    min_timestep: int = 800
-    k: int = 5
-    expires: int = 8
-    verdict_of: Literal["sample", "caption"] | None = None
-    evidence: Literal["visit", "window"] | None = None
-    calibrate: Calibration = field(default_factory=Calibration)
-    warmup_steps: int = 0
-    most_dropped: float = 0.3
-    preset: Literal["recommended", "paper", "none"] = "recommended"
-
-    def settled(self) -> FilterConfig:
-        """The same with nothing left to the preset."""
-        # Whoever names a policy means the plain form of the others.
-        chosen: Any = (self.policy, "sample", "visit") if self.policy else PRESETS[self.preset]
-        calibrate = self.calibrate
-        if calibrate.quantile is None:
-            calibrate = replace(calibrate, quantile=0.9 if self.policy else 0.8)
-        verdict_of, evidence = self.verdict_of or chosen[1], self.evidence or chosen[2]
-        return replace(self, policy=chosen[0], verdict_of=verdict_of, evidence=evidence, calibrate=calibrate)
+from train.finetune.data.config import Augmentation, Buckets, RandomWords, ShardGroup, Tags
+from train.finetune.filter.config import Calibration as Calibration
+from train.finetune.filter.config import FilterConfig
+from train.finetune.model.config import Flow, Timesteps
 
 
 @dataclass
@@ -289,7 +60,8 @@ class FinetuneConfig:
             ``report.html`` (the run on a page, at each checkpoint), ``verdicts.parquet``, ``filter.json`` (the
             thresholds), ``summary.json``.
         shards: tar shards: paths, globs, brace ranges, folders or fsspec URLs; or ``{path: …, repeats: n,
-            weight: w}``. A folder of images is imported into ``out/imported`` first, as by ``curate import``.
+            weight: w}``. A folder of images, ``*.parquet`` files and ``dataset:NAME`` (a Hugging Face dataset, of the
+            hub or a folder) are imported into ``out/imported`` first, as by ``curate import``.
         exclude: a list of samples that are not trained on, as ``train verdicts`` writes it; empty for none.
         steps: optimizer steps. A run, finished or not, goes on to more of them under ``lr_schedule: constant``.
         epochs: passes over the data in place of ``steps``; 0 goes by ``steps``.
@@ -325,6 +97,8 @@ class FinetuneConfig:
         input_perturbation: noise on the noise that the model sees but is not asked for, times this (0.1 is usual).
         huber_c: ``c`` of the pseudo-Huber loss, ``2c(√(d² + c²) − c)`` of each difference d, which large differences
             count less in (0.1 is usual); 0 takes the squared error.
+        masked_loss: let the error of each place count as the image is opaque there (its alpha channel), and that of
+            transparent places nothing; an image without transparency counts everywhere.
         timesteps: how timesteps are drawn, of models that are no flow-matching ones.
         zero_terminal_snr: rescale the noise schedule to end in pure noise; needs a model that predicts v. With
             snr_gamma the last timestep, whose SNR is 0, weighs nothing.
@@ -333,6 +107,8 @@ class FinetuneConfig:
         tags: what is changed of captions that are lists of tags.
         clip_skip: the last layers of the text encoder that are left out, in training and of the saved model, as
             diffusers counts them: 1 is what other interfaces call 2. Of Stable Diffusion 1.x and 2.x.
+        caption_chunks: how many sequences of the text encoder's length (77 tokens) a caption may fill; they are encoded
+            one by one and stand side by side, as interfaces for drawing have it. Of Stable Diffusion 1.x and 2.x.
         random_words: words added to captions, so that none is a key to its image.
         lora: adapters to train in place of the weights; with train_text_encoder, the text encoder gets them too.
         train_text_encoder: train it along with the UNet.
@@ -342,7 +118,12 @@ class FinetuneConfig:
         attention: how the UNet computes attention (``train.denoising.opening.attention.set_attention``).
         deterministic: use only algorithms that give the same bits each time; slower on GPUs, where a run that goes on
             otherwise has the same draws, order and samples, and weights that are equal but for rounding.
-        compile: compile the UNet with torch.compile; the first steps take minutes.
+        tf32: let GPUs take products of float32 numbers in TF32, which is faster and rounds them to 10 bits.
+        channels_last: keep the weights of the UNet's convolutions with their channels last; null does where that is
+            faster, on GPUs in half precision.
+        offload: keep the VAE and the text encoders on the CPU once all that they would encode is cached
+            (``cache_latents``, ``cache_text``); validation takes them back for a while.
+        compile: compile the UNet with torch.compile, once for all buckets; the first steps take minutes.
         resolution: side of the images in pixels; 0 is the model's own. With buckets, its square is their largest area.
         crop: how an image comes to its shape: ``none`` squashes it, ``center`` and ``random`` cut off what is too much.
         buckets: images of several shapes.
@@ -409,12 +190,14 @@ class FinetuneConfig:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     huber_c: float = 0.0
+    masked_loss: bool = False
     timesteps: Timesteps = field(default_factory=Timesteps)
     zero_terminal_snr: bool = False
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     caption_dropout: float = 0.1
     tags: Tags = field(default_factory=Tags)
     clip_skip: int = 0
+    caption_chunks: int = 1
     random_words: RandomWords = field(default_factory=RandomWords)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_text_encoder: bool = False
@@ -422,6 +205,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     attention: Literal["auto", "math", "sdpa", "xformers"] = "auto"
     deterministic: bool = False
+    tf32: bool = True
+    channels_last: bool | None = None
+    offload: bool = False
     compile: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     resolution: int = 0

@@ -42,6 +42,7 @@ from train.finetune.filter.settings import make_filter
 from train.finetune.held_out import HeldOutLoss
 from train.finetune.model.diffusion import draw_randomness, sample_posterior, sampling_scheduler, timesteps_of
 from train.finetune.model.loss import counted, loss_weights, sample_errors, weighted_loss
+from train.finetune.model.speed import of_any_size
 from train.finetune.model.trained import load_model
 from train.finetune.model_card import write_cards
 from train.finetune.preparation import (
@@ -158,7 +159,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
     checkpoints = out / "checkpoints"
 
     # What is trained.
-    model = load_model(config, device)
+    model = load_model(config, device, spread=accelerator.is_fsdp2)
     vae = model.pipe.vae
     model.pipe.scheduler = sampling_scheduler(model.pipe.scheduler, config)
     schedule = model.denoiser.schedule_on(model.pipe.scheduler, device)
@@ -222,6 +223,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 draw = Validation(config.validation, device, accelerator.autocast).draw
             if config.validation.shards:
                 held_out = HeldOutLoss(config, model, start, accelerator.autocast).measure
+    if config.offload:
+        model.offload()
     began, meter = time.monotonic(), Meter()
     bar = progress(total=config.steps, desc="fine-tune", unit="steps")
     bar.update(start)
@@ -247,6 +250,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
             x_0 = to_network(sample_posterior(batch.moments, to_device(draws.posterior, device), 1.0), vae)
             x_0 = torch.where(readable[:, None, None, None], x_0, 0.0)  # what counts nothing may be no number
             x_t = schedule.noised(x_0, input_noise, t)
+            x_t = of_any_size(x_t) if config.compile and len(sizes) > 1 else x_t
             prompt, chosen, conditional = captions.choose(batch.rows, draws.uniform, batch.positions)
             prompt = model.denoiser.framed(prompt, batch.frames)
 
@@ -259,7 +263,8 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                     output.detach(), x_t, draws.t, batch.rows, chosen, conditional, readable, step, batch.frames
                 )
                 weights = batch.weight * kept
-                errors = sample_errors(counted(output, weights), schedule.target(x_0, noise, t), config.huber_c)
+                target = schedule.target(x_0, noise, t)
+                errors = sample_errors(counted(output, weights), target, config.huber_c, batch.mask)
                 losses = errors * loss_weights(schedule, t, config)
                 loss = weighted_loss(losses, weights, nominal)
                 accelerator.backward(loss)
@@ -315,7 +320,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         bar.update(1)
 
         if config.validation.every and step % config.validation.every == 0:
-            with average.in_place():
+            with average.in_place(), model.brought_back():
                 whole = whole_model(config, accelerator, model, device)
                 folder = out / "validation" / f"step-{step:06d}"
                 if (images := on_first(accelerator, draw, folder, whole.pipe)) is not None:

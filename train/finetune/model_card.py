@@ -180,6 +180,9 @@ def _usage(config: FinetuneConfig, training: Training, form: str) -> str:
             f"pipe = {pipeline}.from_pretrained({json.dumps(training.base)}, dtype=torch.float16)",
             'pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")',
         ]
+        if config.lora.kind != "lora":
+            lines[-1] = 'pipe.unet = PeftModel.from_pretrained(pipe.unet, "FOLDER")'
+            lines.insert(2, "from peft import PeftModel")
         model = f"{shlex.quote(training.base)} --lora FOLDER"
     else:
         half = config.save_dtype == "float16"
@@ -239,7 +242,7 @@ def _facts(config: FinetuneConfig, training: Training, summary: Mapping[str, Any
     if config.lora.rank:
         targets = ", ".join(config.lora.targets)
         alpha = config.lora.alpha or config.lora.rank
-        facts.append(("adapters", f"rank {config.lora.rank}, alpha {alpha:g}, on {targets}"))
+        facts.append(("adapters", f"{config.lora.kind}, rank {config.lora.rank}, alpha {alpha:g}, on {targets}"))
     return facts
 
 

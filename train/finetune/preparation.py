@@ -20,6 +20,7 @@ from curate.decisions.sample_lists import ids_digest
 from train.finetune.checks import check_finetune
 from train.finetune.config import FinetuneConfig
 from train.finetune.hub import check_hub, push_model
+from train.finetune.model.speed import set_products
 from train.finetune.state.checkpoint import list_checkpoints
 from train.finetune.state.log import check_trackers
 from train.finetune.state.memory import read_batch
@@ -37,7 +38,7 @@ log = get_logger(__name__)
 
 FREE = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "auto_batch_size"),
-    *("workers", "trackers", "validation", "push_to_hub", "license", "cache"),
+    *("workers", "trackers", "validation", "push_to_hub", "license", "cache", "offload"),
 )
 """Settings that may change between a run and its resumption: the result does not depend on them."""
 
@@ -104,6 +105,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(config.deterministic)
+    set_products(config.tf32)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     several = int(os.environ.get("WORLD_SIZE") or 1)
     accelerator = Accelerator(

@@ -45,6 +45,8 @@ class StableDiffusionDenoiser(PipelineDenoiser):
         self.text_encoder: Any = getattr(pipe, "text_encoder", None)
         self.unet = pipe.unet
         self._cross_attention_kwargs, self._encoding = cross_attention_kwargs, encoding
+        self.chunks = 1
+        """Parts of a prompt, each of the tokenizer's length, that are encoded one by one and stand side by side."""
 
     @property
     def network(self) -> UNet2DConditionModel:
@@ -55,7 +57,7 @@ class StableDiffusionDenoiser(PipelineDenoiser):
 
     def tokens(self, prompts: Sequence[str]) -> Conditioning:
         """Token ids, which :meth:`forward` encodes: what a text encoder that is trained sees. On the CPU."""
-        return Conditioning({IDS: tokenize(self.pipe, prompts)})
+        return Conditioning({IDS: tokenize(self.pipe, prompts, chunks=self.chunks)})
 
     def encoded(self, conditioning: Conditioning) -> Conditioning:
         """Prompt embeddings in the place of token ids; with gradients where the text encoder is trained."""
@@ -64,7 +66,8 @@ class StableDiffusionDenoiser(PipelineDenoiser):
         trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
         with contextlib.nullcontext() if trained else torch.no_grad():
             ids = conditioning.parts[IDS].to(running_device(self.text_encoder))
-            return Conditioning({"embeds": self.text_encoder(ids)[0]})
+            embeds = self.text_encoder(ids.unflatten(1, (self.chunks, -1)).flatten(0, 1))[0]
+            return Conditioning({"embeds": embeds.unflatten(0, (-1, self.chunks)).flatten(1, 2)})
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -160,9 +163,23 @@ class StableDiffusionDenoiser(PipelineDenoiser):
         return stock, {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
 
-def tokenize(pipe: Any, captions: Sequence[str], part: str = "tokenizer") -> Tensor:
-    """Token ids padded to the tokenizer's length: ``[n, tokens]`` int64. Longer captions are cut."""
+def tokenize(pipe: Any, captions: Sequence[str], part: str = "tokenizer", *, chunks: int = 1) -> Tensor:
+    """Token ids padded to the tokenizer's length: ``[n, chunks * tokens]`` int64. Longer captions are cut.
+
+    Args:
+        pipe: whose tokenizer it is.
+        captions: n texts.
+        part: name of the tokenizer.
+        chunks: sequences of the tokenizer's length, each with its own beginning and end, that a caption may fill.
+    """
     tokenizer = getattr(pipe, part)
+    if chunks > 1:
+        words = tokenizer(list(captions), add_special_tokens=False, truncation=False).input_ids
+        length = tokenizer.model_max_length - 2  # without beginning and end
+        pieces = [one[length * i : length * (i + 1)] for one in words for i in range(chunks)]
+        whole = [[tokenizer.bos_token_id, *one, tokenizer.eos_token_id] for one in pieces]
+        rows = [row + [tokenizer.pad_token_id] * (length + 2 - len(row)) for row in whole]
+        return torch.tensor(rows).unflatten(0, (-1, chunks)).flatten(1, 2)
     return tokenizer(
         list(captions),
         padding="max_length",

@@ -8,6 +8,7 @@ form that ``pipe.load_lora_weights`` of diffusers takes.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from afresh.errors import UsageError, UserError, reason
 from train.denoising.kinds import ENCODERS, STABLE_DIFFUSION, XL, family_of
 from train.denoising.network import network_of
 from train.denoising.opening.files import adapter_options
+from train.denoising.opening.lycoris import fuse_lycoris, is_lycoris, lycoris_settings, save_lycoris
 from train.denoising.opening.outputs import ADAPTERS
+from train.denoising.opening.quantized import quantize
 from train.denoising.opening.saving import prefixed
 
 if TYPE_CHECKING:
@@ -71,7 +74,9 @@ def add_lora(
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UsageError(f"lora.targets: no layer of the UNet is called {target}; to_q, to_k, to_v, to_out.0 are")
 
-    def settings(targets: list[str]) -> LoraConfig:
+    def settings(targets: list[str]) -> Any:
+        if lora.kind != "lora":
+            return lycoris_settings(lora)
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha or lora.rank,
@@ -84,7 +89,9 @@ def add_lora(
     parts = [network, *encoders.values()]
     for part in parts:
         part.requires_grad_(False).to(base)
-    with torch.random.fork_rng():
+    quantize(network, lora.quantize, base)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of merging into quantised weights, which is not done
         torch.manual_seed(seed)
         network.add_adapter(settings(lora.targets))
         for encoder in encoders.values():
@@ -97,7 +104,8 @@ def add_lora(
 
 def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write the adapters, in float32, to ``folder/pytorch_lora_weights.safetensors``, as diffusers has them, and those
-    of Stable Diffusion 1.x, 2.x and XL to ``folder/kohya.safetensors``, as ComfyUI and other interfaces do.
+    of Stable Diffusion 1.x, 2.x and XL to ``folder/kohya.safetensors``, as ComfyUI and other interfaces do; LoHa and
+    LoKr as :func:`save_lycoris` does.
 
     Both are loaded at the scale they were trained at. Older releases of diffusers do not read an alpha of the first
     form, so it has the scale in its weights, under an alpha that equals the rank; the second has an alpha a layer. The
@@ -109,6 +117,15 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
     from safetensors.torch import save_file
 
     kind = family_of(one.__name__ for one in type(pipe).__mro__) or STABLE_DIFFUSION
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    network = network_of(pipe)
+    if network.peft_config["default"].peft_type != "LORA":
+        aside.mkdir(parents=True)
+        save_lycoris(network, aside, "lora_unet" if hasattr(pipe, "unet") else "lora_transformer")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        return
     kohya: dict[str, torch.Tensor] = {}
     layers: dict[str, Any] = {}
     for name, part in parts_of(pipe).items():
@@ -125,8 +142,6 @@ def save_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
             settings["lora_alpha"] = rank
             settings["base_model_name_or_path"] = None  # a path of this machine is nothing to publish
             layers[f"{name}_lora_adapter_metadata"] = settings
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     getattr(diffusers, kind.pipeline).save_lora_weights(aside, weight_name=WEIGHTS, **layers)
     if kohya:
         save_file(kohya, aside / "kohya.safetensors", metadata={"format": "pt"})
@@ -158,7 +173,8 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
 
     Args:
         pipe: the pipeline that they were trained on.
-        source: a ``.safetensors`` file, a folder that holds one, or a hub name; in any form that diffusers reads.
+        source: a ``.safetensors`` file, a folder that holds one, or a hub name; in any form that diffusers reads, or a
+            folder in peft's form.
 
     Raises:
         UserError: there is no such file, it does not fit the pipeline, or peft is not installed.
@@ -166,6 +182,9 @@ def fuse_lora(pipe: StableDiffusionPipeline, source: str | Path) -> None:
     require_peft()
     options = adapter_options(source)
     try:
+        if is_lycoris(source):
+            fuse_lycoris(network_of(pipe), source)
+            return
         pipe.load_lora_weights(str(source), **options)
         adapted = [name for name, part in parts_of(pipe).items() if getattr(part, "peft_config", None)]
         if not adapted:

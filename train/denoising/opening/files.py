@@ -153,7 +153,7 @@ def adapter_options(source: str | Path) -> dict[str, Any]:
     """
     path = Path(source)
     options: dict[str, Any] = {"use_safetensors": True}
-    if path.is_dir():
+    if path.is_dir() and not (path / "adapter_config.json").is_file():  # which is peft's form
         if (file := trained_file(path)) is None:
             found = len(files_in(path, "*.safetensors"))
             raise UserError(f"{source}: expected {ADAPTERS}, or one .safetensors file; found {found}: name the file")

@@ -45,6 +45,7 @@ class Batch:
         positions: of the samples in the run; their random numbers follow from them.
         rows: ``[n]`` int64, which sample of the shard set each is.
         moments: ``[n, 2c, h, w]`` float32, mean and log-variance of the VAE's posterior.
+        mask: ``[n, 1, h, w]`` float32 in [0, 1], what each latent pixel's error counts; None where all count alike.
         frames: ``[n, 6]`` int64 on the CPU, see ``ImageLoader.frame``.
         weight: ``[n]`` float32, what each counts in the loss before the filter; 0 where no image could be read.
         faults: samples that others stand in for.
@@ -56,6 +57,14 @@ class Batch:
     frames: torch.Tensor
     weight: torch.Tensor
     faults: Sequence[Fault] = ()
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, moments: torch.Tensor, **others: Any) -> Batch:
+        """One whose mask, if there is any, is the last and odd channel of its moments."""
+        if moments.shape[1] % 2 == 0:
+            return cls(moments=moments, **others)
+        return cls(moments=moments[:, :-1], mask=moments[:, -1:], **others)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -124,7 +133,7 @@ class DecodedBatches(Dataset[Any]):
         except UserError as error:
             return str(error)
         width, height = self.loader.size(found[0].row)
-        nothing = np.full((3, height, width), 255, dtype=np.uint8)
+        nothing = np.full((3 + self.loader.masked, height, width), 255, dtype=np.uint8)
         return {**about(found, positions, self.loader), "pixels": stacked(found, nothing)}
 
     def _load(self, row: int, visit: int) -> NDArray[np.uint8]:
@@ -183,7 +192,7 @@ class StreamedBatches:
         self.waited += time.monotonic() - began
         if isinstance(decoded, str):
             raise UserError(decoded)
-        return Batch(
+        return Batch.of(
             positions=decoded["positions"],
             rows=decoded["rows"],
             moments=encode_moments(self.vae, to_device(decoded["pixels"], self.device)),
@@ -216,7 +225,7 @@ class CachedBatches:
         self.waited += time.monotonic() - began
         gathered["moments"] = to_device(gathered["moments"], self.device).float()
         gathered["weight"] = to_device(gathered["weight"], self.device)
-        return Batch(**gathered)
+        return Batch.of(**gathered)
 
     def _gather(self, positions: Sequence[int]) -> dict[str, Any]:
         shard_set = self.latents.shard_set

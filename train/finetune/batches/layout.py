@@ -7,7 +7,7 @@ from pathlib import Path
 
 from afresh.errors import UsageError
 from train.finetune.config import FinetuneConfig
-from train.finetune.data.buckets import Size, bucket_sizes
+from train.finetune.data.buckets import Size, bucket_sizes, sizes_without_enlarging
 from train.finetune.data.images import ImageLoader
 from train.finetune.data.order import SampleOrder
 from train.finetune.data.scan import ShardSet
@@ -30,6 +30,8 @@ def image_sizes(config: FinetuneConfig, default: int, multiple: int) -> list[Siz
             raise UsageError(f"{name} must be a multiple of {multiple} for this model, not {value}")
     if not buckets.step or buckets.step >= resolution:  # a small model's sides leave no room for others
         return [(resolution, resolution)]
+    if not buckets.enlarge:
+        return sizes_without_enlarging(resolution, buckets.step, buckets.max_side)
     sizes = bucket_sizes(resolution, buckets.step, buckets.min_side, buckets.max_side)
     if not sizes:
         raise UsageError(
@@ -51,7 +53,16 @@ def lay_out(
         together: samples in a row that are of one bucket: the batch size that the run was begun with, which smaller
             batches divide, so that they leave the order as it is.
     """
-    loader = ImageLoader(shard_set, sizes, config.crop, config.augmentation, config.seed, keep=config.shuffle_shards)
+    loader = ImageLoader(
+        shard_set,
+        sizes,
+        config.crop,
+        config.augmentation,
+        config.seed,
+        keep=config.shuffle_shards,
+        enlarge=config.buckets.enlarge,
+        masked=config.masked_loss,
+    )
     order = SampleOrder(
         shard_set.counts,
         config.shuffle_shards,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from afresh.cores import in_order
@@ -39,10 +40,15 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
     Args:
         vae: the autoencoder.
-        pixels: ``[n, 3, H, W]`` uint8, on any device.
+        pixels: ``[n, 3, H, W]`` uint8, on any device. A fourth channel is a mask: its mean over what becomes a latent
+            pixel, in [0, 1], comes behind the moments.
     """
-    values = pixels.to(vae.device).to(vae.dtype) / 255 * 2 - 1
-    return vae.encode(values).latent_dist.parameters.float()
+    pixels = pixels.to(vae.device)
+    moments = vae.encode(pixels[:, :3].to(vae.dtype) / 255 * 2 - 1).latent_dist.parameters.float()
+    if pixels.shape[1] == 3:
+        return moments
+    mask = F.adaptive_avg_pool2d(pixels[:, 3:].float() / 255, moments.shape[-2:])
+    return torch.cat([moments, mask], dim=1)
 
 
 class CachedLatents:
@@ -76,7 +82,7 @@ class CachedLatents:
         self.loader, self.vae, self.threads = loader, vae, threads
         self.shard_set = loader.shard_set
         self.variants = loader.how.variants if loader.varies else 1
-        self.channels = 2 * vae.config.latent_channels
+        self.channels = 2 * vae.config.latent_channels + loader.masked
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.buckets = lru_cache(maxsize=256)(loader.buckets)
         parts = self._parts(weights_digest(vae) if where == "disk" else "")
@@ -110,7 +116,7 @@ class CachedLatents:
     def _parts(self, vae: str) -> list[Part]:
         loader, shard_set = self.loader, self.shard_set
         area = np.array([w // self.factor * (h // self.factor) for w, h in loader.sizes])
-        looks: list[Any] = [loader.crop, loader.sizes]
+        looks: list[Any] = [loader.crop, loader.sizes, *(["masked"] if loader.masked else [])]
         if loader.varies:
             looks += [_ranges(loader.how), loader.seed]
         parts = []

@@ -45,6 +45,8 @@ def cache_texts(
         tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
         vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
         identity += [weights_digest(encoder), vocabulary]
+    if (chunks := getattr(model.denoiser, "chunks", 1)) > 1:
+        identity.append(chunks)
     place: Literal["memory", "disk"] = "disk" if where == "disk" else "memory"
 
     def encode(captions: Sequence[str]) -> torch.Tensor:

@@ -62,6 +62,35 @@ def nearest_bucket(width: NDArray[np.int32], height: NDArray[np.int32], sizes: S
     return np.searchsorted(border, (width / height) ** 2).astype(np.uint16)
 
 
+def sizes_without_enlarging(resolution: int, step: int, max_side: int = 0) -> list[Size]:
+    """All sizes that an image may shrink to: sides that are multiples of a step, down to one of it.
+
+    Args:
+        resolution, step, max_side: see :func:`bucket_sizes`.
+    """
+    sides = range(step, (max_side or 2 * resolution) + 1, step)
+    return [(width, height) for width in sides for height in sides if width * height <= resolution**2]
+
+
+def fitting_bucket(width: NDArray[np.int32], height: NDArray[np.int32], sizes: Sequence[Size]) -> NDArray[np.uint16]:
+    """The bucket of each image among those that are no larger than it: the one for which it is shrunk least, on the
+    side that is shrunk more; where none is that small, the smallest.
+
+    Args:
+        width, height: of the images, ``[n]`` pixels.
+        sizes: from :func:`sizes_without_enlarging`.
+
+    Returns:
+        Indices into ``sizes``, ``[n]`` uint16.
+    """
+    wide, high = np.array(sizes, dtype=np.float64).T
+    across, down = wide / width[:, None], high / height[:, None]
+    fits = (across <= 1) & (down <= 1)
+    # Of those that shrink one side alike, the one that keeps more of the other.
+    scale = np.where(fits, np.minimum(across, down) + 1e-6 * np.maximum(across, down), 0.0)
+    return np.where(fits.any(axis=1), scale.argmax(axis=1), (wide * high).argmin()).astype(np.uint16)
+
+
 def crop_box(image: Size, target: Size, crop: Crop, at: Sequence[float] = (0.5, 0.5)) -> Box:
     """The part of an image that fills the target.
 

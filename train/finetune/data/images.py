@@ -14,7 +14,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from afresh.errors import NOTHING_LEFT, UserError, reason
-from curate.reading.images import ImageError, decode_scaled
+from curate.reading.images import ImageError, decode_opacity, decode_scaled
 from curate.reading.samples import Sample, read_samples
 from train.finetune.config import Augmentation
 from train.finetune.data.augment import augment, draw
-from train.finetune.data.buckets import Crop, Size, bring_to, crop_box, nearest_bucket
+from train.finetune.data.buckets import Crop, Size, bring_to, crop_box, fitting_bucket, nearest_bucket
 from train.finetune.data.order import SampleOrder, derive_seed, generator
 from train.finetune.data.scan import ShardSet
 
@@ -151,11 +151,23 @@ class ImageLoader:
         how: random changes.
         seed: of crops and changes.
         keep: see :class:`ImageReader`.
+        enlarge: let small images grow to their bucket.
+        masked: give the opacity of each pixel as a fourth channel.
     """
 
     def __init__(
-        self, shard_set: ShardSet, sizes: Sequence[Size], crop: Crop, how: Augmentation, seed: int, keep: int = 1
+        self,
+        shard_set: ShardSet,
+        sizes: Sequence[Size],
+        crop: Crop,
+        how: Augmentation,
+        seed: int,
+        keep: int = 1,
+        *,
+        enlarge: bool = True,
+        masked: bool = False,
     ) -> None:
+        self.enlarge, self.masked = enlarge, masked
         self.shard_set, self.sizes, self.crop, self.how, self.seed = shard_set, list(sizes), crop, how, seed
         self.reader = ImageReader(shard_set, keep)
 
@@ -167,7 +179,7 @@ class ImageLoader:
     def buckets(self, shard: int) -> NDArray[np.uint16]:
         """The bucket of each sample of a shard."""
         width, height = (self.shard_set.column(shard, name) for name in ("width", "height"))
-        return nearest_bucket(width, height, self.sizes)
+        return (nearest_bucket if self.enlarge else fitting_bucket)(width, height, self.sizes)
 
     def size(self, row: int) -> Size:
         """The size that the image of a row is brought to."""
@@ -177,7 +189,7 @@ class ImageLoader:
         return self.sizes[self.buckets(shard)[place]]
 
     def load(self, row: int, visit: int) -> NDArray[np.uint8]:
-        """Pixels ``[3, height, width]`` at a visit.
+        """Pixels ``[3, height, width]`` at a visit, where masked ``[4, height, width]``.
 
         Raises:
             SampleError: the image cannot be read or decoded.
@@ -192,17 +204,24 @@ class ImageLoader:
             visit %= self.how.variants
         try:
             image = decode_scaled(data, DETAIL_TO_SPARE * max(size), max_pixels=self.shard_set.max_pixels).image
+            opaque = decode_opacity(data, max_pixels=self.shard_set.max_pixels) if self.masked else None
         except ImageError as error:
             raise SampleError(str(error)) from error
-        if not self.varies:
-            return bring_to(image, size, crop_box(image.size, size, self.crop))
-        pixels = bring_to(image, size, crop_box(image.size, size, self.crop, self._place(row, visit)))
-        if not self.how.active:
+        place = self._place(row, visit)
+        pixels = bring_to(image, size, crop_box(image.size, size, self.crop, place))
+        if opaque is not None:
+            mask = bring_to(opaque.convert("RGB"), size, crop_box(opaque.size, size, self.crop, place))
+            return np.concatenate([self._changed(pixels, row, visit), self._changed(mask, row, visit, moved=True)[:1]])
+        return self._changed(pixels, row, visit)
+
+    def _changed(self, pixels: NDArray[np.uint8], row: int, visit: int, moved: bool = False) -> NDArray[np.uint8]:
+        """Pixels ``[3, height, width]`` with the changes of a visit, or only the movements among them."""
+        how = replace(self.how, colour=0.0, hue=0.0) if moved else self.how
+        if not how.active:
             return pixels
         uniform = self._changes(row, visit)
-        changed = augment(torch.from_numpy(pixels)[None].float() / 255, uniform, self.how)[0]
+        changed = augment(torch.from_numpy(pixels)[None].float() / 255, uniform, how)[0]
         return (changed * 255).round().to(torch.uint8).numpy()
-
 
     def frame(self, row: int, visit: int) -> tuple[int, int, int, int, int, int]:
         """What part of its original an image is at a visit, in pixels: height and width of the original; top and left

@@ -13,17 +13,20 @@ from train.denoising.schedules import NoiseSchedule
 from train.finetune.config import FinetuneConfig
 
 
-def sample_errors(output: Tensor, target: Tensor, huber_c: float = 0.0) -> Tensor:
+def sample_errors(output: Tensor, target: Tensor, huber_c: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """The error of each sample, ``[n]``.
 
     Args:
         output, target: ``[n, …]``.
         huber_c: ``c`` of the pseudo-Huber loss ``2c(√(d² + c²) − c)`` (Charbonnier et al., 1997), which is ``d²`` for
             small differences and grows like ``2c|d|``; 0 takes the squared error.
+        mask: ``[n, 1, h, w]``, what each place counts; None for all alike. The mean stays one over all places.
     """
     errors = F.mse_loss(output, target, reduction="none")
     if huber_c:
         errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
+    if mask is not None:
+        errors = errors * mask
     return errors.flatten(1).mean(dim=1)
 
 

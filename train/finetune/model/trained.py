@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from train.denoising.opening.loading import check_trainable, load_pipeline
 from train.denoising.opening.original import save_single_file
 from train.denoising.opening.saving import save_pipeline
 from train.finetune.config import FinetuneConfig
+from train.finetune.model.speed import wants_channels_last
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -53,6 +55,7 @@ class Model:
         self.size = denoiser.side
         self.device = device
         self._empty: Conditioning | None = None
+        self._offloaded: list[torch.nn.Module] = []
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -65,13 +68,37 @@ class Model:
 
         Outside the data-parallel wrapper and without gradients: processes need not agree on whether they call it.
         """
-        if self._empty is None:  # encoded once, unless the text encoder changes
+        empty = self._empty_caption()
+        empty = empty if frames is None else self.denoiser.framed(empty, frames)
+        return self.denoiser(x_t, t, empty).float()
+
+    def _empty_caption(self) -> Conditioning:
+        """Encoded once, unless the text encoder changes."""
+        if self._empty is None:
             tokens = self.denoiser.tokens([""]).to(self.device)
             encoders = self.denoiser.encoders.values()
             trained = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
             self._empty = tokens if trained else self.denoiser.encoded(tokens)
-        empty = self._empty if frames is None else self.denoiser.framed(self._empty, frames)
-        return self.denoiser(x_t, t, empty).float()
+        return self._empty
+
+    @torch.no_grad()
+    def offload(self) -> None:
+        """Put the VAE and the text encoders on the CPU: all that they would encode is cached."""
+        self._empty_caption()
+        self._offloaded = [self.pipe.vae, *self.denoiser.encoders.values()]
+        for part in self._offloaded:
+            part.to("cpu")
+
+    @contextlib.contextmanager
+    def brought_back(self) -> Iterator[None]:
+        """What is offloaded is on the device while the block runs."""
+        for part in self._offloaded:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part in self._offloaded:
+                part.to("cpu")
 
     @torch.no_grad()
     def encoders_to_cpu(self) -> None:
@@ -112,12 +139,16 @@ class Model:
     def _save(self, folder: Path, half: bool, single_file: bool) -> None:
         pipe = self.pipe
         self.denoiser.eval()
+        if self._fused is None:
+            network_of(pipe).to(memory_format=torch.contiguous_format)
         for name in parts_of(pipe):
             setattr(pipe, name, getattr(self.denoiser, name))
         if self._fused is not None:
             adapters = folder.with_name("lora")
             save_lora(pipe, adapters)
-            self.denoiser.to("meta")  # lets go of the memory that the base needs now
+            for module in self.denoiser.modules():  # lets go of the memory that the base needs now
+                for name, _ in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, None)
             pipe = self._fused(str(adapters))
             pipe.scheduler = self.pipe.scheduler  # which training may have changed
         aside = folder.with_name(folder.name + ".partial")
@@ -157,18 +188,24 @@ def check_options(pipe: Any, config: FinetuneConfig) -> None:
     for name, why in (
         ("save_single_file", "that layout is written of Stable Diffusion 1.x and 2.x alone"),
         ("clip_skip", "its text encoders are not read at their last layers"),
+        ("caption_chunks", "its text encoders' pooled output is of one sequence"),
     ):
-        if getattr(config, name):
+        if getattr(config, name) != getattr(FinetuneConfig, name):
             raise UsageError(f"{name}: not for {family.name}: {why}; leave it out")
     if config.train_text_encoder and set(family.encoders) <= set(family.frozen):
         why = "is a language model, which is never trained; leave it out"
         raise UsageError(f"train_text_encoder: {family.name}'s {why}")
 
 
-def load_model(config: FinetuneConfig, device: torch.device) -> Model:
+def load_model(config: FinetuneConfig, device: torch.device, *, spread: bool = False) -> Model:
     """Load the pipeline, set free the weights that are to be trained, and freeze the others.
 
     The VAE goes to the device; the denoiser goes there with ``accelerator.prepare``.
+
+    Args:
+        config: of the run.
+        device: that it trains on.
+        spread: the weights are to be spread over processes, which takes them in no other order than their own.
 
     Raises:
         UserError: the model cannot be read, is of another kind, or predicts something else than ε or v.
@@ -189,6 +226,8 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
     check_trainable(pipe, config.model)
     check_options(pipe, config)
     pipe.vae.to(device).requires_grad_(False)
+    if wants_channels_last(config, device) and not spread:
+        network_of(pipe).to(memory_format=torch.channels_last)
     if config.lora.rank:
         # What is frozen needs no more than the precision that it is computed in.
         base = HALF.get(config.mixed_precision, torch.float32)
@@ -201,6 +240,8 @@ def load_model(config: FinetuneConfig, device: torch.device) -> Model:
         network_of(pipe).enable_gradient_checkpointing()
     denoiser: Any = denoiser_of(pipe)
     denoiser.leave_unused_alone()
+    if config.caption_chunks > 1:
+        denoiser.chunks = config.caption_chunks
     fused = (lambda adapters: load(lora=adapters)) if config.lora.rank else None
     return Model(pipe, denoiser.train(), device, fused)
 
