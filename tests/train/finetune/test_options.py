@@ -16,6 +16,7 @@ from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
 from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.captions import with_tags
+from train.finetune.checks import check_finetune
 from train.finetune.config import FinetuneConfig, ShardGroup, Tags, Timesteps
 from train.finetune.data.scan import ShardSet
 from train.finetune.loop import run_finetune
@@ -48,6 +49,14 @@ def test_a_plain_folder_trains_as_the_shards_that_it_becomes_for_as_many_epochs_
     assert run_finetune(settings(model, photos, tmp_path / "run", **changes))["steps"] == 5  # finished, and stays so
     run_finetune(settings(model, imported, tmp_path / "shards", batch_size=2, steps=5))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "shards"))
+
+
+def test_the_folder_of_a_curation_is_no_folder_of_images_but_leads_to_its_shards(model, tmp_path):
+    (tmp_path / "curated" / "shards").mkdir(parents=True)
+    (tmp_path / "curated" / "shards" / "000000.tar").touch()
+    (tmp_path / "curated" / "ledger.parquet").touch()
+    with pytest.raises(UsageError, match="did you mean .*curated/shards"):
+        check_finetune(settings(model, str(tmp_path / "curated"), tmp_path / "run"))
 
 
 def test_epochs_and_the_learning_rate_follow_from_the_samples_of_a_step(model, shards, tmp_path):
