@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.reading.images import decode_image
-from curate.sample_set import load_part
 from tests.documents import ROOT
-from train.denoising.opening.loading import sample_model_dir
 
 _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = "not run"
@@ -62,6 +59,9 @@ def blocks_of(page: Path) -> list[Block]:
 
 def prepare(folder: Path) -> dict[str, str]:
     """Lay out what readers have (photographs with captions and without, a model) and give the environment."""
+    from curate.reading.images import decode_image
+    from curate.sample_set import load_part
+
     samples = load_part("finetune")[:12]
     for name, captions in (("photos", True), ("snapshots", False)):
         (folder / name / "trip").mkdir(parents=True)
@@ -86,7 +86,7 @@ def prepare(folder: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "MODEL": str(sample_model_dir()),
+        "MODEL": str(ROOT / "train" / "assets" / "sample_model"),
     }
 
 
@@ -141,12 +141,12 @@ def launch(words: list[str]) -> int:
 
 
 def main(words: list[str]) -> int:
-    """Run a command of a guide at a small size."""
+    """Become a command of a guide at a small size."""
     if words[0] == "launch":
         return launch(words[1:])
     package, verb, *rest = words
     small = shlex.split(SMALL.get(f"{package} {verb}", ""))
-    return subprocess.run([sys.executable, "-m", package, verb, *rest, *small]).returncode
+    os.execv(sys.executable, [sys.executable, "-m", package, verb, *rest, *small])
 
 
 if __name__ == "__main__":
