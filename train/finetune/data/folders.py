@@ -13,7 +13,7 @@ from train.finetune.config import ShardGroup
 
 
 def is_plain_folder(path: str) -> bool:
-    """Whether a path is a folder that holds files or folders, and no tar shards, neither itself nor in its ``shards``."""
+    """Whether a path is a folder that holds files or folders, and tar shards neither in it nor in ``shards``."""
     folder = Path(path)
     if "://" in path or not folder.is_dir() or not any(folder.iterdir()):
         return False
