@@ -107,7 +107,7 @@ def run_guide(page: Path, folder: Path) -> int:
             state = folder / ".state"
             script = f"set -euo pipefail\n{block.code}\nenv -0 > {shlex.quote(str(state))}\n"
             done = subprocess.run(
-                ["bash", "-c", script], cwd=place, env=env, capture_output=True, text=True, timeout=280
+                ["bash", "-c", script], cwd=place, env=env, capture_output=True, text=True, timeout=840
             )
             assert done.returncode == 0, f"{at}:\n{done.stdout}\n{done.stderr}"
             env = dict(line.split("=", 1) for line in state.read_text().split("\0") if line)
