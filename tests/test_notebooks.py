@@ -45,7 +45,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    book = nbformat.from_dict(notebook(name))
+    book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     (parameters,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     names = {line.partition(" = ")[0] for line in parameters.source.splitlines()}
     assert names == set(SMALL[name])
