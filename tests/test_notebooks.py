@@ -18,7 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {  # in the place of the cell with the tag ``
     "curate-train-sample": {"STEPS": 2, "DRAWING_STEPS": 3, "COPIES": 2},
     "diagnose": {
         "MODEL": str(sample_model_dir()), "CAPTIONS": "asked.txt", "HARMLESS": "harmless.txt", "INDEX": "shards",
-        "NUMBER": 3, "STEPS": 3,
+        "NUMBER": 3, "STEPS": 6,
     },
 }  # fmt: skip
 
