@@ -102,6 +102,9 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
             raise _nothing_to_read(out, rows)
         if rows.of_images_alone and config.missing_caption == "auto":
             log.info("no sample has a caption: the set is curated by its images alone")
+        if unreadable := rows.table.num_rows - len(rows.readable):
+            where = out.at("ledger.parquet")
+            log.warning("%d samples cannot be read%s; see %s", unreadable, _captionless(rows), where)
 
         excluded = None if to_drop is None else listed_stage(rows, names, to_drop, config.exclude)
         must_stay = None if to_keep is None else listed_stage(rows, names, to_keep, config.keep)
@@ -138,10 +141,14 @@ def _nothing_to_read(out: Store, rows: Rows) -> UserError:
     """What to say of a set without a sample that can be curated."""
     table = rows.table
     first = table["reason"][0].as_py()
-    captions = pc.sum(pc.equal(table["reason"], table["caption_problem"])).as_py() or 0
-    instead = f"; {captions} lack nothing but a caption: --missing_caption empty takes them" if captions else ""
-    where = out.at("ledger.parquet")
-    return UserError(f"none of the {table.num_rows} samples can be read ({printable(first)}){instead}; see {where}")
+    why, where = printable(first), out.at("ledger.parquet")
+    return UserError(f"none of the {table.num_rows} samples can be read ({why}){_captionless(rows)}; see {where}")
+
+
+def _captionless(rows: Rows) -> str:
+    """How many unreadable samples lack a caption alone, and what takes them; nothing where none does."""
+    number = pc.sum(pc.equal(rows.table["reason"], rows.table["caption_problem"])).as_py() or 0
+    return f"; {number} lack nothing but a caption: --missing_caption empty takes them" if number else ""
 
 
 def check_settings(config: DedupConfig) -> None:

@@ -16,7 +16,7 @@ from afresh import plugins
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("afresh", "curate", "train", "benchmarks")
 SOURCES = {package: sorted((ROOT / package).rglob("*.py")) for package in PACKAGES}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
 
 ROLE = re.compile(r":(?:mod|func|class|meth|data|attr|exc):`~?([\w.]+)`")
 OURS = r"(?:afresh|curate|train|benchmarks)"

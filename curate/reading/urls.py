@@ -140,7 +140,8 @@ def _expand_path(pattern: str, given: str) -> list[str]:
     if path.is_dir():
         found = [str(file) for file in files_in(path, "*.tar")]
         if not found:
-            hint = f" (did you mean {path / 'shards'}?)" if (path / "shards").is_dir() else ""
+            shards = path / "shards"
+            hint = f" (did you mean {shards}?)" if shards.is_dir() else "; curate import makes shards of images"
             raise UsageError(f"shards {given!r}: the folder holds no *.tar file{hint}")
         return found
     if path.exists():

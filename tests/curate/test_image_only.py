@@ -57,10 +57,12 @@ def test_search_does_not_take_a_missing_caption_for_a_word(tmp_path, images, run
     assert "None" not in shown.stdout
 
 
-def test_where_some_have_captions_a_missing_one_is_a_loss(tmp_path, images):
+def test_where_some_have_captions_a_missing_one_is_a_loss_that_is_said(tmp_path, images, capsys):
     write_shard(tmp_path / "s.tar", [("a", {"png": images[0], "txt": b"words"}), ("b", {"png": images[1]})])
     run_dedup(settings(tmp_path / "s.tar", tmp_path / "out"))
     assert read_ledger(tmp_path / "out")["status"].to_pylist() == ["kept", "unreadable"]
+    said = capsys.readouterr().err
+    assert "1 samples cannot be read; 1 lack nothing but a caption: --missing_caption empty takes them" in said
     assert run_check(CheckConfig(shards=[str(tmp_path / "s.tar")], workers=1))["readable"] == 1
 
 

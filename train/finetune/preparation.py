@@ -78,7 +78,8 @@ def say_what_has_no_effect(config: FinetuneConfig) -> None:
 
 
 def with_numbers(config: FinetuneConfig, shard_set: ShardSet, world: int) -> FinetuneConfig:
-    """The settings with ``steps`` for the ``epochs``, and the learning rate for the samples of a step, where asked for.
+    """The settings with ``steps`` for the ``epochs``, and the learning rate for the samples of a step, where asked for;
+    and without the filter, where no sample has a caption for it to go by.
 
     Args:
         config: of the run.
@@ -92,6 +93,10 @@ def with_numbers(config: FinetuneConfig, shard_set: ShardSet, world: int) -> Fin
         say_what_has_no_effect(dataclasses.replace(config, epochs=0.0))
     if config.scale_lr:
         config = dataclasses.replace(config, learning_rate=config.learning_rate * samples)
+    if config.filter.settled().policy != "off" and not shard_set.captioned():
+        if is_main_process():
+            log.warning("the filter is off: it goes by captions, and no sample has one")
+        config = dataclasses.replace(config, filter=dataclasses.replace(config.filter, policy="off").settled())
     return config
 
 

@@ -36,6 +36,16 @@ def test_hidden_files_are_no_shards(tmp_path):
     assert len(expand_shards([f"{tmp_path}/.*.tar"])) == 2  # asked for by name
 
 
+def test_a_folder_of_images_is_told_what_makes_shards_of_it_and_a_curation_where_its_shards_are(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(UsageError, match="photos': the folder holds no .*; curate import makes shards of images"):
+        expand_shards([str(tmp_path / "photos")])
+    (tmp_path / "curated" / "shards").mkdir(parents=True)
+    with pytest.raises(UsageError, match="did you mean .*curated/shards"):
+        expand_shards([str(tmp_path / "curated")])
+
+
 @pytest.mark.parametrize("pattern", ["nowhere/*.tar", "nowhere.tar", "nowhere-{0..2}.tar", "{0..", "."])
 def test_a_pattern_that_names_nothing_is_bad_usage_and_named(tmp_path, monkeypatch, pattern):
     monkeypatch.chdir(tmp_path)

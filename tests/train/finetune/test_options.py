@@ -16,7 +16,8 @@ from tests.train.finetune.runs import log_lines, same, settings, weights
 from train.denoising.opening.loading import load_pipeline
 from train.denoising.schedules import NoiseSchedule
 from train.finetune.batches.captions import with_tags
-from train.finetune.config import FinetuneConfig, ShardGroup, Tags, Timesteps
+from train.finetune.checks import check_finetune
+from train.finetune.config import Calibration, FilterConfig, FinetuneConfig, ShardGroup, Tags, Timesteps
 from train.finetune.data.scan import ShardSet
 from train.finetune.loop import run_finetune
 from train.finetune.model.diffusion import draw_randomness, timesteps_of
@@ -48,6 +49,25 @@ def test_a_plain_folder_trains_as_the_shards_that_it_becomes_for_as_many_epochs_
     assert run_finetune(settings(model, photos, tmp_path / "run", **changes))["steps"] == 5  # finished, and stays so
     run_finetune(settings(model, imported, tmp_path / "shards", batch_size=2, steps=5))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "shards"))
+
+
+def test_the_folder_of_a_curation_is_no_folder_of_images_but_leads_to_its_shards(model, tmp_path):
+    (tmp_path / "curated" / "shards").mkdir(parents=True)
+    (tmp_path / "curated" / "shards" / "000000.tar").touch()
+    (tmp_path / "curated" / "ledger.parquet").touch()
+    with pytest.raises(UsageError, match="did you mean .*curated/shards"):
+        check_finetune(settings(model, str(tmp_path / "curated"), tmp_path / "run"))
+
+
+def test_a_folder_without_captions_trains_to_its_end_with_the_filter_off(model, tmp_path, capsys):
+    photographs(tmp_path / "kohya")
+    photos = (tmp_path / "kohya" / "10_emoji").rename(tmp_path / "photos")  # a name that is no caption
+    for number in range(5):
+        (photos / f"{number}.txt").unlink()
+    by_default = FilterConfig(calibrate=Calibration(steps=2))
+    summary = run_finetune(settings(model, str(photos), tmp_path / "run", batch_size=2, steps=4, filter=by_default))
+    assert (summary["steps"], summary["judged"], summary["dropped"]) == (4, 0, 0)
+    assert "the filter is off: it goes by captions, and no sample has one" in capsys.readouterr().err
 
 
 def test_epochs_and_the_learning_rate_follow_from_the_samples_of_a_step(model, shards, tmp_path):

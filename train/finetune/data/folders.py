@@ -14,9 +14,11 @@ from train.finetune.config import ShardGroup
 
 
 def is_plain_folder(path: str) -> bool:
-    """Whether a path is a folder that holds files or folders, and no tar shards."""
+    """Whether a path is a folder that holds files or folders, and tar shards neither in it nor in ``shards``."""
     folder = Path(path)
-    return "://" not in path and folder.is_dir() and any(folder.iterdir()) and not files_in(folder, "*.tar")
+    if "://" in path or not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    return not files_in(folder, "*.tar") and not files_in(folder / "shards", "*.tar")
 
 
 DATASET = "dataset:"

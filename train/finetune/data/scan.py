@@ -127,6 +127,11 @@ class ShardSet:
         """Of a row, at least one."""
         return tuple(self.value(row, "captions"))
 
+    def captioned(self) -> bool:
+        """Whether any sample has a caption other than the empty one."""
+        parts = (self.shard(number).column("captions").flatten() for number in range(len(self.counts)))
+        return any(pc.any(pc.not_equal(part, "")).as_py() for part in parts)
+
     @property
     def ids(self) -> Identities:
         """``(shard's name, key)`` of each row, looked up when asked for."""

@@ -41,7 +41,7 @@ def run_verdicts(config: VerdictsConfig) -> dict[str, Any]:
         raise UserError(f"{path}: not a table of verdicts: {error}") from error
     judged, reached = table["judged"].to_numpy(), table["reached"].to_numpy()
     if not judged.any():
-        raise UserError(f"{path}: nothing was judged: the run had no filter")
+        raise UserError(f"{path}: nothing was judged: the run had no filter, or ended before it acted")
     listed = np.flatnonzero((judged >= config.min_judged) & (reached >= config.min_share * judged))
     chosen = table.take(listed)
     write_ids(config.out, zip(chosen["shard"].to_pylist(), chosen["key"].to_pylist(), strict=True))
