@@ -57,7 +57,7 @@ class Part:
     Attributes:
         rows: int64 ``[m]``, ascending, their numbers in the set.
         near: of these rows, images and captions, by their places here.
-        by_hand: whether crowded images or rows that must stay are among them.
+        by_hand: whether rows are among them that are to be apart.
     """
 
     rows: NDArray[np.int64]
@@ -76,7 +76,7 @@ def parts_of(near: Near, *, by_captions: bool, apart: NDArray[np.bool_]) -> Iter
     Args:
         near: what is near what, down to the lowest threshold that matters.
         by_captions: whether equal and near captions link rows as images do.
-        apart: ``[n]``, rows that are not to share a part with what they are not linked with, and crowded ones.
+        apart: ``[n]``, rows that are to be in parts of their own, with what they are linked with.
     """
     images = things(near.image_of, near.image_pairs)
     nodes = images + by_captions * things(near.caption_of, near.caption_pairs)
@@ -88,8 +88,6 @@ def parts_of(near: Near, *, by_captions: bool, apart: NDArray[np.bool_]) -> Iter
         weight += np.bincount(label[i], minlength=len(label))
     by_hand = np.zeros(len(label), bool)
     by_hand[of_rows[apart]] = True
-    if near.image_pairs.crowd is not None:
-        by_hand[label[near.image_pairs.crowd.rows]] = True
 
     number, part_of = 0, np.full(len(label), -1, np.int32)
     parts: list[bool] = []

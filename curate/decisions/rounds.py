@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from curate.decisions.parts import AtThreshold, things
 from curate.decisions.settled import CODE, EXACT_IMAGE, NEAR_IMAGE, NEAR_PAIR, Settled
-from curate.neighbors.verify import Pairs
+from curate.neighbors.verify import Crowd, Pairs
 
+AHEAD = 256  # crowded images that are looked up at a time
 _ROUNDS = 32
 _STAND_INS = 1 << 22  # that are weighed at a time
 
 
 def settle(near: AtThreshold, rank: NDArray[np.integer], judged: NDArray[np.bool_]) -> Settled:
     """As :meth:`curate.decisions.judge.Judge.greedy` has it, of one copy, where captions that differ are pooled, no
-    caption has a quota, no list keeps any row, and no image is crowded.
+    caption has a quota, and no list keeps any row.
 
     Args:
         near: of n rows.
@@ -35,7 +36,15 @@ def settle(near: AtThreshold, rank: NDArray[np.integer], judged: NDArray[np.bool
     a, b, similarity = near.image_pairs.i[there], near.image_pairs.j[there], near.image_pairs.similarity[there]
     swapped = rank[first[a]] > rank[first[b]]
     a, b = np.where(swapped, b, a), np.where(swapped, a, b)
-    kept = ~_dropped(a, b, images, rank[first])
+    crowd, of_first = near.image_pairs.crowd, rank[first]
+    if crowd is None:
+        kept = ~_dropped(a, b, images, of_first)
+    else:
+        crowded = np.flatnonzero(first[crowd.rows] >= 0)  # places in the crowd
+        kept = ~_dropped_beside_crowd(a, b, of_first, first >= 0, crowd, crowded)
+        found = crowd.pairs_among(crowded[~kept[crowd.rows[crowded]]], crowded[kept[crowd.rows[crowded]]])
+        a, b = np.concatenate([a, crowd.rows[found.j]]), np.concatenate([b, crowd.rows[found.i]])
+        similarity = np.concatenate([similarity, found.similarity])
 
     # Of a kept image the first row stands for all others.
     image = near.image_of[rows]
@@ -80,6 +89,50 @@ def _dropped(a: NDArray[np.int64], b: NDArray[np.int64], n: int, rank: NDArray[n
     return dropped
 
 
+def _dropped_beside_crowd(
+    a: NDArray[np.int64],
+    b: NDArray[np.int64],
+    rank: NDArray[np.integer],
+    there: NDArray[np.bool_],
+    crowd: Crowd,
+    crowded: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """``[n]``: likewise where pairs of ``crowded`` places in a crowd are to be asked for. Some images are gone through
+    at a time, the preferred ones first: crowded ones are held against those that were kept before them.
+    """
+    dropped = np.zeros(len(rank), bool)
+    place = np.full(len(rank), -1, np.int64)
+    place[crowd.rows[crowded]] = crowded
+    by_rank = np.argsort(rank[a], kind="stable")
+    b = b[by_rank]
+    order = np.flatnonzero(there)
+    order = order[np.argsort(rank[order])]
+    starts, stops = (np.searchsorted(rank[a][by_rank], rank[order], side=side).tolist() for side in ("left", "right"))
+    cuts = np.append(np.flatnonzero(place[order] >= 0)[::AHEAD], len(order)).tolist()
+    held = np.empty(0, np.int64)  # crowded ones that were kept
+    for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
+        some = order[start:stop]
+        asked = place[some[(place[some] >= 0) & ~dropped[some]]]
+        dropped[crowd.rows[crowd.pairs_among(asked, held).i]] = True
+        asked = asked[~dropped[crowd.rows[asked]]]
+        among = crowd.pairs_among(asked, asked)
+        near = {int(one): crowd.rows[others] for one, others in _grouped(crowd.rows[among.i], among.j)}
+        for at, image in enumerate(some.tolist(), start):
+            if not dropped[image]:
+                dropped[b[starts[at] : stops[at]]] = True
+                if image in near:
+                    dropped[near[image][rank[near[image]] > rank[image]]] = True
+        held = np.concatenate([held, asked[~dropped[crowd.rows[asked]]]])
+    return dropped
+
+
+def _grouped(keys: NDArray[np.int64], values: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    """The values of each key."""
+    order = np.argsort(keys, kind="stable")
+    distinct, starts = np.unique(keys[order], return_index=True)
+    return list(zip(distinct.tolist(), np.split(values[order], starts[1:]), strict=True)) if len(distinct) else []
+
+
 def _drop(
     settled: Settled,
     near: AtThreshold,
@@ -115,7 +168,7 @@ def similarities(pairs: Pairs, a: NDArray[np.int64], b: NDArray[np.int64]) -> ND
         there = keys[at] == asked
         found[there] = pairs.similarity[at[there]]
     if (crowd := pairs.crowd) is not None:
-        places = [np.minimum(np.searchsorted(crowd.rows, side), len(crowd.rows) - 1) for side in (low, high)]
-        both = (low != high) & (crowd.rows[places[0]] == low) & (crowd.rows[places[1]] == high)
-        found[both] = crowd.similarities(places[0][both], places[1][both])
+        one, other = (np.minimum(np.searchsorted(crowd.rows, side), len(crowd.rows) - 1) for side in (low, high))
+        both = (low != high) & (crowd.rows[one] == low) & (crowd.rows[other] == high)
+        found[both] = crowd.similarities(one[both], other[both])
     return found

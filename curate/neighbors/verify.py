@@ -120,14 +120,21 @@ class Crowd:
 
         One product compares all with all, which takes a fraction of the time of asking for one after the other.
         """
-        i, j = self._numbers(rows), self._numbers(others)
-        unit = unit_rows(self.embeddings, self.places[i])
-        for some in np.array_split(j, -(-len(i) * len(j) // _CROWD_ELEMENTS) or 1):
-            a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[some]).T >= self._lowest)
-            found = self._near(i[a], some[b])
-            yield from zip(
-                self.rows[found.i].tolist(), self.rows[found.j].tolist(), found.similarity.tolist(), strict=True
-            )
+        found = self.pairs_among(self._numbers(rows), self._numbers(others))
+        yield from zip(
+            self.rows[found.i].tolist(), self.rows[found.j].tolist(), found.similarity.tolist(), strict=True
+        )
+
+    def pairs_among(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> Pairs:
+        """Likewise of places in ``rows``: pairs of one of ``i`` and one of ``j``, in no order; each has itself."""
+        found = [Pairs.empty()]
+        if len(i) and len(j):
+            unit = unit_rows(self.embeddings, self.places[i])
+            for some in np.array_split(j, -(-len(i) * len(j) // _CROWD_ELEMENTS)):
+                a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[some]).T >= self._lowest)
+                found.append(self._near(i[a], some[b]))
+        columns = ((pairs.i, pairs.j, pairs.similarity) for pairs in found)
+        return Pairs(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def links(self) -> Iterator[tuple[int, int]]:
         """Near pairs that connect what all near pairs in the crowd connect, fewer than rows: a spanning forest.
