@@ -1,8 +1,7 @@
 """What the filter costs, and how many of the paper's drops cheaper policies make.
 
     python -m benchmarks.filter                step times, on the sample model and on a mid-size UNet
-    python -m benchmarks.filter --set RUN      and the drops, on the set and the model of
-                                               `python -m benchmarks.filter_effect --out RUN --only off`
+    python -m benchmarks.filter --run RUN      and the drops, on the raw set and the raw model of a finished quickstart
 
 Step times: a whole optimizer step (forward, backward, clipping, AdamW) of the same weights on the same batches,
 without a filter and under each policy in turn, in one process; the ratio is that of the sums over all rounds. A tenth
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from afresh.progress import progress
-from benchmarks.filter_effect import COPY, POLICIES
+from benchmarks.quickstart_set import original, repeated_images
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
 from train.denoising.families.registry import denoiser_of
@@ -47,6 +46,15 @@ from train.sample_model.small import SmallModel, build_pipeline
 
 CPU = torch.device("cpu")
 DROPOUT = 0.1
+POLICIES: dict[str, dict[str, Any]] = {
+    "every_step": {"policy": "every_step", "expires": 0},
+    "one_in_k": {"policy": "one_in_k"},
+    "noisy_steps": {"policy": "noisy_steps"},
+    "noisy_alone": {"policy": "noisy_steps", "expires": 0},
+    "noisy_caption": {"policy": "noisy_steps", "verdict_of": "caption"},
+    "noisy_caption_window": {"policy": "noisy_steps", "verdict_of": "caption", "evidence": "window"},
+    "noisy_one_in_k_caption": {"policy": "noisy_one_in_k", "k": 2, "verdict_of": "caption"},
+}
 
 
 # ------------------------------------------------------------------------------------------------------- step times
@@ -142,7 +150,7 @@ def time_steps(name: str, trainer: Trainer, rounds: int) -> None:
 @torch.no_grad()
 def measured_epochs(run: Path, epochs: int, batch: int = 64) -> dict[str, Any]:
     """The magnitude at every position of some epochs of the raw set, under the model that was trained on it."""
-    pipe = load_pipeline(str(run / "runs" / "off" / "finetune" / "model"))
+    pipe = load_pipeline(str(run / "finetune_raw" / "model"))
     samples = [sample for path in sorted((run / "raw").glob("*.tar")) for sample in read_samples(str(path))]
     size, schedule = pixel_size(pipe), NoiseSchedule(pipe.scheduler, CPU)
     images = [decode_image(sample.image) for sample in samples]
@@ -168,14 +176,14 @@ def measured_epochs(run: Path, epochs: int, batch: int = 64) -> dict[str, Any]:
             t.append(draws.t)
             captioned.append(draws.uniform[:, 1] >= DROPOUT)
             bar.update(len(some))
-    repeated = {COPY.sub("", sample.key) for sample in samples if COPY.search(sample.key)}
+    repeated = repeated_images(sample.key for sample in samples)
     return {
         "rows": torch.cat(rows),
         "t": torch.cat(t),
         "m": torch.cat(m),
         "captioned": torch.cat(captioned),
         "texts": texts,
-        "repeated": torch.tensor([COPY.sub("", sample.key) in repeated for sample in samples]),
+        "repeated": torch.tensor([original(sample.key) in repeated for sample in samples]),
     }
 
 
@@ -231,7 +239,7 @@ def compare_drops(visits: dict[str, Any], quantile: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", type=Path, help="folder of benchmarks.filter_effect, with its run off")
+    parser.add_argument("--run", type=Path, help="folder of a finished quickstart")
     parser.add_argument("--rounds", type=int, default=42, help="a multiple of the number of policies is fairest")
     parser.add_argument("--epochs", type=int, default=5, help="of which the last one is compared")
     parser.add_argument("--no_times", action="store_true", help="the drops alone")
@@ -240,8 +248,8 @@ def main() -> None:
     if not args.no_times:
         time_steps("sample model", Trainer(load_pipeline(str(sample_model_dir())), batch=16), args.rounds)
         time_steps("mid-size UNet", Trainer(mid_size(), batch=8), args.rounds // 3)
-    if args.set:
-        visits = measured_epochs(args.set, args.epochs)
+    if args.run:
+        visits = measured_epochs(args.run, args.epochs)
         for quantile in (0.8, 0.9, 0.99):
             compare_drops(visits, quantile)
 

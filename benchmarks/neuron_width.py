@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from afresh.files import write_json
 from afresh.progress import get_logger
-from benchmarks.filter_effect import read_settings
 from benchmarks.localize import Measure, draw, slopes
+from benchmarks.quickstart_set import read_settings
 from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.evaluation.judging.metrics import memorized_share
 from train.finetune.config import FilterConfig, FinetuneConfig

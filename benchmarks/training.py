@@ -13,7 +13,10 @@ Each image that is drawn for a repeated caption is compared with that caption's 
 of 16 × 16 pixels, a copy above 0.9, and *judged*, cosine in the copy space of the evaluation's dual encoder, which
 nothing follows, a copy above the similarity that 99 % of the held-out images have to their nearest training image.
 *alignment* is the cosine of an image with its caption in the dual encoder's joint space, given as a share of what the
-real images of the same captions earn; no real image of these captions was ever shown to the encoder.
+real images of the same captions earn; no real image of these captions was ever shown to the encoder. *Left out* are
+visits that a filter kept from the loss, of samples of the repeated images and of the others.
+
+`configs/benchmarks/filter.yaml` compares forms of the filter in the same way.
 
 A run that is done is not repeated, and one that was stopped goes on. ``results.parquet`` has a row an image; the table
 and ``training.png`` are made of it, with 95 % intervals over captions. ``--results FILE`` draws them from a
@@ -26,6 +29,7 @@ import argparse
 import dataclasses
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,7 @@ from PIL import Image
 
 from afresh.files import write_atomic, write_json
 from afresh.progress import get_logger
+from benchmarks.quickstart_set import original, read_settings, repeated_images
 from benchmarks.training_figure import draw_figure
 from curate.config import DedupConfig
 from curate.dedup import run_dedup
@@ -60,6 +65,7 @@ log = get_logger(__name__)
 Row = dict[str, Any]
 PIXEL_COPY = 0.9
 RESAMPLES = 1000
+LEFT_OUT = ("left_out_repeated", "left_out_others")
 
 
 @dataclasses.dataclass
@@ -105,8 +111,7 @@ def prepare(folder: Path, experiment: Experiment, number: int) -> None:
         return
     mess = dataclasses.replace(experiment.mess, set=number)
     make_mess(folder, QuickstartConfig(mess=mess, held_out_captions=experiment.held_out))
-    quickstart = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
-    dedup = DedupConfig(**quickstart["dedup"])
+    dedup = DedupConfig(**read_settings()["dedup"])
     run_dedup(dataclasses.replace(dedup, shards=[str(folder / "raw")], out=str(folder / "curated")))
     for shard in sorted((folder / "raw").glob("*.tar")):
         samples = [sample for sample in read_samples(str(shard)) if isinstance(sample, Sample)]
@@ -171,9 +176,15 @@ def _rowwise(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
     return np.asarray((one * two).sum(axis=1))
 
 
+def run_folder(data: Path, name: str) -> Path:
+    """Where the run of a setting stands in the folder of a choice of images."""
+    return data / "runs" / re.sub(r"[^a-z0-9]+", "-", name)
+
+
 def run_one(experiment: Experiment, name: str, number: int, out: Path, measures: Callable[[], Measures]) -> list[Row]:
     """Fine-tune, draw and measure one setting on one choice of images, or read what was found before."""
-    data, folder = out / f"set-{number}", out / f"set-{number}" / "runs" / re.sub(r"[^a-z0-9]+", "-", name)
+    data = out / f"set-{number}"
+    folder = run_folder(data, name)
     if (folder / "rows.json").is_file():
         found: list[Row] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         return found
@@ -193,6 +204,19 @@ def run_one(experiment: Experiment, name: str, number: int, out: Path, measures:
     rows = [{"setting": name, "set": number, "repeats": repeats.get(row["caption"], 0)} | row for row in rows]
     write_json(folder / "rows.json", rows)
     return rows
+
+
+def left_out(data: Path, verdicts: Path) -> dict[str, float]:
+    """Share of the visits that the filter left out, of the repeated images' samples and of the others."""
+    import pyarrow.parquet as pq
+
+    raw = [sample.key for shard in sorted((data / "raw").glob("*.tar")) for sample in read_samples(str(shard))]
+    repeated, visits = repeated_images(raw), pq.read_table(verdicts, columns=["key", "seen", "dropped"]).to_pylist()
+    shares = {}
+    for name, wanted in (("left_out_repeated", True), ("left_out_others", False)):
+        some = [row for row in visits if (original(row["key"]) in repeated) == wanted]
+        shares[name] = sum(row["dropped"] for row in some) / max(1, sum(row["seen"] for row in some))
+    return shares
 
 
 def drawn(
@@ -260,7 +284,8 @@ def table_of(rows: Sequence[Row], threshold: float) -> list[Row]:
         mine = [row for row in rows if row["setting"] == name and row["step"] == 0]
         held_out, repeated = ([row for row in mine if bool(row["repeats"]) == kind] for kind in (False, True))
         earned = ratio([row["alignment"] for row in held_out], [row["real_alignment"] for row in held_out])
-        of_all = {
+        visits = {name: statistics.mean(row[name] for row in held_out) for name in LEFT_OUT}  # of all sets
+        of_all = visits | {
             "pixels_of_all": copies(repeated, "pixels", PIXEL_COPY),
             "held_out_alignment": with_interval(earned, held_out),
         }
@@ -273,12 +298,14 @@ def table_of(rows: Sequence[Row], threshold: float) -> list[Row]:
 
 def print_table(table: Sequence[Row]) -> None:
     """Shares in per cent, their intervals in brackets."""
-    layout = "{:<28} {:>7} {:>6}  {:<18} {:<18} {}"
-    print(layout.format("setting", "repeats", "images", "copies by pixels", "by the judge", "held-out alignment"))
+    layout = "{:<28} {:>7} {:>6}  {:<18} {:<18} {:<20} {}"
+    columns = ("copies by pixels", "by the judge", "held-out alignment", "left out: repeated, others")
+    print(layout.format("setting", "repeats", "images", *columns))
     for row in table:
         shares = ["{:3.0f} % [{:3.0f}, {:3.0f}]".format(*(100 * v for v in row[name])) for name in ("pixels", "judged")]
-        alignment = "{:.2f} [{:.2f}, {:.2f}] of real images".format(*row["held_out_alignment"])
-        print(layout.format(row["setting"], row["repeats"], row["images"], *shares, alignment))
+        alignment = "{:.2f} [{:.2f}, {:.2f}]".format(*row["held_out_alignment"])
+        visits = ", ".join(f"{row[name]:.1%}" for name in LEFT_OUT)
+        print(layout.format(row["setting"], row["repeats"], row["images"], *shares, alignment, visits))
 
 
 def main() -> None:
@@ -303,7 +330,9 @@ def main() -> None:
         for number in experiment.sets:
             prepare(args.out / f"set-{number}", experiment, number)
             for name in names:
-                rows += run_one(experiment, name, number, args.out, measures)
+                run, data = run_one(experiment, name, number, args.out, measures), args.out / f"set-{number}"
+                visits = left_out(data, run_folder(data, name) / "finetune" / "verdicts.parquet")
+                rows += [row | visits for row in run]
         args.results = args.out / "results.parquet"
         write_results(args.results, rows, measures().threshold)
     rows, threshold = read_results(args.results)

@@ -1,11 +1,11 @@
 """At which timesteps, and from when on, the magnitude tells repeated training samples from unique ones.
 
-    python -m benchmarks.training_statistic --out runs/training_statistic
-    python -m benchmarks.training_statistic --out runs/training_statistic --samples 800 --noises 2
+    python -m benchmarks.training_statistic --run runs/quickstart --out runs/training_statistic
+    python -m benchmarks.training_statistic --run … --out … --samples 800 --noises 2
 
 The filter sees another magnitude than the detector: that of noised *training* images, at any timestep, of a model in
-the midst of training. This fine-tunes the sample model on the quickstart's raw set (24 images repeated 40 times among
-477 others), takes its weights at every hundredth step, and noises images of both kinds at timesteps of each band. The
+the midst of training. This fine-tunes the sample model as a finished quickstart did, on its raw set, without a filter,
+takes its weights at every fiftieth step, and noises images of both kinds at timesteps of each band. The
 labels are *repeated* and *unique*. Beside it stands when the repeated captions are memorized: the share of images drawn
 for them that are copies.
 
@@ -32,13 +32,14 @@ import yaml
 
 from afresh.files import to_json, write_json
 from afresh.progress import progress
-from benchmarks.filter_effect import COPY, Size, finetune_settings, prepare, read_settings
+from benchmarks.quickstart_set import original, read_settings, repeated_images
 from curate.reading.images import decode_image
 from curate.reading.samples import read_samples
 from train.denoising.families.registry import denoiser_of
 from train.denoising.families.stable_diffusion import pixel_size
 from train.denoising.opening.loading import load_pipeline, sample_model_dir
 from train.finetune.caches.latents import encode_moments
+from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.data.buckets import bring_to
 from train.finetune.data.order import generator
 from train.finetune.model.diffusion import sample_posterior
@@ -50,12 +51,16 @@ from train.sampling.config import SampleConfig
 from train.sampling.job.job import run_sample
 
 
-def train(out: Path, every: int, last: int) -> list[Path]:
-    """Checkpoints of the raw run every so many steps up to ``last``, trained as far as they are not there."""
+def train(run: Path, out: Path, every: int) -> list[Path]:
+    """Checkpoints of a run on the raw set, every so many steps, trained as far as they are not there."""
     folder = out / "finetune"
-    wanted = [folder / "checkpoints" / f"step-{step:06d}.pt" for step in range(every, last + 1, every)]
+    settings = read_settings()["finetune"] | {"filter": FilterConfig("off"), "checkpoint_every": every}
+    # without the last: a run that ends removes its checkpoints
+    steps = range(every, settings["steps"], every)
+    wanted = [folder / "checkpoints" / f"step-{step:06d}.pt" for step in steps]
     if not all(path.is_file() for path in wanted):
-        config = finetune_settings(out, folder, Size(), checkpoint_every=every, keep_checkpoints=1000)
+        settings |= {"shards": [str(run / "raw")], "out": str(folder), "keep_checkpoints": 1000}
+        config = FinetuneConfig(model=str(sample_model_dir()), **settings)
         path = out / "finetune.yaml"
         path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
         command = [sys.executable, "-m", "train", "finetune", "--config", str(path)]
@@ -76,13 +81,13 @@ def load_weights(pipe: Any, checkpoint: Path) -> None:
         getattr(pipe, name).load_state_dict(own or getattr(pipe, name).state_dict())
 
 
-def read_set(out: Path, samples: int) -> tuple[list[Any], np.ndarray]:
+def read_set(run: Path, samples: int) -> tuple[list[Any], np.ndarray]:
     """As many samples of each kind, chosen at random, and their labels (1 = repeated)."""
-    every = [sample for path in sorted((out / "raw").glob("*.tar")) for sample in read_samples(str(path))]
-    repeated = {COPY.sub("", sample.key) for sample in every if COPY.search(sample.key)}
+    every = [sample for path in sorted((run / "raw").glob("*.tar")) for sample in read_samples(str(path))]
+    repeated = repeated_images(sample.key for sample in every)
     rng, chosen, labels = np.random.default_rng(0), [], []
     for label in (1, 0):
-        some = [sample for sample in every if (COPY.sub("", sample.key) in repeated) == bool(label)]
+        some = [sample for sample in every if (original(sample.key) in repeated) == bool(label)]
         take = rng.permutation(len(some))[:samples]
         chosen += [some[i] for i in take]
         labels += [label] * len(take)
@@ -133,15 +138,15 @@ def separation(magnitudes: np.ndarray, labels: np.ndarray) -> list[dict[str, flo
     return rows
 
 
-def draw(pipe: Any, out: Path, folder: Path, seeds: int) -> float:
+def draw(pipe: Any, run: Path, folder: Path, seeds: int) -> float:
     """Share of the images drawn for the repeated captions that are memorized."""
     import pyarrow.parquet as pq
 
     pipe.save_pretrained(folder / "model")
     scale = read_settings()["scale"]
     config = SampleConfig(
-        str(folder / "model"), str(out / "prompts" / "repeated.jsonl"), str(folder / "drawn"),
-        index=str(out / "curated"), seeds=seeds, steps=25, scale=scale, batch_size=32,
+        str(folder / "model"), str(run / "prompts" / "repeated.jsonl"), str(folder / "drawn"),
+        index=str(run / "curated"), seeds=seeds, steps=25, scale=scale, batch_size=32,
     )  # fmt: skip
     run_sample(config)
     similarity = pq.read_table(folder / "drawn" / "samples.parquet")["similarity"].to_numpy()
@@ -183,17 +188,16 @@ def draw_figure(path: Path, results: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished quickstart")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--every", type=int, default=100, help="steps between the models that are looked at")
-    parser.add_argument("--last", type=int, default=500, help="the last of them; the run has 600 steps")
+    parser.add_argument("--every", type=int, default=50, help="steps between the models that are looked at")
     parser.add_argument("--samples", type=int, default=400, help="of each kind, at most")
     parser.add_argument("--noises", type=int, default=1, help="per sample and band")
     parser.add_argument("--seeds", type=int, default=2, help="images drawn per repeated caption")
     args = parser.parse_args()
-    prepare(args.out, Size())
-    samples, labels = read_set(args.out, args.samples)
+    samples, labels = read_set(args.run, args.samples)
     results = []
-    for checkpoint in [None, *train(args.out, args.every, args.last)]:
+    for checkpoint in [None, *train(args.run, args.out, args.every)]:
         step = int(re.findall(r"\d+", checkpoint.name)[0]) if checkpoint else 0
         folder = args.out / "steps" / f"{step:06d}"
         if not (folder / "result.json").is_file():
@@ -202,7 +206,7 @@ def main() -> None:
             if checkpoint:
                 load_weights(pipe, checkpoint)
             bands = separation(measure(pipe, samples, args.noises), labels)
-            memorized = draw(pipe, args.out, folder, args.seeds)
+            memorized = draw(pipe, args.run, folder, args.seeds)
             write_json(folder / "result.json", {"step": step, "memorized": memorized, "bands": to_json(bands)})
         results.append(json.loads((folder / "result.json").read_text()))
 
