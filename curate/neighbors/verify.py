@@ -128,11 +128,12 @@ class Crowd:
     def pairs_among(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> Pairs:
         """Likewise of places in ``rows``: pairs of one of ``i`` and one of ``j``, in no order; each has itself."""
         found = [Pairs.empty()]
-        if len(i) and len(j):
-            unit = unit_rows(self.embeddings, self.places[i])
-            for some in np.array_split(j, -(-len(i) * len(j) // _CROWD_ELEMENTS)):
-                a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[some]).T >= self._lowest)
-                found.append(self._near(i[a], some[b]))
+        for start in range(0, len(i) if len(j) else 0, _TILE):
+            some = i[start : start + _TILE]
+            unit = unit_rows(self.embeddings, self.places[some])
+            for others in np.array_split(j, -(-len(some) * len(j) // _CROWD_ELEMENTS) or 1):
+                a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[others]).T >= self._lowest)
+                found.append(self._near(some[a], others[b]))
         columns = ((pairs.i, pairs.j, pairs.similarity) for pairs in found)
         return Pairs(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
