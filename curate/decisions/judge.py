@@ -173,7 +173,7 @@ class Judge:
         self.image_similarity[row], self.caption_similarity[row] = image, caption
 
     def _has_caption(self, row: int) -> bool:
-        return self.captioned[row]
+        return bool(self.captioned[row])
 
     def _image_similarity(self, a: int, b: int) -> float:
         return self.images.similarity(self.image_of[a], self.image_of[b])

@@ -42,8 +42,8 @@ class Settled:
     def kept(cls, n: int) -> Settled:
         """Every row is kept, as an image of its own."""
         number = np.int32 if n < 1 << 31 else np.int64
-        unknown = (np.full(n, np.nan, np.float32) for _ in range(2))
-        return cls(np.zeros(n, np.uint8), np.full(n, -1, number), *unknown, np.arange(n, dtype=number))
+        images, captions = (np.full(n, np.nan, np.float32) for _ in range(2))
+        return cls(np.zeros(n, np.uint8), np.full(n, -1, number), images, captions, np.arange(n).astype(number))
 
     def put(self, rows: NDArray[np.int64], part: Settled) -> None:
         """Take over what was decided about some rows, whose numbers in ``part`` are their places in ``rows``."""

@@ -32,7 +32,7 @@ def linked(blocks: Iterable[tuple[NDArray[np.integer], NDArray[np.integer]]], n:
         blocks: ``(i, j)`` of some pairs.
         n: rows.
     """
-    root = np.arange(n, dtype=np.int32 if n < 1 << 31 else np.int64)
+    root: NDArray[np.integer] = np.arange(n).astype(np.int32 if n < 1 << 31 else np.int64)
     for i, j in blocks:
         a, b = root[i], root[j]
         apart = a != b

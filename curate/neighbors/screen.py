@@ -118,8 +118,7 @@ class Screen:
         if not coarse.pays(len(embeddings)):
             return screen
         step = max(float(short.max()), -float(short.min())) / 127
-        rows = replace(screen.rows, **dict(zip(("coarse", "off"), coarse.as_bytes(short, step), strict=True)))
-        return replace(screen, rows=rows, step=step)
+        return replace(screen, rows=ShortRows(short, places, order, *coarse.as_bytes(short, step)), step=step)
 
     @staticmethod
     def bytes_a_row(k: int) -> int:

@@ -134,8 +134,8 @@ class Crowd:
             for others in np.array_split(j, -(-len(some) * len(j) // _CROWD_ELEMENTS) or 1):
                 a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[others]).T >= self._lowest)
                 found.append(self._near(some[a], others[b]))
-        columns = ((pairs.i, pairs.j, pairs.similarity) for pairs in found)
-        return Pairs(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        one, other = np.concatenate([pairs.i for pairs in found]), np.concatenate([pairs.j for pairs in found])
+        return Pairs(one, other, np.concatenate([pairs.similarity for pairs in found]))
 
     def links(self) -> Iterator[tuple[int, int]]:
         """Near pairs that connect what all near pairs in the crowd connect, fewer than rows: a spanning forest.
