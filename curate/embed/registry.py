@@ -6,6 +6,8 @@ Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curati
 - ``layout``: weight-free; where light, colour and edges lie. Survives storage, resizing, brightness, frames,
   mirroring, lost colour, mild crops.
 - ``copy-detector``: the carried network (``curate/embed/copy_detector.py``); small images, edits of every kind.
+- ``luminance``, ``edges``: weight-free too; the pixels at low resolution, the views of an index
+  (``curate/stages/views.py``).
 - ``FILE.pt``, ``FILE.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing, the shorter edge
   brought to 288 pixels; ``FILE.pt@320`` squashes images to squares of 320, SSCD's other official way, and
   ``FILE.pt@short224`` brings the shorter edge to 224 (``curate/embed/torch_embedder.py``).
@@ -34,11 +36,12 @@ from typing import Any, Literal
 from afresh import plugins
 from afresh.errors import UsageError, UserError
 from curate.embed.layout import LayoutEmbedder
+from curate.embed.light import LightEmbedder
 from curate.embed.ngrams import NgramEmbedder
 from curate.embed.preprocessing import Preprocessing, read_json
 from curate.embed.protocol import CaptionEmbedder, Embedder
 
-EMBEDDERS = ("layout", "copy-detector")
+EMBEDDERS = ("layout", "copy-detector", "luminance", "edges")
 CAPTION_EMBEDDERS = ("ngrams",)
 # By prefix; the extra names what pip installs.
 IMAGE_LIBRARIES = ("transformers", "timm", "open_clip")
@@ -60,6 +63,8 @@ def load_embedder(name_or_path: str, *, half: bool | None = None) -> Embedder:
     """
     if name_or_path == "layout":
         return LayoutEmbedder()
+    if name_or_path in ("luminance", "edges"):
+        return LightEmbedder(name_or_path)
     if name_or_path == "copy-detector":
         from curate.embed.copy_detector import CopyDetector
         from curate.embed.torch_embedder import TorchEmbedder

@@ -91,7 +91,7 @@ def sampling_jobs(
     from train.sampling.job.checks import check_guidance, check_options
 
     try:
-        amg = AMGConfig(**protocol.amg)  # type: ignore[arg-type]
+        amg = AMGConfig(**{"preset": "views", **protocol.amg})  # type: ignore[arg-type]
     except TypeError as error:
         raise UsageError(f"{config.protocol}: amg: {error}") from None
     jobs = {}

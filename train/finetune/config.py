@@ -251,7 +251,7 @@ class ValidationConfig:
         shards: of samples that are not trained on; their loss, with the same noise each time, goes to
             ``out/validation/loss.jsonl``.
         samples: how many of them are measured on.
-        guidance: none, amg, or amg-strong, as in ``train sample``.
+        guidance: none, amg, or amg-strong, as in ``train sample``; nothing is drawn again.
         index: training-set index for the guidance: the output folder of curate dedup, or its index folder.
         steps: denoising steps.
         scale: classifier-free guidance scale.

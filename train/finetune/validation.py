@@ -47,13 +47,17 @@ class Validation:
         self.config, self.autocast = config, autocast
         self.guidance: list[Guidance] = []
         if config.guidance != "none":
+            from curate.stages.views import views_of
             from train.sampling.pipelines.session import open_index
             from train.sampling.terms.amg import AMG
 
             index, embedder = open_index(config.index)
-            if hasattr(embedder, "to"):
-                embedder.to(device)
-            self.guidance = [AMG(index, embedder, "strong" if config.guidance == "amg-strong" else "main")]
+            views = views_of(config.index, index) if config.guidance == "amg" else []
+            for one in (embedder, *(other for _, other in views)):
+                if hasattr(one, "to"):
+                    one.to(device)
+            preset = "views" if config.guidance == "amg" else "strong"
+            self.guidance = [AMG(index, embedder, preset, views=views)]
 
     def draw(self, folder: Path, source: StableDiffusionPipeline) -> list[Image.Image]:
         """Draw every prompt once, into ``folder/00000.png`` and on; the files carry prompt and seed as PNG text.

@@ -6,62 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from afresh.errors import UsageError
-
-# What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion sampler. The
-# paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5) and its means (more
-# guidance): here the dissimilarity term is doubled and everything starts 0.1 earlier.
-# ``early`` is ours (docs/sampling.md shows why). It watches and steers through a linear preview of the decoder, at the
-# published threshold, but not in the first steps, where every image is near some training image; it holds on to what it
-# guides, and steers while layout is open.
-# ``pixels`` is for similarities that are minus a normalised L2 distance: the schedule of the authors' released CIFAR
-# sampler, whose t of 250 is a quarter of ours. Their c_3 is not published; this form and strength are ours.
-PRESETS: dict[str, dict[str, Any]] = {
-    "main": {"lambda_a": 0.3, "lambda_b": 0.4, "lambda_c": 0.005, "sim_offset": 0.3, "gain": 1.0},
-    "strong": {"lambda_a": 0.2, "lambda_b": 0.3, "lambda_c": 0.005, "sim_offset": 0.2, "gain": 2.0},
-    "early": {
-        "lambda_a": 0.3,
-        "lambda_b": 0.4,
-        "lambda_c": 0.005,
-        "sim_offset": 0.3,
-        "sim_form": "excess",
-        "normalise": True,
-        "gain": 1.0,
-        "decoder": "linear",
-        "release": 0.25,
-        "floor": 0.0,
-        "t_range": (0.0, 900.0),
-        "sim_t_range": (500.0, 900.0),
-    },
-    "pixels": {
-        "lambda_a": -1.95,
-        "lambda_b": -1.5,
-        "lambda_c": 0.025 / 4,
-        "sim_offset": -1.95,
-        "sim_form": "excess",
-        "normalise": True,
-        "gain": 1.0,
-    },
-}
-# Where a preset says nothing.
-DEFAULTS: dict[str, Any] = {
-    "sim_form": "released",
-    "normalise": False,
-    "floor": 1.0,
-    "decoder": "full",
-    "release": 0.0,
-    "through_unet": False,
-    "t_range": (0.0, 1000.0),
-    "sim_t_range": (0.0, 1000.0),
-}
-# c_3 of each form of the dissimilarity term, for raw and for normalised gradients. Only the first is
-# published.
-C_3 = {
-    ("released", False): 100.0,
-    ("paper", False): 400.0,
-    ("excess", False): 2000.0,
-    ("paper", True): 0.5,
-    ("excess", True): 2.0,
-}
+from train.sampling.presets.config import C_3, DEFAULTS, PRESETS
 
 
 @dataclass
@@ -70,8 +15,8 @@ class AMGConfig:
     pixels, minus a normalised L2 distance (unrelated near −2, copies above −1.4).
 
     Args:
-        preset: where the values left at None come from: main and strong are published, early is ours, pixels is for
-            pixels.
+        preset: where the values left at None come from: main and strong are published, early and views are ours, pixels
+            is for pixels.
         despecification: use G_spe, which lowers the guidance scale.
         deduplication: use G_dup, which steers away from the nearest training sample's caption.
         dissimilarity: use G_sim, which steers down the gradient of the similarity.
@@ -85,6 +30,9 @@ class AMGConfig:
         c_3: strength of G_sim; None is the form's own.
         floor: guidance scale that G_spe and G_dup together leave at least (paper: 1; 0 drops the prompt,
             below 0 opposes it).
+        escalate: how far the floor falls in 1000 timesteps in which an image that is guided stays above λ_t, so that
+            one that needs little loses little.
+        least_floor: how far it falls at most.
         sim_form: factor of ∇σ. released: c_3 (σ − sim_offset) exp((1000 − t)/170); paper: c_3 √(1 − ᾱ_t);
             excess: c_3 (σ − λ_t) √(1 − ᾱ_t), which starts from nothing at the threshold.
         sim_offset: the released form's offset.
@@ -95,6 +43,10 @@ class AMGConfig:
         through_unet: let the gradient run through the denoiser too (slow, and more memory).
         decoder: what images are watched and steered through: full is the VAE's own, linear a convolution that is
             fitted to it and costs next to nothing.
+        views: watch and steer by the highest similarity of the index and its views (docs/sampling.md), not by the
+            index's embedder alone.
+        restarts: of ``train sample``: how often an image that is a copy by some view when it is finished (above 0.5) is
+            drawn again, from another seed and under stronger guidance; the farthest of its drawings is kept.
         release: an image that is guided is let go only when σ falls below λ_t less this.
         t_range: timesteps, of 1000, at which images are watched and guided.
         sim_t_range: timesteps at which G_sim acts.
@@ -105,7 +57,7 @@ class AMGConfig:
         seed: of the random edits.
     """
 
-    preset: Literal["main", "strong", "early", "pixels"] = "main"
+    preset: Literal["main", "strong", "early", "views", "pixels"] = "main"
     despecification: bool = True
     deduplication: bool = True
     dissimilarity: bool = True
@@ -117,12 +69,16 @@ class AMGConfig:
     c_2: float | None = None
     c_3: float | None = None
     floor: float | None = None
+    escalate: float | None = None
+    least_floor: float = -2.0
     sim_form: Literal["released", "paper", "excess"] | None = None
     sim_offset: float | None = None
     normalise: bool | None = None
     edits: int = 0
     through_unet: bool | None = None
     decoder: Literal["full", "linear"] | None = None
+    views: bool | None = None
+    restarts: int | None = None
     release: float | None = None
     t_range: tuple[float, float] | None = None
     sim_t_range: tuple[float, float] | None = None
@@ -149,7 +105,8 @@ class AMGConfig:
         _choice("amg.decoder", config.decoder, ("full", "linear"))
         if config.normalise and config.sim_form == "released":
             raise ValueError("amg.normalise needs amg.sim_form paper or excess: released is a factor for raw gradients")
-        _least("amg", config, every=1, neighbours=1, decode_slice=1, edits=0, min_count=0, release=0)
+        least = {"edits": 0, "min_count": 0, "release": 0, "escalate": 0, "restarts": 0}
+        _least("amg", config, every=1, neighbours=1, decode_slice=1, **least)
         for option in ("t_range", "sim_t_range"):
             low, high = getattr(config, option)
             if not low <= high:
@@ -375,7 +332,8 @@ class SampleConfig:
         lora: adapters to add to the weights: a folder, a .safetensors file or a hub name; null adds none.
         prompts: prompt file (.txt, .jsonl, .csv, .parquet).
         out: folder to write; images that it already holds are kept.
-        guidance: none; amg, amg-strong or amg-early (presets of AMG); prompt (embedding minimisation); anisotropy (the
+        guidance: none; amg (by several views); amg-released, amg-paper, amg-strong or amg-early (by the index's
+            embedder alone); prompt (embedding minimisation); anisotropy (the
             same, of the anisotropy); attention (cross-attention masking); basin (guidance from the dynamic transition
             point) or opposite (the same, with opposite guidance before it); noise or
             noise-batch (initial-noise adjustment, per sample or batch-wise); tokens or numbers (random words or numbers
@@ -396,6 +354,8 @@ class SampleConfig:
         tries: of never_above: drawings of an image at most, the first included.
         index: training-set index: the output folder of curate dedup, or its index folder.
         embedder: image embedder; empty takes the one that the index was built with.
+        views: look at images through the views of the index too: a second embedder, luminance, edges. They are made
+            beside the shards of the index when they are first asked for; false goes by its embedder alone.
         judge_index: of never_above: a second index, of another embedder, by which no image may be above it either.
         seeds: images per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first image.
@@ -421,7 +381,7 @@ class SampleConfig:
     model_config: str | None = None
     lora: str | None = None
     guidance: str = "none"
-    amg: AMGConfig = field(default_factory=AMGConfig)
+    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset="views"))
     prompt: PromptConfig = field(default_factory=PromptConfig)
     anisotropy: AnisotropyConfig = field(default_factory=AnisotropyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -434,6 +394,7 @@ class SampleConfig:
     tries: int = 5
     index: str = ""
     embedder: str = ""
+    views: bool = True
     judge_index: str = ""
     seeds: int = 4
     first_seed: int = 0

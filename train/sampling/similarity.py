@@ -8,7 +8,7 @@ distance (:class:`PixelIndex`), which suits small images in pixel space.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -106,6 +106,70 @@ class ObjectLevel:
         similarity, rows = self.index.search(features.detach(), min(k, len(self.captions)))
         cosine = torch.as_tensor(similarity, dtype=torch.float32, device=features.device)
         return cosine, torch.as_tensor(rows, device=features.device)
+
+
+View = tuple["TrainingIndex", "Embedder"]
+"""An index of a training set's images, and the embedder that it was built with."""
+
+
+class Views:
+    """The highest of several similarities: an image is as near as the view that finds it nearest.
+
+    Args:
+        views: by name, each on the scale of the schedule. Rows are those of the first, then those of the second, ….
+    """
+
+    SOFT = 0.05
+    """How far below the highest a similarity has e times less weight in the gradient."""
+
+    def __init__(self, views: Mapping[str, Similarity]) -> None:
+        self.views = dict(views)
+        first = next(iter(self.views.values()))
+        self.raw_name, self.memorized = first.raw_name, first.memorized
+        self.captions: Sequence[str | None] = [c for view in self.views.values() for c in view.captions]
+        self.counts = np.concatenate([np.asarray(view.counts) for view in self.views.values()])
+        sizes = [len(view.captions) for view in self.views.values()]
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def of(self, rows: Tensor) -> tuple[list[str], Tensor]:
+        """The view that each row is of, by name, and its number there."""
+        names, starts = list(self.views), torch.tensor(self._starts, device=rows.device)
+        view = torch.bucketize(rows.contiguous(), starts[1:], right=True)
+        return [names[i] for i in view.tolist()], rows - starts[view]
+
+    def nearest(self, pixels: Tensor, k: int) -> Nearest:
+        """See :class:`Similarity`; a training image that several views find near stands once for each."""
+        found = [view.nearest(pixels, k) for view in self.views.values()]
+        rows = torch.cat([near.rows + start for near, start in zip(found, self._starts, strict=True)], 1)
+        sigma, order = torch.cat([near.sigma for near in found], 1).sort(dim=1, descending=True, stable=True)
+        order, k = order[:, :k], min(k, order.shape[1])
+        return Nearest(sigma[:, :k], torch.cat([near.raw for near in found], 1).gather(1, order), rows.gather(1, order))
+
+    def against(self, pixels: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :class:`Similarity`: the highest, with the gradient of all that are about as high, by their weight."""
+        each = []
+        near = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        best = torch.full((len(pixels),), -torch.inf, device=pixels.device)
+        for view, start in zip(self.views.values(), self._starts, strict=True):
+            sigma, found = view.against(pixels)
+            near = torch.where(sigma.detach() > best, found + start, near)
+            best = torch.maximum(best, sigma.detach())
+            each.append(sigma)
+        sigma = torch.stack(each)
+        weighed = (sigma * (sigma.detach() / self.SOFT).softmax(0)).sum(0)
+        return best + weighed - weighed.detach(), near
+
+
+def object_level(index: TrainingIndex, embedder: Embedder, views: Sequence[View] = ()) -> Similarity:
+    """How AMG measures with an index, or with it and its views.
+
+    Raises:
+        UserError, UsageError: see :class:`ObjectLevel`.
+    """
+    own = ObjectLevel(index, embedder)
+    if not views:
+        return own
+    return Views({embedder.name: own, **{other.name: ObjectLevel(view, other) for view, other in views}})
 
 
 class PixelIndex:

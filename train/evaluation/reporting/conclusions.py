@@ -118,7 +118,14 @@ MODELS = {
 }
 
 
-GUIDANCES = {"none": "", "amg": "AMG", "amg-strong": "strong AMG", "amg-early": "early AMG"}
+GUIDANCES = {
+    "none": "",
+    "amg": "AMG",
+    "amg-released": "released AMG",
+    "amg-paper": "AMG of the paper",
+    "amg-strong": "strong AMG",
+    "amg-early": "early AMG",
+}
 
 
 PROMPTS = {"repeated": "repeated captions", "held_out": "held-out captions"}

@@ -10,7 +10,7 @@ from train.prompts import Prompt
 from train.sampling.config import SampleConfig
 from train.sampling.job import pictures
 from train.sampling.job.folder import Folder
-from train.sampling.job.records import SAMPLES, write_table
+from train.sampling.job.records import SAMPLES, highest, write_table
 
 
 def write_comparison(
@@ -39,7 +39,7 @@ def write_comparison(
         cells = [pictures.Cell(task.prompt.image if nth == 0 else None)] if originals else []
         for folder in folders:
             record = folder.records[task]
-            note, marked = pictures.similarity_note(record["similarity"])
+            note, marked = pictures.similarity_note(highest(record))
             withheld = folder.image(task) is None
             cells.append(pictures.Cell(folder.image(task), note, marked and not withheld, withheld))
         rows.append(pictures.Row(task.prompt.caption, f"seed {task.seed}" if seeds > 1 else "", cells))

@@ -21,6 +21,7 @@ from train.sampling.job.records import Task, batches
 from train.sampling.pipelines.session import NEAREST, Opened
 from train.sampling.pipelines.stable_diffusion import GuidedOutput
 from train.sampling.terms import registry
+from train.sampling.terms.judges import Judges
 from train.sampling.terms.rejection import Accepted, NeverAbove, Rejection, unjudged
 
 if TYPE_CHECKING:
@@ -40,13 +41,24 @@ def draw_images(
     index, embedder = opened.index
     pipe = opened.pipe
     config = _with_numbers(config, opened)
-    guidance, rejection = registry.make(config, index, embedder)
+    guidance, rejection = registry.make(config, index, embedder, opened.views)
     never = None
     if config.never_above is not None:
         assert index is not None  # _check saw to it
         never = NeverAbove(
-            index, embedder, limit=config.never_above, tries=config.tries, amg=config.amg, judges=opened.judges
+            index,
+            embedder,
+            limit=config.never_above,
+            tries=config.tries,
+            amg=config.amg,
+            judges=opened.judges,
+            views=opened.views,
         )
+    elif restarts := registry.restarts(config):
+        assert index is not None
+        tries = 1 + restarts
+        never = NeverAbove(index, embedder, tries=tries, amg=config.amg, views=opened.views, withhold=False)
+    seen = Judges(*opened.views)
 
     with progress(total=len(tasks), desc=f"sampling, {config.guidance}", unit="images") as bar:
         for batch in batches(config, tasks):
@@ -58,12 +70,13 @@ def draw_images(
                 drawn = _draw_batch(pipe, config, batch, guidance, rejection, never, bar)
             seconds = (time.perf_counter() - began) / len(batch)
             images = [one.image for one in drawn if not one.withheld]
-            nearest = iter(_nearest(index, embedder, images) if images else [])
+            nearest = iter(_nearest(index, embedder, seen, images) if images else [])
             for task, one in zip(batch, drawn, strict=True):
                 found = dict.fromkeys(NEAREST) if one.withheld else next(nearest)
                 if one.similarities:  # as they were judged, to the last bit
                     found["similarity"] = one.similarities[0]
-                    found["judge_similarity"] = one.similarities[1] if len(one.similarities) > 1 else None
+                    found["judge_similarity"] = one.similarities[1] if opened.judges else None
+                    found["highest"], found["judged_by"] = one.similarity, one.judge
                 yield task, one.image, _record(config, opened, task, one, seconds, found)
             bar.set_postfix_str("")
             bar.update(len(batch))
@@ -133,23 +146,28 @@ def _with_numbers(config: SampleConfig, opened: Opened) -> SampleConfig:
 
 
 def _nearest(
-    index: TrainingIndex | None, embedder: Embedder | None, images: Sequence[Image.Image]
+    index: TrainingIndex | None, embedder: Embedder | None, views: Judges, images: Sequence[Image.Image]
 ) -> list[dict[str, Any]]:
-    """Of each finished image: its nearest training sample and the similarity to it."""
+    """Of each finished image: its nearest training sample, the similarity to it, and the highest of all views."""
     if index is None or embedder is None:
         return [dict.fromkeys(NEAREST) for _ in images]
     cosine, rows = index.search(embedder.embed(images), 1)
     sigma = index.calibrate(cosine[:, 0])
+    by_view = views(images) if views.levels else [()] * len(images)
+    names = (embedder.name, *views.names)
+    each = [dict(zip(names, (float(s), *view), strict=True)) for s, view in zip(sigma, by_view, strict=True)]
     return [
         {
             "similarity": float(s),
+            "highest": max(seen.values()),
+            "judged_by": max(seen, key=lambda name: seen[name]),
             "cosine": float(c),
             "nearest_row": row,
             "nearest_shard": str(index.shards[row]),
             "nearest_key": str(index.keys[row]),
             "nearest_caption": index.captions[row],
         }
-        for s, c, row in zip(sigma, cosine[:, 0], rows[:, 0].tolist(), strict=True)
+        for s, c, row, seen in zip(sigma, cosine[:, 0], rows[:, 0].tolist(), each, strict=True)
     ]
 
 

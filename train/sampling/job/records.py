@@ -45,6 +45,8 @@ SAMPLES = {
     "memorized": "bool",
     "similarity": "float64",
     "judge_similarity": "float64",
+    "highest": "float64",
+    "judged_by": "string",
     "cosine": "float64",
     "nearest_row": "int64",
     "nearest_shard": "string",
@@ -126,18 +128,20 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``images`` that were written; ``similarity`` to the nearest training sample, their mean, ``max_similarity``, and
-        ``copies`` above 0.5 (None without an index); ``fired``, how many guidance acted on; ``flagged``, how many the
-        calibrated threshold calls memorized at their first step (None without one); ``redrawn``, images drawn more than
-        once; ``withheld``; ``drawings_per_image`` and ``seconds_per_image``: all drawings, by the images written.
+        ``copies`` above 0.5 by the highest of the index and its views (None without an index); ``fired``, how many
+        guidance acted on; ``flagged``, how many the calibrated threshold calls memorized at their first step (None
+        without one); ``redrawn``, images drawn more than once; ``withheld``; ``drawings_per_image`` and
+        ``seconds_per_image``: all drawings, by the images written.
     """
     kept = [row for row in rows if not row.get("withheld")]
+    by_any = [one for row in kept if (one := highest(row)) is not None]
     similarities = [row["similarity"] for row in kept if row["similarity"] is not None]
     judged = [row["memorized"] for row in rows if row.get("memorized") is not None]
     return {
         "images": len(kept),
         "similarity": sum(similarities) / len(similarities) if similarities else None,
         "max_similarity": max(similarities, default=None),
-        "copies": sum(s > MEMORIZED for s in similarities) if similarities else None,
+        "copies": sum(s > MEMORIZED for s in by_any) if by_any else None,
         "fired": sum(row["steps_fired"] > 0 for row in kept),
         "flagged": sum(judged) if judged else None,
         "redrawn": sum(row["tries"] > 1 for row in rows),
@@ -145,6 +149,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "drawings_per_image": sum(row["tries"] for row in rows) / len(kept) if kept else None,
         "seconds_per_image": sum(row["seconds"] for row in rows) / len(kept) if kept else None,
     }
+
+
+def highest(record: dict[str, Any]) -> float | None:
+    """The similarity of an image to its nearest training image by the highest of the index and its views."""
+    return record["similarity"] if record.get("highest") is None else record["highest"]
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], types: dict[str, str] | None = None) -> None:

@@ -51,6 +51,15 @@ class Opened:
         return self._open(self.config.index, self.config.embedder) if self.config.index else (None, None)
 
     @cached_property
+    def views(self) -> list[tuple[TrainingIndex, Embedder]]:
+        """The views of the training set, each with its embedder on the job's device; none without an index."""
+        if not (self.config.index and self.config.views):
+            return []
+        from curate.stages.views import views_of
+
+        return [self._placed(*view) for view in views_of(self.config.index, self.index[0])]  # type: ignore[arg-type]
+
+    @cached_property
     def judges(self) -> list[tuple[Any, Any]]:
         """A second index, if one is to judge too."""
         return [self._open(self.config.judge_index, "")] if self.config.judge_index else []
@@ -77,7 +86,9 @@ class Opened:
         return channels * sides[0] * sides[1]
 
     def _open(self, path: str, name: str) -> tuple[TrainingIndex, Embedder]:
-        index, embedder = open_index(path, name)
+        return self._placed(*open_index(path, name))
+
+    def _placed(self, index: TrainingIndex, embedder: Embedder) -> tuple[TrainingIndex, Embedder]:
         if hasattr(embedder, "to"):
             embedder.to(chosen_device(self.config.device))
         return index, embedder
@@ -140,5 +151,14 @@ def _scheduler(config: SampleConfig, pipe: Any) -> dict[str, Any]:
     return {"scheduler": kind.from_config(pipe.scheduler.config)}
 
 
-NEAREST = ("similarity", "cosine", "nearest_row", "nearest_shard", "nearest_key", "nearest_caption")
+NEAREST = (
+    "similarity",
+    "highest",
+    "judged_by",
+    "cosine",
+    "nearest_row",
+    "nearest_shard",
+    "nearest_key",
+    "nearest_caption",
+)
 

@@ -27,13 +27,14 @@ from train.denoising.conditioning import Conditioning
 from train.denoising.predictions import to_x0
 from train.sampling.config import AMGConfig
 from train.sampling.guidance import Correction, Part, Run, State, StepFunction
-from train.sampling.similarity import Nearest, ObjectLevel, PixelIndex, Similarity
+from train.sampling.similarity import Nearest, PixelIndex, Similarity, View, Views, object_level
 from train.sampling.terms.amg_strengths import (
     TIMESTEPS,
     antithesis,
     deduplication_strength,
     despecification_strength,
     dissimilarity_factor,
+    floor_left,
     schedule,
 )
 from train.sampling.terms.random_edits import random_edits
@@ -56,6 +57,8 @@ class AMG:
         index: the training set, as curation left it; or its pixels.
         embedder: the image embedder that the index was built with; none for pixels.
         config: settings, or a preset's name; None is the preset of the index's kind, main or pixels.
+        views: further ``(index, embedder)`` of the same images (:mod:`curate.stages.views`), where the settings ask for
+            them: the highest similarity of all is what is watched and steered down.
         overrides: fields of :class:`AMGConfig` to set otherwise.
 
     Raises:
@@ -70,6 +73,8 @@ class AMG:
         index: TrainingIndex | PixelIndex,
         embedder: Embedder | None = None,
         config: AMGConfig | str | None = None,
+        *,
+        views: Sequence[View] = (),
         **overrides: Any,
     ) -> None:
         pixels = isinstance(index, PixelIndex)
@@ -87,14 +92,14 @@ class AMG:
         elif embedder is None:
             raise UsageError("AMG needs the embedder that the index was built with")
         else:
-            self.similarity = ObjectLevel(index, embedder)
-        self.index, self.embedder = index, embedder
+            self.similarity = object_level(index, embedder, views if self.config.views else ())
+        self.index, self.embedder, self.views = index, embedder, views
         self.threshold = schedule(self.config)
 
     def start(self, run: Run) -> StepFunction:
         """Begin one run; see :class:`~train.sampling.guidance.Guidance`."""
         nothing = torch.zeros(run.batch_size, dtype=torch.bool)
-        memory = _Memory(nothing.clone(), nothing.clone())
+        memory = _Memory(nothing.clone(), nothing.clone(), torch.zeros(run.batch_size))
         return lambda state: self._step(state, memory)
 
     def _step(self, state: State, memory: _Memory) -> Correction | None:
@@ -114,10 +119,14 @@ class AMG:
         threshold = torch.full_like(sigma[:, 0], trace.threshold)
         threshold[memory.guided[due].to(sigma.device)] -= config.release
         acts = sigma[:, 0] > threshold
-        found = {"similarity": sigma[:, 0], "nearest": nearest[:, 0], self.similarity.raw_name: raw[:, 0]}
+        found: dict[str, Any] = {"similarity": sigma[:, 0], "nearest": nearest[:, 0]}
+        found[self.similarity.raw_name] = raw[:, 0]
+        if isinstance(self.similarity, Views):
+            found["view"], found["nearest"] = self.similarity.of(nearest[:, 0])
         trace.fill(rows, threshold=threshold, **found)
         memory.measured[due] = True
         memory.guided[due] = acts.cpu()
+        memory.count(t, memory.guided & due, (sigma[acts, 0] > trace.threshold).cpu())
         if not acts.any():
             return Correction(columns=trace.values)
 
@@ -125,6 +134,7 @@ class AMG:
         near = [row[s].tolist() for row, s in zip(nearest[acts], above[acts], strict=True)]
         zeros = torch.zeros_like(sigma[acts, 0])
         image = _Guided(rows[acts], sigma[acts, 0], threshold[acts], near, s_1=zeros, s_2=zeros)
+        image.floor = floor_left(memory.above[memory.guided & due].to(sigma.device), config)
         parts = {}
         if state.eps_uncond is not None:  # without classifier-free guidance there is nothing to take back
             if config.despecification:
@@ -153,9 +163,9 @@ class AMG:
 
     def _despecification(self, state: State, image: _Guided) -> Part:
         """G_spe (eq. 14)."""
-        assert state.eps_uncond is not None and self.config.floor is not None
+        assert state.eps_uncond is not None
         scale = state.scale[image.rows]
-        image.s_1 = despecification_strength(image.sigma, scale, self.config.c_1, self.config.floor)
+        image.s_1 = despecification_strength(image.sigma, scale, self.config.c_1, image.floor)
         rows, s_1 = image.rows[image.s_1 > 0], image.s_1[image.s_1 > 0]
         return Part(rows, -_broadcast(s_1) * (state.eps_cond[rows] - state.eps_uncond[rows]), -s_1)
 
@@ -163,9 +173,8 @@ class AMG:
         """G_dup (eq. 16)."""
         assert state.eps_uncond is not None and state.uncond is not None
         config = self.config
-        assert config.floor is not None
         scale = state.scale[image.rows]
-        image.s_2 = deduplication_strength(image.sigma, scale, image.s_1, config.c_2, config.floor)
+        image.s_2 = deduplication_strength(image.sigma, scale, image.s_1, config.c_2, image.floor)
         acts = image.s_2 > 0
         rows, s_2 = image.rows[acts], image.s_2[acts]
         image.near_cond = state.uncond[image.rows]
@@ -255,7 +264,17 @@ class _Memory:
 
     measured: Tensor
     guided: Tensor
+    above: Tensor
+    """Timesteps, of 1000, for which guidance has not brought an image below λ_t."""
+    last: float | None = None
     encoded: dict[str, Conditioning] = field(default_factory=dict)
+
+
+    def count(self, t: float, rows: Tensor, above: Tensor) -> None:
+        """Count the time since the last look for those of the guided images ``rows [n]`` that are ``above [k]``."""
+        since = 0.0 if self.last is None else max(self.last - t, 0.0)
+        self.above[rows] += since * above
+        self.last = t
 
 
 @dataclass
@@ -274,6 +293,8 @@ class _Guided:
     s_2: Tensor
     near_cond: Conditioning | None = None
     """Of k images: e_N; the empty prompt's where ``s_2`` is 0."""
+    floor: Tensor | float = 1.0
+    """``[k]``: the guidance scale that is left at least."""
 
     def take(self, positions: Tensor) -> _Guided:
         """Some of them."""
@@ -296,6 +317,7 @@ class _Columns:
     _NAMES = (
         "similarity",
         "nearest",
+        "view",
         "s_1",
         "s_2",
         "caption",

@@ -41,18 +41,32 @@ def schedule(config: AMGConfig) -> Callable[[float], float]:
     return lambda t: constant(t, b)
 
 
-def despecification_strength(sigma: Tensor, scale: float | Tensor, c_1: float = 13.0, floor: float = 1.0) -> Tensor:
+def despecification_strength(
+    sigma: Tensor, scale: float | Tensor, c_1: float = 13.0, floor: float | Tensor = 1.0
+) -> Tensor:
     """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13); ``floor`` stands for 1, ``scale`` (or ``[k]``) for ``s_0``."""
     return (c_1 * sigma).clamp(max=scale - floor).clamp(min=0)
 
 
 def deduplication_strength(
-    sigma: Tensor, scale: float | Tensor, s_1: Tensor, c_2: float | None = None, floor: float = 1.0
+    sigma: Tensor, scale: float | Tensor, s_1: Tensor, c_2: float | None = None, floor: float | Tensor = 1.0
 ) -> Tensor:
     """``s_2 = max(min(c_2 σ, s_0 − s_1 − 1), 0)`` (eq. 15); released: ``c_2 = (s_0 − s_1 − 1)/0.3``."""
     left = scale - s_1 - floor
     wanted = left * sigma / 0.3 if c_2 is None else c_2 * sigma
     return torch.minimum(wanted, left).clamp(min=0)
+
+
+def floor_left(above: Tensor, config: AMGConfig) -> Tensor:
+    """The guidance scale that G_spe and G_dup leave at least: less, the longer an image has stayed above λ_t.
+
+    Args:
+        above: ``[k]``, timesteps of 1000 for which it was guided and did.
+        config: resolved.
+    """
+    assert config.floor is not None and config.escalate is not None
+    fallen = config.floor - config.escalate * above / TIMESTEPS
+    return fallen.clamp(min=min(config.floor, config.least_floor))
 
 
 def dissimilarity_factor(sigma: Tensor, t: float, alpha_bar: float, threshold: Tensor, config: AMGConfig) -> Tensor:

@@ -31,6 +31,7 @@ class Judges:
 
     def __init__(self, *judges: tuple[TrainingIndex | PixelIndex, Embedder | None]) -> None:
         self.levels: list[PixelIndex | ObjectLevel] = []
+        self.names = tuple("pixels" if embedder is None else embedder.name for _, embedder in judges)
         for index, embedder in judges:
             if isinstance(index, PixelIndex):
                 self.levels.append(index)

@@ -25,13 +25,14 @@ class RandomTokens:
 
     Args:
         config: settings.
+        optional: leave prompts alone that are not known as text; or else they are an error.
         overrides: fields of :class:`TokensConfig` to set otherwise.
     """
 
     name = "tokens"
 
-    def __init__(self, config: TokensConfig | None = None, **overrides: Any) -> None:
-        self.config = configured(TokensConfig, config, overrides)
+    def __init__(self, config: TokensConfig | None = None, *, optional: bool = False, **overrides: Any) -> None:
+        self.config, self.optional = configured(TokensConfig, config, overrides), optional
 
     def start(self, run: Run) -> StepFunction:
         """Nothing happens after the first step."""
@@ -44,6 +45,8 @@ class RandomTokens:
             ValueError: the prompts are not known as text.
         """
         if start.prompts is None or start.run.tokenizer is None:
+            if self.optional:
+                return None
             raise ValueError("random tokens need prompts as text, not as embeddings")
         if self.config.number == 0:
             return None

@@ -6,7 +6,7 @@ without arguments, so its settings are its own defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from afresh.errors import UsageError
 from train.memorization.thresholds import FILE, Thresholds, model_thresholds
 from train.sampling.config import AMGConfig, SampleConfig, configured
 from train.sampling.guidance import Guidance
+from train.sampling.similarity import View
 from train.sampling.terms.amg import AMG
 from train.sampling.terms.anisotropy import AnisotropyMinimisation
 from train.sampling.terms.attention_masking import AttentionMasking
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # What a name stands for: settings out of the job's, and what is made of them.
 SETTINGS: dict[str, Callable[[SampleConfig], Any]] = {
     "amg": lambda c: c.amg,
+    "amg-released": lambda c: replace(c.amg, preset="main"),
+    "amg-paper": lambda c: replace(c.amg, preset="main", sim_form="paper", schedule="parabolic"),
     "amg-strong": lambda c: replace(c.amg, preset="strong"),
     "amg-early": lambda c: replace(c.amg, preset="early"),
     "prompt": lambda c: c.prompt,
@@ -66,7 +69,7 @@ class Own:
 
 # Terms that change the prompt's words, and terms that work on whatever words there are.
 WORDS, EMBEDDINGS = ("tokens", "numbers"), ("prompt", "anisotropy", "attention")
-INDEXED = ("amg", "amg-strong", "amg-early", "rejection")
+INDEXED = ("amg", "amg-released", "amg-paper", "amg-strong", "amg-early", "rejection")
 # Settings that may be `auto`, the model's calibrated threshold: name → field of the job's settings, and of these.
 AUTO = {
     "prompt": ("prompt", "target"),
@@ -141,7 +144,7 @@ def check(config: SampleConfig) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
         if chosen.preset == "pixels":
-            raise UsageError("amg.preset pixels is not on the scale of an index: choose main, strong or early")
+            raise UsageError("amg.preset pixels is not on the scale of an index: choose views, main, strong or early")
 
 
 def automatic(config: SampleConfig) -> list[tuple[str, str]]:
@@ -189,8 +192,14 @@ def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: floa
     return config
 
 
+def restarts(config: SampleConfig) -> int:
+    """How often an image is drawn again that is a copy in the end, as the AMG that is used asks for."""
+    chosen = [_chosen(name, config) for name in names(config.guidance)]
+    return max((one.resolved().restarts or 0 for one in chosen if isinstance(one, AMGConfig)), default=0)
+
+
 def make(
-    config: SampleConfig, index: TrainingIndex | None, embedder: Embedder | None
+    config: SampleConfig, index: TrainingIndex | None, embedder: Embedder | None, views: Sequence[View] = ()
 ) -> tuple[list[Guidance], Rejection | None]:
     """The terms of the loop, and what stands around it.
 
@@ -208,7 +217,7 @@ def make(
             if name == "rejection":
                 rejection = Rejection(index, embedder, chosen)
             else:
-                terms.append(AMG(index, embedder, chosen))
+                terms.append(AMG(index, embedder, chosen, views=views))
         else:
             terms.append(TERMS[name](chosen))
     return terms, rejection

@@ -25,9 +25,10 @@ import torch
 
 from train.sampling.config import AMGConfig, RejectionConfig, configured
 from train.sampling.guidance import Guidance
-from train.sampling.similarity import PixelIndex
+from train.sampling.similarity import PixelIndex, View
 from train.sampling.terms.amg import AMG
 from train.sampling.terms.judges import Judges
+from train.sampling.terms.random_tokens import RandomTokens
 
 if TYPE_CHECKING:
 
@@ -51,6 +52,8 @@ class Accepted:
     """The pipeline's, of this image."""
     similarities: tuple[float, ...] = ()
     """By judge."""
+    judge: str = ""
+    """Whose similarity is the highest: its embedder's name."""
     strength: int = 0
     """How often guidance was strengthened before it was drawn."""
     withheld: bool = False
@@ -105,6 +108,8 @@ class NeverAbove:
         tries: drawings of an image at most, the first included.
         amg: settings of the AMG that joins a guidance without one; None is the preset of the index's kind.
         judges: further ``(index, embedder)`` by whose measure no image may be above the limit either.
+        withhold: what no try brought below; or else let the farthest of its drawings through.
+        views: of the index, likewise; and what the AMG that joins follows beside it, if its settings ask for that.
 
     Raises:
         UserError: an index is empty, or was built with another embedder.
@@ -120,11 +125,13 @@ class NeverAbove:
         tries: int = 5,
         amg: AMGConfig | None = None,
         judges: Sequence[tuple[TrainingIndex | PixelIndex, Embedder | None]] = (),
+        views: Sequence[View] = (),
+        withhold: bool = True,
     ) -> None:
-        self.judges = Judges((index, embedder), *judges)
+        self.judges, self.withhold = Judges((index, embedder), *judges, *views), withhold
         self.config = configured(RejectionConfig, None, {"limit": limit, "tries": tries})
         self.limit = self.judges.memorized if limit is None else limit
-        self.amg = AMG(index, embedder, amg)
+        self.amg = AMG(index, embedder, amg, views=views)
 
     def __call__(
         self,
@@ -146,6 +153,8 @@ class NeverAbove:
             return [replace(one, strength=attempt) for one in found]
 
         kept = draw_again(drawn, seeds, self.config.tries, self.limit)
+        if not self.withhold:
+            return kept
         return [one if one.similarity <= self.limit else replace(one, image=None, withheld=True) for one in kept]
 
 
@@ -184,10 +193,11 @@ def judged(output: Any, seeds: Sequence[int], judges: Judges) -> list[Accepted]:
     drawn = output if isinstance(output, list) else unjudged(output, seeds)
     images = [one.image for one in drawn]
     similarities = judges(torch.stack(images) if isinstance(images[0], torch.Tensor) else images)
-    return [
-        replace(one, similarity=max(values, key=lambda s: (s != s, s)), similarities=values)  # NaN is the highest
-        for one, values in zip(drawn, similarities, strict=True)
-    ]
+    found = []
+    for one, values in zip(drawn, similarities, strict=True):
+        highest = max(range(len(values)), key=lambda i: (values[i] != values[i], values[i]))  # NaN is the highest
+        found.append(replace(one, similarity=values[highest], similarities=values, judge=judges.names[highest]))
+    return found
 
 
 def unjudged(output: Any, seeds: Sequence[int]) -> list[Accepted]:
@@ -201,16 +211,21 @@ def unjudged(output: Any, seeds: Sequence[int]) -> list[Accepted]:
 def strengthened(guidance: Sequence[Guidance], times: int, amg: AMG) -> list[Guidance]:
     """Guidance terms, made stronger ``times`` times.
 
-    A guidance without AMG first gets ``amg`` as its last term; AMG is then strengthened by :func:`stronger`. Other
-    terms stay as they are.
+    A guidance without AMG first gets ``amg`` as its last term; AMG is then strengthened by :func:`stronger`. From the
+    second time on the captions get random words too, two more each time, for a model that knows an image by its caption
+    alone draws it under any guidance. Other terms stay as they are.
     """
     terms = list(guidance)
+    if times > 1 and not any(isinstance(term, RandomTokens) for term in terms):
+        terms = [RandomTokens(number=2 * (times - 1), optional=True), *terms]
     if times and not any(isinstance(term, AMG) for term in terms):
         terms, times = [*terms, amg], times - 1
     if not times:
         return terms
     return [
-        AMG(term.index, term.embedder, stronger(term.config, times)) if isinstance(term, AMG) else term
+        term
+        if not isinstance(term, AMG)
+        else AMG(term.index, term.embedder, stronger(term.config, times), views=term.views)
         for term in terms
     ]
 

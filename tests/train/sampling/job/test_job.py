@@ -22,7 +22,6 @@ from afresh.files import write_json
 from tests.conftest import ROOT
 from train.memorization.thresholds import FILE
 from train.sampling import (
-    AMG,
     AttractionBasin,
     GuidedStableDiffusion,
     NeverAbove,
@@ -33,7 +32,6 @@ from train.sampling import (
 from train.sampling.config import AMGConfig, PromptConfig, RejectionConfig, SampleConfig
 from train.sampling.job import shares
 from train.sampling.job.job import run_sample
-from train.sampling.terms.rejection import strengthened, stronger
 
 PROMPTS = ["red apple", "grinning face"]
 
@@ -149,6 +147,38 @@ def test_a_second_index_judges_too(job, tmp_path):
     assert rows[3]["judge_similarity"] > 0.98 > rows[3]["similarity"]
 
 
+def test_views_of_the_index_judge_too_and_are_named(job, tmp_path):
+    """The shards hold, as a kept image, what the model draws for another prompt, which the index's rows do not know."""
+    from curate.index.training_index import TrainingIndex
+    from curate.reading.writing import write_shard
+
+    index, _ = opened(job)
+    index.save(tmp_path / "out" / "index")
+    copied = Path(job.out) / "00001-grinning-face-s1.png"
+    samples = [("a", {"png": (Path(job.out).parent / "original.png").read_bytes()})]
+    samples.append(("b", {"png": copied.read_bytes()}))
+    write_shard(str(tmp_path / "out" / "shards" / "000000.tar"), samples)
+    config = replace(job, index=str(tmp_path / "out"), never_above=0.98, tries=1)
+    run_sample(replace(config, out=str(tmp_path / "seen")))
+    first, *_, last = rows_of(tmp_path / "seen")
+    assert last["withheld"] and last["highest"] > 0.98 > last["similarity"]
+    assert last["judged_by"] in ("copy-detector", "luminance", "edges") and first["judged_by"] == "layout"
+    assert (tmp_path / "out" / "views").is_dir() and TrainingIndex.load(next((tmp_path / "out" / "views").iterdir()))
+    run_sample(replace(config, views=False, out=str(tmp_path / "blind")))
+    assert [row["withheld"] for row in rows_of(tmp_path / "blind")] == [True, False, False, False]
+
+
+def test_amg_draws_again_what_is_a_copy_in_the_end_and_withholds_nothing(job, tmp_path):
+    nothing = AMGConfig(preset="views", t_range=(0.0, 0.0))  # it never fires, so copies reach the end
+    amg = replace(job, guidance="amg", amg=nothing)
+    run_sample(replace(amg, out=str(tmp_path / "again")))
+    first, *others = rows_of(tmp_path / "again")
+    assert first["tries"] > 1 and first["highest"] <= 0.5 and not first["withheld"]
+    assert all(row["tries"] == 1 for row in others)
+    run_sample(replace(amg, amg=replace(nothing, restarts=0), out=str(tmp_path / "once")))
+    assert same_images(tmp_path / "once", job.out)
+
+
 def test_rejection_comes_first_and_its_drawings_count(job, tmp_path):
     rejection = RejectionConfig(limit=-0.99, tries=2)  # rejects everything
     never = replace(job, out=str(tmp_path), guidance="rejection", rejection=rejection, never_above=-0.99, tries=2)
@@ -164,7 +194,7 @@ def test_the_guarantee_stands_around_a_pipeline(job, tiny_pipe):
     calls = []
 
     def draw(rows, seeds, guidance):
-        calls.append((rows, seeds, [term.config.floor for term in guidance]))
+        calls.append((rows, seeds, [getattr(term.config, "floor", term.name) for term in guidance]))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         prompts = [PROMPTS[row] for row in rows]
         return pipe(prompts, generator=generators, num_inference_steps=2, guidance=guidance, output_type="pt")
@@ -172,36 +202,12 @@ def test_the_guarantee_stands_around_a_pipeline(job, tiny_pipe):
     index, embedder = opened(job)
     drawn = NeverAbove(index, embedder, limit=-0.99, tries=3)(draw, [0, 1])
     assert [(one.withheld, one.image, one.tries) for one in drawn] == [(True, None, 3)] * 2
-    assert calls[0] == ([0, 1], [0, 1], []) and [floors for _, _, floors in calls] == [[], [1.0], [0.0]]
+    assert calls[0] == ([0, 1], [0, 1], []) and [floors for _, _, floors in calls] == [[], [1.0], ["tokens", 0.0]]
     kept = NeverAbove(index, embedder, tries=3)(draw, [0, 1])
     assert not any(one.withheld for one in kept) and all(one.similarity <= 0.5 for one in kept)
     assert kept[1].image.shape == (3, 64, 64) and {step["image"] for step in kept[1].trace} == {1}
     with pytest.raises(UsageError, match="judges with the embedder"):
         NeverAbove(index)
-
-
-def test_guidance_grows_stronger_as_from_main_to_strong(job):
-    index, embedder = opened(job)
-    once, strong = stronger(AMGConfig(), 1), AMGConfig(preset="strong").resolved()
-    for name in ("lambda_a", "lambda_b", "sim_offset", "c_3"):
-        assert getattr(once, name) == pytest.approx(getattr(strong, name))
-    assert [stronger(AMGConfig(), times).floor for times in (1, 2, 3)] == [0.0, -1.0, -1.0]
-    assert stronger(AMGConfig(floor=-3.0), 2).floor == -3.0
-    amg, other = AMG(index, embedder), AMG(index, embedder, lambda_b=0.7)
-    assert strengthened([], 0, amg) == [] and strengthened([], 1, amg) == [amg]
-    assert strengthened([], 3, amg)[0].config == stronger(AMGConfig(), 2)
-    assert strengthened([other], 1, amg)[0].config.lambda_b == pytest.approx(0.6)
-
-
-def test_rejection_and_the_guarantee_keep_the_farthest_and_refuse_what_is_no_number():
-    from train.sampling.terms.rejection import Accepted, draw_again
-
-    values = {0: [0.9, float("nan"), 0.7], 1: [float("nan"), 0.6, 0.8]}
-
-    def draw(attempt, rows, seeds):
-        return [Accepted(attempt, seed, values[row][attempt], 1, []) for row, seed in zip(rows, seeds, strict=True)]
-
-    assert [(one.image, one.tries) for one in draw_again(draw, [5, 6], 3, 0.5)] == [(2, 3), (1, 3)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The values that settings take where they say nothing themselves."""
