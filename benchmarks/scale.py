@@ -248,7 +248,7 @@ def run(rows: int, dim: int, folder: Path, scratch: Path, changes: Mapping[str, 
     with show("ledger"):
         ledger = publish_ledger(out, made, verdicts, None)
     with show("index"):
-        publish_index(out, made, verdicts, embedder)
+        publish_index(out, made, verdicts, embedder, config.threshold)
     with show("summary"):
         summary = summarise(ledger, joined, verdicts, settings_of(config), len(plan)) | {"sweep": sweep}
         out.write_json("summary.json", summary)

@@ -7,63 +7,27 @@ so that a thousand copies of one placeholder cost nothing.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from afresh.errors import UserError
-from curate.decisions.neighbours import Kept, Neighbours
+from curate.decisions.judge import Judge
+from curate.decisions.parts import AtThreshold, Near, Part, parts_of
 from curate.decisions.pooling import Pooled
-from curate.neighbors.verify import Pairs
+from curate.decisions.rounds import settle
+from curate.decisions.settled import CODE, EXCLUDED, OF_ITS_IMAGE, OTHER_SET, REASONS, Settled
+
+if TYPE_CHECKING:
+    from afresh.progress import Progress
+
 
 Rule = Literal["greedy", "components"]
 OnCaptionDiffers = Literal["pool", "keep"]
-EXACT_IMAGE = "exact_image"  # the stand-in has the same pixels
-NEAR_PAIR = "near_pair"  # image near, caption near
-NEAR_IMAGE = "near_image"  # image near, caption another one (pooled, if there is one)
-CAPTION_QUOTA = "caption_quota"  # another image, the same caption, and enough samples have it
-NEAR_CAPTION = "near_caption"  # another image, a near caption, and enough samples have one like it
-OTHER_SET = "other_set"  # the image, or a near one, stands in a set that was to be kept apart
-EXCLUDED = "excluded"  # named in a list of samples to leave out
-OWN_RULE = "own_rule"  # by a rule of the user's own, though neither image nor caption is near
-OF_ITS_IMAGE = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE)  # the stand-in shows the same image, or a near one
-FEW = 16  # copies that are all looked at, whatever their captions
-REASONS = (EXACT_IMAGE, NEAR_PAIR, NEAR_IMAGE, CAPTION_QUOTA, NEAR_CAPTION, OTHER_SET, EXCLUDED, OWN_RULE)
-_CODE = {reason: number for number, reason in enumerate(REASONS, 1)}  # in a byte; 0 is kept
-
-
-class Near(Protocol):
-    """What is near what, among n rows."""
-
-    @property
-    def image_of(self) -> NDArray[np.int64]:
-        """``[n]``: number of each row's distinct image, 0 … images - 1."""
-
-    @property
-    def image_pairs(self) -> Pairs:
-        """Near pairs of distinct images."""
-
-    @property
-    def caption_of(self) -> NDArray[np.int64]:
-        """``[n]``: number of each row's distinct normalised caption, 0 … captions - 1."""
-
-    @property
-    def caption_pairs(self) -> Pairs:
-        """Near pairs of distinct captions; captions too short to compare have none."""
-
-
-@dataclass(frozen=True)
-class AtThreshold:
-    """What is near what among n rows: a :class:`Near` as arrays, its pairs those above the threshold in force."""
-
-    image_of: NDArray[np.int64]
-    image_pairs: Pairs
-    caption_of: NDArray[np.int64]
-    caption_pairs: Pairs
 
 
 class OwnRule(Protocol):
@@ -113,6 +77,30 @@ class Verdicts:
     group_size: NDArray[np.int64]
     pooled: Mapping[int, list[str]]
 
+    @classmethod
+    def of(
+        cls,
+        settled: Settled,
+        rank: NDArray[np.integer],
+        captions: Sequence[str],
+        others: Sequence[Sequence[str]] | None,
+    ) -> Verdicts:
+        """What was decided, in words."""
+        sizes = np.bincount(settled.group, minlength=len(settled.group))
+        kept_by = settled.kept_by.astype(np.int64)
+        of_its_image = np.isin(settled.reason, [CODE[reason] for reason in OF_ITS_IMAGE])
+        differs = np.isnan(settled.caption_similarity)
+        return cls(
+            kept=settled.reason == 0,
+            reason=np.array([None, *REASONS], object)[settled.reason],
+            kept_by=kept_by,
+            image_similarity=settled.image_similarity,
+            caption_similarity=settled.caption_similarity,
+            group=settled.group.astype(np.int64),
+            group_size=sizes[settled.group] if len(sizes) else sizes,
+            pooled=Pooled.of(of_its_image, kept_by, rank, differs, captions, others),
+        )
+
 
 def decide(
     near: Near,
@@ -128,6 +116,7 @@ def decide(
     excluded: NDArray[np.bool_] | None = None,
     must_stay: NDArray[np.bool_] | None = None,
     others: Sequence[Sequence[str]] | None = None,
+    bar: Progress | None = None,
 ) -> Verdicts:
     """Keep or drop each row.
 
@@ -138,11 +127,11 @@ def decide(
     and its caption pooled, or judged a sample of its own (``keep``). What shows an image of its own is then
     held against the caption quota.
 
-    Time grows with the rows and their near pairs alone, but for a crowd (:class:`~curate.neighbors.verify.Crowd`) of
-    which many are kept beside each other (``keep`` under captions that all differ): each is compared with all of these.
+    Rows are decided about in parts (:mod:`curate.decisions.parts`): the pairs of one are in memory at a time, and time
+    grows with the rows and their pairs (but see :class:`curate.decisions.judge.Judge`).
 
     Args:
-        near: the joins.
+        near: the joins; their pairs may be memory maps.
         captions: of each row, as they are to be pooled; the empty one is never pooled.
         prefer: ``[n]`` rank of each row, least first; equal ranks go by input order, as all do without it.
         threshold: of images' similarity; near pairs below it are passed over. None takes all.
@@ -158,70 +147,165 @@ def decide(
         must_stay: ``[n]``, rows that somebody listed to be kept, whatever else would drop them; judged before others.
         others: further captions of each row, as earlier curations pooled them; handed on with the row's own. None has
             none.
+        bar: told of the rows that are done; rows that are near none are not.
 
     Raises:
         ValueError: arrays of different lengths, an unknown rule, a number below 1.
         UserError: a rule of one's own gives something else than it should.
     """
-    n = len(near.image_of)
-    if not len(near.caption_of) == len(captions) == n or (prefer is not None and len(prefer) != n):
-        raise ValueError("image_of, caption_of, captions and prefer must have one entry a row")
-    if not callable(rule) and rule not in ("greedy", "components"):
-        raise ValueError(f"unknown rule {rule!r}: choose greedy or components")
-    if on_caption_differs not in ("pool", "keep"):
-        raise ValueError(f"on_caption_differs is pool or keep, not {on_caption_differs!r}")
-    if max_per_caption is not None and max_per_caption < 1:
-        raise ValueError(f"max_per_caption must be at least 1, not {max_per_caption}")
-    if keep_copies < 1:
-        raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
-    stays = np.zeros(n, bool) if must_stay is None else must_stay
-    order = _in_order(n, prefer, stays)
-    for apart in [one for one in (elsewhere, excluded) if one is not None]:
-        order = order[~apart[order]]
-    image_pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
-    differing = on_caption_differs == "keep"
-    judge = Judge(near, image_pairs, captions, order, keep_copies, max_per_caption, differing, others, stays)
+    how = _How.of(
+        near, captions, prefer, rule, keep_copies, max_per_caption, on_caption_differs, elsewhere, excluded, must_stay
+    )
+    settled = Settled.kept(len(captions))
     if callable(rule):
-        shown = AtThreshold(near.image_of, image_pairs, near.caption_of, near.caption_pairs)
-        judge.by_stand_ins(_checked(rule, rule(shown, captions, order.astype(np.int64)), order, n, stays), order)
-    elif rule == "greedy":
-        judge.greedy()
+        settled = how.by_own_rule(rule, near, captions, threshold)
     else:
-        judge.components()
-    del image_pairs, order  # the verdicts need the room
+        for part in how.parts(near):
+            settled.put(part.rows, how.settle(part, threshold))
+            if bar is not None:
+                bar.update(len(part.rows))
     if excluded is not None:
-        judge.reason[excluded] = _CODE[EXCLUDED]
+        settled.reason[excluded] = CODE[EXCLUDED]
     if elsewhere is not None:
-        judge.reason[elsewhere] = _CODE[OTHER_SET]
-    return judge.verdicts()
+        settled.reason[elsewhere] = CODE[OTHER_SET]
+    return Verdicts.of(settled, how.rank, captions, others)
 
 
 def sweep(
     near: Near,
     captions: Sequence[str],
     prefer: NDArray[np.integer] | None,
-    thresholds: Iterable[float],
+    thresholds: Sequence[float],
+    *,
+    bar: Progress | None = None,
+    others: object = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """What other thresholds of image similarity would do, from one join.
+    """What other thresholds of image similarity would do, from one join and one way through its pairs.
 
     Args:
         near: the joins; that of images holds all pairs down to the lowest threshold.
         captions: see :func:`decide`, like ``prefer`` and ``options``.
         prefer: rank of each row, or None.
         thresholds: of the cosine of images.
+        bar: told of the rows that are done, each as often as there are thresholds; rows that are near none are not.
+        others: has no part in it.
         **options: the other arguments of :func:`decide`.
 
     Returns:
         For each threshold ``threshold, kept, dropped, groups`` (of more than one row).
     """
-    table = []
-    for threshold in thresholds:
-        verdicts = decide(near, captions, prefer, threshold=threshold, **options)
-        kept = int(verdicts.kept.sum())
-        groups = int((np.bincount(verdicts.group) > 1).sum()) if len(verdicts.group) else 0
-        table.append({"threshold": threshold, "kept": kept, "dropped": len(verdicts.kept) - kept, "groups": groups})
-    return table
+    n = len(captions)
+    how = _How.of(near, captions, prefer, **options)
+    kept, groups = (np.full(len(thresholds), number, np.int64) for number in (int((how.rank >= 0).sum()), 0))
+    if callable(how.rule):
+        whole = [how.by_own_rule(how.rule, near, captions, threshold) for threshold in thresholds]
+        tried = [enumerate(whole)]
+    else:
+        tried = [enumerate(how.settle(part, at) for at in thresholds) for part in how.parts(near)]
+    for settled_at in tried:
+        for number, settled in settled_at:
+            kept[number] -= np.count_nonzero(settled.reason)
+            groups[number] += np.count_nonzero(np.bincount(settled.group) > 1)
+            if bar is not None:
+                bar.update(len(settled.reason))
+    return [
+        {"threshold": threshold, "kept": some, "dropped": n - some, "groups": of_some}
+        for threshold, some, of_some in zip(thresholds, kept.tolist(), groups.tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a decision goes by, beside the threshold: the arguments of :func:`decide`, checked.
+
+    Attributes:
+        rank: ``[n]``, place in the order in which rows are judged; -1 for those that are not.
+        captioned: ``[n]``, whether a row has a caption; empty where nobody asks.
+        stays: ``[n]``, whether it must stay.
+    """
+
+    rule: Rule | OwnRule
+    keep_copies: int
+    max_per_caption: int | None
+    keep_differing: bool
+    rank: NDArray[np.integer]
+    captioned: NDArray[np.bool_]
+    stays: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls,
+        near: Near,
+        captions: Sequence[str],
+        prefer: NDArray[np.integer] | None,
+        rule: Rule | OwnRule = "greedy",
+        keep_copies: int = 1,
+        max_per_caption: int | None = None,
+        on_caption_differs: OnCaptionDiffers = "pool",
+        elsewhere: NDArray[np.bool_] | None = None,
+        excluded: NDArray[np.bool_] | None = None,
+        must_stay: NDArray[np.bool_] | None = None,
+    ) -> _How:
+        n = len(near.image_of)
+        if not len(near.caption_of) == len(captions) == n or (prefer is not None and len(prefer) != n):
+            raise ValueError("image_of, caption_of, captions and prefer must have one entry a row")
+        if not callable(rule) and rule not in ("greedy", "components"):
+            raise ValueError(f"unknown rule {rule!r}: choose greedy or components")
+        if on_caption_differs not in ("pool", "keep"):
+            raise ValueError(f"on_caption_differs is pool or keep, not {on_caption_differs!r}")
+        if max_per_caption is not None and max_per_caption < 1:
+            raise ValueError(f"max_per_caption must be at least 1, not {max_per_caption}")
+        if keep_copies < 1:
+            raise ValueError(f"keep_copies must be at least 1, not {keep_copies}")
+        stays = np.zeros(n, bool) if must_stay is None else must_stay
+        order = _in_order(n, prefer, stays)
+        for apart in [one for one in (elsewhere, excluded) if one is not None]:
+            order = order[~apart[order]]
+        rank = np.full(n, -1, order.dtype)
+        rank[order] = np.arange(len(order), dtype=order.dtype)
+        keep_differing = on_caption_differs == "keep"
+        asked = n if keep_differing or max_per_caption is not None else 0
+        captioned = np.fromiter((bool(text.strip()) for text in itertools.islice(captions, asked)), bool, asked)
+        return cls(rule, keep_copies, max_per_caption, keep_differing, rank, captioned, stays)
+
+    def parts(self, near: Near) -> Iterator[Part]:
+        """The rows that are to be decided about, by what they are linked with."""
+        return parts_of(near, by_captions=self.max_per_caption is not None, apart=self.stays)
+
+    def settle(self, part: Part, threshold: float | None) -> Settled:
+        """Decide about a part, by one of our rules."""
+        near, rank = part.near, self.rank[part.rows]
+        if threshold is not None:
+            near = replace(near, image_pairs=near.image_pairs.at_least(threshold))
+        alone = self.keep_copies == 1 and self.max_per_caption is None and not self.keep_differing
+        if self.rule == "greedy" and alone and not part.by_hand:
+            return settle(near, rank, rank >= 0)
+        captioned = self.captioned[part.rows] if len(self.captioned) else self.captioned
+        judge = self._judge(near, captioned, _places(rank), self.stays[part.rows])
+        judge.greedy() if self.rule == "greedy" else judge.components()
+        return judge.settled()
+
+    def by_own_rule(self, rule: OwnRule, near: Near, captions: Sequence[str], threshold: float | None) -> Settled:
+        """Decide about all rows at once, by a rule that is not ours."""
+        pairs = near.image_pairs if threshold is None else near.image_pairs.at_least(threshold)
+        shown = AtThreshold(near.image_of, pairs, near.caption_of, near.caption_pairs)
+        order = _places(self.rank)
+        stand_in = _checked(rule, rule(shown, captions, order.astype(np.int64)), order, len(captions), self.stays)
+        judge = self._judge(shown, self.captioned, order, self.stays)
+        judge.by_stand_ins(stand_in, order)
+        return judge.settled()
+
+    def _judge(
+        self, near: AtThreshold, captioned: NDArray[np.bool_], order: NDArray[np.integer], stays: NDArray[np.bool_]
+    ) -> Judge:
+        return Judge(near, captioned, order, self.keep_copies, self.max_per_caption, self.keep_differing, stays)
+
+
+def _places(rank: NDArray[np.integer]) -> NDArray[np.integer]:
+    """The rows that have a rank, by rank."""
+    order = np.argsort(rank, kind="stable")
+    return order[np.count_nonzero(rank < 0) :].astype(rank.dtype)
 
 
 def _checked(
@@ -248,189 +332,3 @@ def _in_order(n: int, prefer: NDArray[np.integer] | None, stays: NDArray[np.bool
     """The rows as they are judged, in four bytes each where that is enough."""
     order = np.lexsort([np.zeros(n, np.int8) if prefer is None else np.asarray(prefer), ~stays])
     return order.astype(np.int32 if n < 1 << 31 else np.int64)
-
-
-def _things(of_rows: NDArray[np.int64], pairs: Pairs) -> int:
-    """How many numbers stand for images or captions."""
-    return 1 + int(max(numbers.max(initial=-1) for numbers in (of_rows, pairs.j)))
-
-
-class Judge:
-    """The state of one decision: the verdicts so far, and who was kept of which image and caption."""
-
-    def __init__(
-        self,
-        near: Near,
-        image_pairs: Pairs,
-        captions: Sequence[str],
-        order: NDArray[np.integer],
-        keep_copies: int,
-        max_per_caption: int | None,
-        keep_differing: bool,
-        others: Sequence[Sequence[str]] | None,
-        must_stay: NDArray[np.bool_],
-    ):
-        n = len(near.image_of)
-        self.captions, self.others = captions, others
-        self.keep_copies, self.max_per_caption, self.keep_differing = keep_copies, max_per_caption, keep_differing
-        # Memory views give Python's numbers as lists do, without holding them.
-        self.image_of, self.caption_of = near.image_of.data, near.caption_of.data
-        number = np.int32 if n < 1 << 31 else np.int64
-        self.images = Neighbours(image_pairs, _things(near.image_of, image_pairs), n)
-        self.texts = Neighbours(near.caption_pairs, _things(near.caption_of, near.caption_pairs), n)
-        ranks = np.empty(n, number)
-        ranks[order] = np.arange(len(order), dtype=number)
-        self.rank = ranks.data
-        if max_per_caption is None:  # then a row whose image stands alone is kept, and decides nothing for others
-            order = order[self.images.has_company(near.image_of)[order]]
-        self.order = order.data
-        self.images.will_be_asked(near.image_of, order)
-        self.texts.will_be_asked(near.caption_of, order)
-        self.must_stay = must_stay
-        self.reason = np.zeros(n, np.uint8)
-        self.kept_by = np.full(n, -1, number)
-        self.image_similarity = np.full(n, np.nan, np.float32)
-        self.caption_similarity = np.full(n, np.nan, np.float32)
-        self.group = np.arange(n, dtype=number)
-
-    # --------------------------------------------------------------------------------------------- the rules
-
-    def greedy(self) -> None:
-        """Each row against the rows kept before it."""
-        for row in self.order:
-            image = self.image_of[row]
-            if near := self.images.kept_things_near(image):
-                if self._drop_as_copy(row, self._copies(row, near)):
-                    self.group[row] = self.group[self.kept_by[row]]
-                    continue
-                # Kept for its caption: still one image with the nearest copy, of equals the preferred one.
-                first = [(thing != image, -similarity, self.images.kept.first(thing)) for thing, similarity in near]
-                self.group[row] = self.group[min(first, key=lambda c: (c[0], c[1], self.rank[c[2]]))[2]]
-            self._keep_within_quota(row)
-
-    def components(self) -> None:
-        """All rows that near pairs link are one group; its first row stands for it."""
-        root = self.images.components()
-        first = np.full(len(root), -1, np.int64)  # by component
-        kept = Kept(len(root), len(self.reason))
-        for row in self.order:
-            component = int(root[self.image_of[row]])
-            if first[component] < 0:
-                first[component] = row
-            self.group[row] = first[component]
-            if first[component] != row:
-                of_component = kept.of(component)
-                if self._only_alike(row, len(of_component)):
-                    alike = self.texts.kept_near(self.caption_of[row])
-                    of_component = [other for other, _ in alike if root[self.image_of[other]] == component]
-                copies = [(other, self._image_similarity(row, other)) for other in of_component]
-                if self._drop_as_copy(row, copies):
-                    continue
-            if self._keep_within_quota(row):
-                kept.add(component, row)
-
-    def by_stand_ins(self, stand_in: NDArray[np.int64], order: NDArray[np.integer]) -> None:
-        """As somebody else decided: ``stand_in`` ``[n]`` is a kept row for each that is dropped, -1 for the others."""
-        for row in order[stand_in[order] >= 0].tolist():
-            kept = int(stand_in[row])
-            of_images, of_captions = self._image_similarity(row, kept), self._caption_similarity(row, kept)
-            if not math.isnan(of_images):
-                self._drop_for_its_image(row, kept, of_images, of_captions)
-                self.group[row] = kept
-            elif self.caption_of[kept] == self.caption_of[row]:
-                self._drop(row, kept, CAPTION_QUOTA, of_images, of_captions)
-            else:
-                self._drop(row, kept, OWN_RULE if math.isnan(of_captions) else NEAR_CAPTION, of_images, of_captions)
-
-    # --------------------------------------------------------------------------------------------- the steps
-
-    def _copies(self, row: int, near: list[tuple[int, float]]) -> list[tuple[int, float]]:
-        """``(row, similarity)`` of what was kept of the images ``near``; of many, what may decide about ``row``."""
-        if self._only_alike(row, sum(len(self.images.kept.of(thing)) for thing, _ in near)):
-            similarity, alike = dict(near), self.texts.kept_near(self.caption_of[row])
-            return [(kept, similarity[image]) for kept, _ in alike if (image := self.image_of[kept]) in similarity]
-        return [(kept, similarity) for thing, similarity in near for kept in self.images.kept.of(thing)]
-
-    def _only_alike(self, row: int, copies: int) -> bool:
-        """Whether of so many copies only those with a caption near that of ``row`` are to be looked at: where captions
-        that differ keep a copy, a thousand copies of one image would each be compared with all before it.
-        """
-        return self.keep_differing and copies > FEW and self._has_caption(row)
-
-    def _drop_as_copy(self, row: int, copies: list[tuple[int, float]]) -> bool:
-        """Drop ``row`` for one of the kept ``copies``, unless its caption or a list forbids; whether it did."""
-        if self.must_stay[row]:
-            return False
-        with_caption = [(kept, similarity, self._caption_similarity(row, kept)) for kept, similarity in copies]
-        if self.keep_differing:
-            with_caption = [c for c in with_caption if not math.isnan(c[2]) or not self._has_caption(row)]
-        if len(with_caption) < self.keep_copies:  # which is at least 1
-            return False
-        kept, similarity, of_captions = min(
-            with_caption,
-            key=lambda c: (
-                self.image_of[c[0]] != self.image_of[row],
-                math.isnan(c[2]),
-                1.0 if math.isnan(c[1]) else -c[1],
-                self.rank[c[0]],
-            ),
-        )
-        self._drop_for_its_image(row, kept, similarity, of_captions)
-        return True
-
-    def _drop_for_its_image(self, row: int, kept: int, similarity: float, of_captions: float) -> None:
-        if self.image_of[kept] == self.image_of[row]:
-            reason = EXACT_IMAGE
-        else:
-            reason = NEAR_IMAGE if math.isnan(of_captions) else NEAR_PAIR
-        self._drop(row, kept, reason, similarity, of_captions)
-
-    def _keep_within_quota(self, row: int) -> bool:
-        """Keep ``row``, unless enough kept rows have its caption; whether it was kept."""
-        caption = self.caption_of[row]
-        if self.max_per_caption is not None and self._has_caption(row) and not self.must_stay[row]:
-            same = self.texts.kept_near(caption)
-            if len(same) >= self.max_per_caption:
-                kept, similarity = min(same, key=lambda c: (self.caption_of[c[0]] != caption, -c[1], self.rank[c[0]]))
-                reason = CAPTION_QUOTA if self.caption_of[kept] == caption else NEAR_CAPTION
-                self._drop(row, kept, reason, self._image_similarity(row, kept), similarity)
-                return False
-        self.images.keep(self.image_of[row], row)
-        if self.max_per_caption is not None or self.keep_differing:  # else nobody asks
-            self.texts.keep(caption, row)
-        return True
-
-    def _drop(self, row: int, kept: int, reason: str, image: float, caption: float) -> None:
-        self.reason[row], self.kept_by[row] = _CODE[reason], kept
-        self.image_similarity[row], self.caption_similarity[row] = image, caption
-
-    def _has_caption(self, row: int) -> bool:
-        return bool(self.captions[row].strip())
-
-    def _image_similarity(self, a: int, b: int) -> float:
-        return self.images.similarity(self.image_of[a], self.image_of[b])
-
-    def _caption_similarity(self, a: int, b: int) -> float:
-        return self.texts.similarity(self.caption_of[a], self.caption_of[b])
-
-    def verdicts(self) -> Verdicts:
-        """What was decided; nothing can be decided any more."""
-        del self.images, self.texts, self.order
-        group, self.group = self.group.astype(np.int64), np.empty(0, np.int64)
-        sizes = np.bincount(group, minlength=len(group))
-        group_size = sizes[group] if len(group) else group
-        del sizes
-        kept_by, self.kept_by = self.kept_by.astype(np.int64), np.empty(0, np.int64)
-        of_its_image = np.isin(self.reason, [_CODE[reason] for reason in OF_ITS_IMAGE])
-        differs = np.isnan(self.caption_similarity)
-        pooled = Pooled.of(of_its_image, kept_by, np.asarray(self.rank), differs, self.captions, self.others)
-        return Verdicts(
-            kept=self.reason == 0,
-            reason=np.array([None, *REASONS], object)[self.reason],
-            kept_by=kept_by,
-            image_similarity=self.image_similarity,
-            caption_similarity=self.caption_similarity,
-            group=group,
-            group_size=group_size,
-            pooled=pooled,
-        )

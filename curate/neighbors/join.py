@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from curate.neighbors.coarse import one_thread_each
 from curate.neighbors.screen import Screen, ShortRows, screening_axes
 from curate.neighbors.verify import Crowd, Pairs, surely_near, verified
 
@@ -92,9 +94,11 @@ def find_pairs(
         return join_blocks(embeddings, threshold, crowd, block, pool.map, bar, memory)
 
 
-def one_blas_thread() -> threadpool_limits:
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
     """One BLAS thread in each of our own, so that the comparisons between products run side by side, too."""
-    return threadpool_limits(1, user_api="blas")
+    with threadpool_limits(1, user_api="blas"), one_thread_each():
+        yield
 
 
 def join_blocks(

@@ -4,17 +4,23 @@ Rows are made unit rows and turned onto the set's principal axes. With ``x₁`` 
 ``x₂`` the others, ``x·y ≤ x₁·y₁ + ‖x₂‖‖y₂‖`` (Cauchy–Schwarz): a product of the k + 1 numbers ``(x₁, ‖x₂‖)`` is no
 smaller than the cosine. Blocks are the leaves of a k-d tree on the first axes, and a row that is too far from a block's
 box is near none of its rows.
+
+Where the processor has products of bytes (:mod:`curate.neighbors.coarse`), these go before: with ``q`` a short row in
+whole steps ``s`` and ``r`` what that leaves of it, ``z·w ≤ s² q_z·q_w + ‖r_w‖ ‖s q_z‖ + ‖r_z‖ ‖w‖``. What they let
+through is held against the short rows themselves.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from curate.neighbors import coarse
 from curate.neighbors.verify import unit_chunks, unit_rows
 
 _TILE = 1024  # rows compared with a block at a time: 1 MB of products
@@ -23,6 +29,9 @@ _SMALL = 2048  # fewer rows are compared as they are: finding axes would cost mo
 _BOXED = 1 << 14  # rows compared with a box at a time: what is compared stays in the cache
 _BOX_AXES = 4  # axes that blocks are boxes of
 _VERIFY_COST = 100_000  # verifying one pair costs about as much as screening this many by one coordinate
+_COARSE_COST = 0.15  # a coordinate in bytes, in coordinates of float32
+_CHECK_COST = 3000  # a pair that the bytes let through, likewise
+_COARSE = 0.03  # by about as much they see less well
 _QUERIES = 1 << 14  # rows compared with a screen that they are no part of, at a time
 
 
@@ -34,18 +43,24 @@ class ShortRows:
         short: float32 ``[n, k + 1]``, ``(x₁, ‖x₂‖)`` of each unit row.
         places: float32 ``[boxed, n]``, the coordinates that blocks are boxes of.
         numbers: int64 ``[n]``, the embedding behind each row.
+        coarse: int8 ``[n, …]``, short rows in whole steps; of no length where they are not looked at.
+        off: how far such a row is from its short row at most.
     """
 
     short: NDArray[np.float32]
     places: NDArray[np.float32]
     numbers: NDArray[np.int64]
+    coarse: NDArray[np.int8]
+    off: float = 0.0
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def chosen(self, which: NDArray[np.int64] | slice) -> ShortRows:
         """Some of them."""
-        return ShortRows(self.short[which], self.places[:, which], self.numbers[which])
+        return ShortRows(
+            self.short[which], self.places[:, which], self.numbers[which], self.coarse[which], self.off
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Screen:
         slack: room for rounding.
         lowest: a product below this is no near pair.
         reach: a row farther than this from a box, squared, has no near one in it.
+        step: of the coarse rows; 0 where there are none.
     """
 
     axes: NDArray[np.float32]
@@ -67,12 +83,15 @@ class Screen:
     slack: float
     lowest: np.float32
     reach: np.float32
+    step: float = 0.0
 
     @classmethod
     def of(
         cls, embeddings: NDArray, axes: NDArray[np.float32], threshold: float, block: int, first: int, last: int
     ) -> Screen:
-        """Two passes over the embeddings ``first … last``: for the blocks, and for the rows in their order."""
+        """Two passes over the embeddings ``first … last``: for the blocks, and for the rows in their order; and one
+        over the short rows.
+        """
         n, d = last - first, embeddings.shape[1]
         k, boxed = axes.shape[1], min(_BOX_AXES, axes.shape[1])
         # A coordinate errs by at most (d + 8) 2^-24 of a unit row's length, k of them by √k times that; products of
@@ -91,17 +110,20 @@ class Screen:
         short = np.empty((n, k + 1), np.float32)
         order += first
         screen = cls(
-            axes, ShortRows(short, places, order), starts, slack, np.float32(threshold - slack - 1e-6),
-            np.float32(apart**2),
+            axes, ShortRows(short, places, order, np.empty((n, 0), np.int8)), starts, slack,
+            np.float32(threshold - slack - 1e-6), np.float32(apart**2),
         )  # fmt: skip
         for start, some in unit_chunks(embeddings, first, last, 2048):
             short[rank[start - first : start - first + len(some)]] = screen.screened(some)
-        return screen
+        if not coarse.pays(len(embeddings)):
+            return screen
+        step = max(float(short.max()), -float(short.min())) / 127
+        return replace(screen, rows=ShortRows(short, places, order, *coarse.as_bytes(short, step)), step=step)
 
     @staticmethod
     def bytes_a_row(k: int) -> int:
         """Memory for each row of a screen of k coordinates, with what is needed while it is made."""
-        return 4 * (k + 1) + 4 * _BOX_AXES + 56
+        return 4 * (k + 1) + 4 * _BOX_AXES + 56 + (k + coarse.WIDTH)
 
     def blocks(self) -> list[tuple[int, int]]:
         """Where each block starts and stops."""
@@ -122,7 +144,8 @@ class Screen:
             stop = min(start + _QUERIES, len(embeddings))
             short = np.concatenate([self.screened(unit) for _, unit in unit_chunks(embeddings, start, stop, 2048)])
             places = np.ascontiguousarray(short[:, : len(self.rows.places)].T)
-            yield ShortRows(short, places, np.arange(start, stop))
+            in_bytes = coarse.as_bytes(short, self.step) if self.step else (np.empty((len(short), 0), np.int8), 0.0)
+            yield ShortRows(short, places, np.arange(start, stop), *in_bytes)
 
     def compare(
         self, start: int, stop: int, others: ShortRows
@@ -130,16 +153,28 @@ class Screen:
         """Which of ``others`` may be near which row of the block ``start … stop``: their places in ``others`` and in
         the screen, some at a time.
         """
-        rows = self.rows.short[start:stop]
+        rows, rows_in_bytes = self.rows.short[start:stop], self.rows.coarse[start:stop]
         boxes = [(inside.min(), inside.max()) for inside in self.rows.places[:, start:stop]]
         near_box = [self._within(boxes, others, first) for first in range(0, len(others), _BOXED)]
         within = np.concatenate([np.empty(0, np.int64), *near_box])
         for first in range(0, len(within), _TILE):
             some = within[first : first + _TILE]
-            near = others.short[some] @ rows.T >= self.lowest
-            if near.any():
-                a, b = np.divmod(np.flatnonzero(near), stop - start)
+            if self.step:
+                near = coarse.products(others.coarse[some], rows_in_bytes) >= self._lowest_in_bytes(others)
+            else:
+                near = others.short[some] @ rows.T >= self.lowest
+            a, b = np.divmod(np.flatnonzero(near), stop - start)
+            if self.step:
+                near = np.einsum("nk,nk->n", others.short[some[a]], rows[b]) >= self.lowest
+                a, b = a[near], b[near]
+            if len(a):
                 yield some[a], start + b
+
+    def _lowest_in_bytes(self, others: ShortRows) -> int:
+        """A product of coarse rows below this is no near pair; no short row is longer than 1 by more than ``slack``."""
+        longest = 1.001 + self.slack
+        most = longest * (self.rows.off + others.off) + self.rows.off * others.off
+        return math.floor((float(self.lowest) - most) / self.step**2)
 
     def _within(
         self, boxes: Sequence[tuple[np.float32, np.float32]], others: ShortRows, first: int
@@ -184,7 +219,8 @@ def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]
     """``[d, k]`` orthonormal axes: the first principal ones, as many as make the join cheapest, by decreasing variance.
 
     k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
-    screen lets through costs its verification. (Near pairs cost it whatever k is.)
+    screen lets through costs its verification. (Near pairs cost it whatever k is.) In bytes coordinates cost less, and
+    what they let through costs a product of its own.
     """
     n, d = embeddings.shape
     if n <= _SMALL:
@@ -196,15 +232,19 @@ def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]
     half = min(len(rows) // 2, 1024)
     x, y = turned[:half], turned[-half:]
     far = x @ y.T < threshold
-    best, least = d, float(d)
+    in_bytes = coarse.pays(n)
+    each, best = _COARSE_COST if in_bytes else 1.0, d
+    least = each * d
     product, before = np.zeros((half, half), np.float32), 0
     for k in sorted({*range(8, 64, 4), *range(64, 128, 16), *range(128, 1024, 64)}):
         if k >= d:
             break
         product += x[:, before:k] @ y[:, before:k].T
         rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
-        let_through = float(((product + rest_x[:, None] * rest_y >= threshold) & far).mean())
-        cost, before = k + _VERIFY_COST * let_through, k
+        bound, before = product + rest_x[:, None] * rest_y, k
+        cost = each * k + _VERIFY_COST * float(((bound >= threshold) & far).mean())
+        if in_bytes:
+            cost += _CHECK_COST * float((bound >= threshold - _COARSE).mean())
         if cost < least:
             best, least = k, cost
     # Blocks are boxes of the first axes: those that part the rows best. (The principal one may be the rows' mean.)

@@ -54,6 +54,18 @@ class Pairs:
         crowd = None if self.crowd is None else self.crowd.renumbered(numbers)
         return Pairs(numbers[self.i], numbers[self.j], self.similarity, crowd)
 
+    def among(self, numbers: NDArray[np.int64]) -> Pairs:
+        """Those of two rows of ``numbers``, which increase, by their places there; others are not read."""
+        starts = np.searchsorted(self.i, numbers, side="left")
+        sizes = np.searchsorted(self.i, numbers, side="right") - starts
+        at = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        other = self.j[at]
+        j = np.minimum(np.searchsorted(numbers, other), len(numbers) - 1)
+        inside = numbers[j] == other if len(at) else np.empty(0, bool)
+        i = np.repeat(np.arange(len(numbers)), sizes)[inside]
+        crowd = None if self.crowd is None else self.crowd.among(numbers)
+        return Pairs(i, j[inside], self.similarity[at[inside]], crowd)
+
 
 class Crowd:
     """Rows that have very many near rows, and which of them are near each other, asked for one by one.
@@ -81,24 +93,49 @@ class Crowd:
         """The same crowd with row r called ``numbers[r]``; ``numbers`` must increase."""
         return Crowd(self.embeddings, self.places, numbers[self.rows], self.threshold)
 
+    def among(self, numbers: NDArray[np.int64]) -> Crowd | None:
+        """Those of ``numbers``, which increase, by their places there; None where none is."""
+        at = np.minimum(np.searchsorted(self.rows, numbers), len(self.rows) - 1)
+        rows = np.flatnonzero(self.rows[at] == numbers)
+        return Crowd(self.embeddings, self.places[at[rows]], rows, self.threshold) if len(rows) else None
+
     def near(self, row: int, others: Sequence[int]) -> list[tuple[int, float]]:
         """``(other, cosine)`` of those of ``others``, all in the crowd, that are near ``row``, as the join has it."""
         found = self._near(self._numbers([row] * len(others)), self._numbers(others))
         return list(zip(self.rows[found.j].tolist(), found.similarity.tolist(), strict=True))
+
+    def similarities(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.float32]:
+        """``[m]``: the cosines of two crowded rows each, by their places in ``rows``; NaN where they are not near."""
+        found, known = self._near(i, j), np.full(len(i), np.nan, np.float32)
+        if len(found):
+            keys, asked = found.i * len(self.rows) + found.j, i * len(self.rows) + j
+            order = np.argsort(keys)
+            at = order[np.minimum(np.searchsorted(keys, asked, sorter=order), len(keys) - 1)]
+            near = keys[at] == asked
+            known[near] = found.similarity[at[near]]
+        return known
 
     def near_among(self, rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[int, int, float]]:
         """``(row, other, cosine)`` of what is near among ``rows`` and ``others``, all in the crowd, as the join has it.
 
         One product compares all with all, which takes a fraction of the time of asking for one after the other.
         """
-        i, j = self._numbers(rows), self._numbers(others)
-        unit = unit_rows(self.embeddings, self.places[i])
-        for some in np.array_split(j, -(-len(i) * len(j) // _CROWD_ELEMENTS) or 1):
-            a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[some]).T >= self._lowest)
-            found = self._near(i[a], some[b])
-            yield from zip(
-                self.rows[found.i].tolist(), self.rows[found.j].tolist(), found.similarity.tolist(), strict=True
-            )
+        found = self.pairs_among(self._numbers(rows), self._numbers(others))
+        yield from zip(
+            self.rows[found.i].tolist(), self.rows[found.j].tolist(), found.similarity.tolist(), strict=True
+        )
+
+    def pairs_among(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> Pairs:
+        """Likewise of places in ``rows``: pairs of one of ``i`` and one of ``j``, in no order; each has itself."""
+        found = [Pairs.empty()]
+        for start in range(0, len(i) if len(j) else 0, _TILE):
+            some = i[start : start + _TILE]
+            unit = unit_rows(self.embeddings, self.places[some])
+            for others in np.array_split(j, -(-len(some) * len(j) // _CROWD_ELEMENTS) or 1):
+                a, b = np.nonzero(unit @ unit_rows(self.embeddings, self.places[others]).T >= self._lowest)
+                found.append(self._near(some[a], others[b]))
+        one, other = np.concatenate([pairs.i for pairs in found]), np.concatenate([pairs.j for pairs in found])
+        return Pairs(one, other, np.concatenate([pairs.similarity for pairs in found]))
 
     def links(self) -> Iterator[tuple[int, int]]:
         """Near pairs that connect what all near pairs in the crowd connect, fewer than rows: a spanning forest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from afresh.errors import UserError
 from afresh.files import write_atomic
 from afresh.storage import Store
+from curate.columns import table_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,14 +64,20 @@ def write_table(table: pa.Table, path: str | Path) -> None:
 def read_ledger(out: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The ledger of a finished curation, in a folder or at a URL, of which only these columns are asked for.
 
+    Its text is as large as the set: it is brought into a file in the system's temporary folder (``TMPDIR``), which is
+    memory-mapped and gone with the process.
+
     Raises:
-        UserError: there is none in ``out``, or it is not one.
+        UserError: there is none in ``out``, or it is not one; the disk is full.
     """
     place = Store(str(out))
     path = place.at("ledger.parquet")
     try:
-        with place.open("ledger.parquet") as file:
-            return pq.read_table(file, columns=list(columns) if columns else None)
+        with place.open("ledger.parquet") as opened, pq.ParquetFile(opened) as file:
+            names = list(columns) if columns else file.schema_arrow.names
+            schema = pa.schema([file.schema_arrow.field(name) for name in names])
+            batches = (batch.select(names) for batch in file.iter_batches(columns=names))
+            return table_on_disk(Path(tempfile.gettempdir()), batches, schema)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {out} a folder that `curate dedup` wrote?") from None
     except pa.ArrowException as error:

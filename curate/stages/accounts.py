@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curate.decisions.rules import OF_ITS_IMAGE, Verdicts
+from curate.decisions.rules import Verdicts
+from curate.decisions.settled import OF_ITS_IMAGE
 from curate.reading.captions import texts_of
 from curate.reading.samples import Sample
 

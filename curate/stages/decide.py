@@ -117,7 +117,8 @@ def decide_stage(
     """The verdicts, and the table of other thresholds. What a filter leaves out is judged like what a list excludes,
     but where another list keeps it.
     """
-    from curate.decisions.rules import EXCLUDED, decide, sweep
+    from curate.decisions.rules import decide, sweep
+    from curate.decisions.settled import EXCLUDED
 
     prefer = _preference(rows, config.prefer)
     filtered = rows.table["left_out"].is_valid().to_numpy()[rows.readable]
@@ -137,9 +138,10 @@ def decide_stage(
     }
     # The other thresholds first: then one decision at a time is in memory.
     others = sweep_thresholds(config) if config.sweep else []
-    with progress(others, desc="trying thresholds", unit="thresholds") as bar:
-        swept = sweep(joined, rows.captions, prefer, bar, **options)
-    verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, **options)
+    with progress(desc="trying thresholds", unit="decisions") as bar:
+        swept = sweep(joined, rows.captions, prefer, others, bar=bar, **options)
+    with progress(desc="deciding", unit="decisions") as bar:
+        verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, bar=bar, **options)
     left_out = rows.of_readable("left_out")
     for row in np.flatnonzero(filtered & (verdicts.reason == EXCLUDED)).tolist():
         verdicts.reason[row] = REASON + left_out[row]

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import curate.decisions.judge
 import curate.decisions.neighbours
+import curate.decisions.parts
+import curate.decisions.rounds
 import curate.decisions.rules
-from curate.decisions.rules import REASONS, decide, sweep
+from curate.decisions.parts import AtThreshold, Part
+from curate.decisions.rules import decide, sweep
+from curate.decisions.settled import REASONS
 from curate.neighbors.join import find_pairs
 from curate.neighbors.verify import Pairs
 
@@ -201,11 +206,15 @@ def as_the_rules_have_it(case: Near, captions: list[str], prefer, rule, quota, d
     return [verdicts[row] for row in range(n)]
 
 
-@pytest.mark.parametrize("few", [0, 16])
+@pytest.mark.parametrize(("few", "some"), [(0, 1), (16, 1 << 20)])
 @pytest.mark.parametrize(("rule", "quota", "differs"), CHOICES)
-def test_verdicts_are_those_of_the_rules_read_out(rule, quota, differs, few, monkeypatch):
-    monkeypatch.setattr(curate.decisions.rules, "FEW", few)
-    for seed in range(8):
+def test_verdicts_are_those_of_the_rules_read_out(rule, quota, differs, few, some, monkeypatch):
+    monkeypatch.setattr(curate.decisions.judge, "FEW", few)
+    for module, name in ((curate.decisions.parts, "PART"), (curate.decisions.parts, "_LINKS")):
+        monkeypatch.setattr(module, name, some)
+    monkeypatch.setattr(curate.decisions.rounds, "_STAND_INS", some)
+    monkeypatch.setattr(curate.decisions.rounds, "_ROUNDS", few)
+    for seed in range(16):
         case, captions, prefer = random_case(seed)
         copies = 1 + seed % 2
         verdicts = decide(
@@ -215,10 +224,46 @@ def test_verdicts_are_those_of_the_rules_read_out(rule, quota, differs, few, mon
         assert got == as_the_rules_have_it(case, captions, prefer, rule, quota, differs, copies)
 
 
+def test_a_long_chain_and_a_wide_star_are_decided_as_one_row_after_the_other_is():
+    n = 5000
+    chain = near(range(n), range(n), [(k, k + 1, 0.95) for k in range(n - 1)])
+    captions = [f"number {k}" for k in range(n)]
+    assert decide(chain, captions).kept.tolist() == [k % 2 == 0 for k in range(n)]
+    star = near(range(n), range(n), [(k, n - 1, 0.95) for k in range(n - 1)])
+    assert decide(star, captions, np.arange(n)[::-1]).kept.tolist() == [False] * (n - 1) + [True]
+    assert decide(star, captions).kept.sum() == n - 1
+
+
+@pytest.mark.parametrize("some", [1, 1 << 20])
+@pytest.mark.parametrize("crowd", [None, 2])
+def test_rows_that_must_stay_are_decided_in_parts_as_in_one(crowd, some, monkeypatch):
+    rng = np.random.default_rng(1)
+    things = np.repeat(rng.standard_normal((20, 16)), 4, axis=0) + 0.2 * rng.standard_normal((80, 16))
+    case = Near(rng.integers(0, 80, 120), find_pairs(things, 0.9), np.arange(120) % 90, pairs_of((0, 1, 0.95)))
+    captions, prefer = [f"caption {c}" for c in case.caption_of], rng.integers(0, 9, 120)
+    must_stay, excluded = rng.random((2, 120)) < 0.1
+    excluded &= ~must_stay
+    monkeypatch.setattr(curate.decisions.rules._How, "parts", lambda how, near: [whole(near)])
+    one = decide(case, captions, prefer, must_stay=must_stay, excluded=excluded)
+    monkeypatch.undo()
+    monkeypatch.setattr(curate.decisions.parts, "PART", some)
+    case.image_pairs = find_pairs(things, 0.9, crowd=crowd)
+    two = decide(case, captions, prefer, must_stay=must_stay, excluded=excluded)
+    for name in ("kept", "reason", "kept_by", "group", "group_size", "image_similarity", "caption_similarity"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def whole(case: Near) -> Part:
+    """All rows as one part, to be judged one after the other."""
+    at = AtThreshold(case.image_of, case.image_pairs, case.caption_of, case.caption_pairs)
+    return Part(np.arange(len(case.image_of)), at, by_hand=True)
+
+
 @pytest.mark.parametrize("ahead", [1, 7, 256])
 @pytest.mark.parametrize(("rule", "quota", "differs"), CHOICES)
 def test_a_crowd_changes_no_verdict(rule, quota, differs, ahead, monkeypatch):
     monkeypatch.setattr(curate.decisions.neighbours, "AHEAD", ahead)
+    monkeypatch.setattr(curate.decisions.rounds, "AHEAD", ahead)
     rng = np.random.default_rng(3)
     images, captions = (rng.standard_normal((60, 16)) for _ in range(2))
     for things in (images, captions):
@@ -260,12 +305,12 @@ def test_a_copy_is_not_compared_with_all_copies_before_it(rule, monkeypatch):
 
     asked = 0
 
-    def counting(judge, row, kept, similarity=curate.decisions.rules.Judge._caption_similarity):
+    def counting(judge, row, kept, similarity=curate.decisions.judge.Judge._caption_similarity):
         nonlocal asked
         asked += 1
         return similarity(judge, row, kept)
 
-    monkeypatch.setattr(curate.decisions.rules.Judge, "_caption_similarity", counting)
+    monkeypatch.setattr(curate.decisions.judge.Judge, "_caption_similarity", counting)
     kept = decide(copies, captions, rule=rule, on_caption_differs="keep")
     assert kept.kept.all() and (kept.group == 0).all() and asked <= 10 * n
 
