@@ -159,17 +159,18 @@ def tables_of(run: Run) -> list[dict[str, Any]]:
     except OSError:
         return []
     tables: list[dict[str, Any]] = []
-    title, open_table = "", None
+    title = ""
+    rows: list[list[tuple[str, bool]]] | None = None  # of the table that the lines are in
     for line in text.split("\n"):
         if not line.startswith("|"):
-            title, open_table = line.replace("*", "").strip() or title, None
+            title, rows = line.replace("*", "").strip() or title, None
             continue
         cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-        if open_table is None:
-            open_table = {"title": title, "head": cells, "rows": []}
-            tables.append(open_table)
+        if rows is None:
+            rows = []
+            tables.append({"title": title, "head": cells, "rows": rows})
         elif not all(re.fullmatch(r":?-+:?", cell) for cell in cells):
-            open_table["rows"].append([(cell.replace("**", ""), cell.startswith("**")) for cell in cells])
+            rows.append([(cell.replace("**", ""), cell.startswith("**")) for cell in cells])
     return tables
 
 

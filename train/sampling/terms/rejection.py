@@ -230,7 +230,7 @@ def strengthened(guidance: Sequence[Guidance], times: int, amg: AMG) -> list[Gui
     ]
 
 
-def stronger(config: AMGConfig, times: int) -> AMGConfig:
+def stronger(config: AMGConfig, times: float) -> AMGConfig:
     """The step from AMG's preset main to strong, taken ``times`` times more.
 
     Each time the threshold λ and the released form's offset fall by 0.1 and c_3 doubles. ``floor`` falls by 1 each time
