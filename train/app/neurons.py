@@ -26,11 +26,12 @@ class PromptNeurons:
         bench: with the model.
         clean: captions that are not memorized; a search needs two at least.
         file: of ``train localize``; empty for none.
-        seeds: noises of a search.
+        seeds: noises of a search, two at least.
     """
 
     def __init__(self, bench: Bench, clean: Sequence[str], file: str = "", seeds: int = 4) -> None:
-        self.bench, self.clean, self.seeds = bench, list(clean)[:CLEAN], seeds
+        self.bench, self.clean = bench, list(clean)[:CLEAN]
+        self.seeds = max(seeds, 2)  # a search compares noises with each other
         self.known = read_neurons(file)[1] if file else {}
         self._localizer: Localizer | None = None
         self._making = threading.Lock()
