@@ -127,7 +127,7 @@ def test_adapters_have_a_card_that_says_how_to_add_them():
     assert head["base_model_relation"] == "adapter" and "lora" in head["tags"]
     assert 'pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")' in body
     assert "--model stable-diffusion-v1-5/stable-diffusion-v1-5 --lora FOLDER" in body
-    assert "| adapters | rank 8, alpha 8, on to_q, to_k, to_v, to_out.0 |" in body
+    assert "| adapters | lora, rank 8, alpha 8, on to_q, to_k, to_v, to_out.0 |" in body
 
 
 def test_a_name_cannot_break_out_of_its_place():
