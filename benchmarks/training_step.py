@@ -117,12 +117,14 @@ class ScriptData(torch.utils.data.Dataset):
 def script_steps(model: str, samples: list[Sample], config: FinetuneConfig) -> Iterator[None]:
     """The script's loop without end, with our settings brought to its options; one optimizer step for each ``next``."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from diffusers import DDPMScheduler
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision=config.mixed_precision)
     pipe = load_pipeline(model)
     unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
