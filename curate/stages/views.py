@@ -84,9 +84,10 @@ def build_views(
         embedders: one a view.
 
     Raises:
-        UserError: there are more or fewer images than kept rows.
+        UserError: the images are not those of the kept rows.
     """
     rows = np.flatnonzero(index.kept)
+    keys: list[str] = []
     found: list[list[NDArray[np.float16]]] = [[] for _ in embedders]
     batch: list[Image] = []
 
@@ -97,15 +98,15 @@ def build_views(
         batch.clear()
 
     with progress(total=len(rows), desc="views of the index", unit="images") as bar:
-        for _, image in images:
+        for key, image in images:
+            keys.append(key)
             batch.append(image)
             if len(batch) == BATCH:
                 look()
         if batch:
             look()
-    read = sum(map(len, found[0])) if found else 0
-    if read != len(rows):
-        raise UserError(f"the index has {len(rows)} kept rows, but its shards {read} images: curate again")
+    if keys != [index.keys[row] for row in rows.tolist()]:
+        raise UserError(f"the index has {len(rows)} kept rows, but its shards {len(keys)} images, or others: curate again")
     every = np.ones(len(rows), bool)
     views = []
     for vectors, embedder in zip(found, embedders, strict=True):

@@ -50,6 +50,8 @@ def test_an_index_without_its_shards_has_none_and_other_shards_are_refused(curat
     assert views_of(str(tmp_path), index) == []
     with pytest.raises(UserError, match="20 kept rows, but its shards 19 images"):
         build_views(index, iter(list(kept_images(curated))[1:]), [load_embedder("luminance")])
+    with pytest.raises(UserError, match="20 kept rows, but its shards 20 images, or others"):
+        build_views(index, iter(list(kept_images(curated))[::-1]), [load_embedder("luminance")])
 
 
 def test_look_alikes_do_not_move_the_similarity_at_which_a_copy_begins():

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+_EARLY: dict[str, Any] = {
+    "lambda_a": 0.3,
+    "lambda_b": 0.4,
+    "lambda_c": 0.005,
+    "sim_offset": 0.3,
+    "sim_form": "excess",
+    "normalise": True,
+    "gain": 1.0,
+    "decoder": "linear",
+    "release": 0.25,
+    "floor": 0.0,
+    "t_range": (0.0, 900.0),
+    "sim_t_range": (500.0, 900.0),
+}
 # What differs between the presets. ``main`` has the constants of the authors' released Stable Diffusion sampler. The
 # paper gives no numbers for its strong version, only its aim (nothing above .4 rather than .5) and its means (more
 # guidance): here the dissimilarity term is doubled and everything starts 0.1 earlier.
@@ -17,37 +31,8 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "main": {"lambda_a": 0.3, "lambda_b": 0.4, "lambda_c": 0.005, "sim_offset": 0.3, "gain": 1.0},
     "strong": {"lambda_a": 0.2, "lambda_b": 0.3, "lambda_c": 0.005, "sim_offset": 0.2, "gain": 2.0},
-    "early": {
-        "lambda_a": 0.3,
-        "lambda_b": 0.4,
-        "lambda_c": 0.005,
-        "sim_offset": 0.3,
-        "sim_form": "excess",
-        "normalise": True,
-        "gain": 1.0,
-        "decoder": "linear",
-        "release": 0.25,
-        "floor": 0.0,
-        "t_range": (0.0, 900.0),
-        "sim_t_range": (500.0, 900.0),
-    },
-    "views": {
-        "lambda_a": 0.3,
-        "lambda_b": 0.4,
-        "lambda_c": 0.005,
-        "sim_offset": 0.3,
-        "sim_form": "excess",
-        "normalise": True,
-        "gain": 1.0,
-        "decoder": "linear",
-        "release": 0.25,
-        "views": True,
-        "floor": 0.0,
-        "escalate": 4.0,
-        "restarts": 4,
-        "t_range": (0.0, 900.0),
-        "sim_t_range": (500.0, 900.0),
-    },
+    "early": _EARLY,
+    "views": _EARLY | {"views": True, "escalate": 4.0, "restarts": 4},
     "pixels": {
         "lambda_a": -1.95,
         "lambda_b": -1.5,
