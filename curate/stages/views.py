@@ -106,7 +106,9 @@ def build_views(
         if batch:
             look()
     if keys != [index.keys[row] for row in rows.tolist()]:
-        raise UserError(f"the index has {len(rows)} kept rows, but its shards {len(keys)} images, or others: curate again")
+        raise UserError(
+            f"the index has {len(rows)} kept rows, but its shards {len(keys)} images, or others: curate again"
+        )
     every = np.ones(len(rows), bool)
     views = []
     for vectors, embedder in zip(found, embedders, strict=True):
