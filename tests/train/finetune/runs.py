@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.denoising.network import network_of
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.config import Buckets, FilterConfig, FinetuneConfig
+from train.finetune.loop import run_finetune
 from train.finetune.state.log import MEASURED, RunLog
 
 REPOSITORY = Path(__file__).parents[3]
@@ -44,7 +46,7 @@ def log_lines(out: Path) -> list[dict]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_pipeline(str(out / "model")).unet.state_dict()
+    return network_of(load_pipeline(str(out / "model"))).state_dict()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -129,3 +131,18 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
             return
         time.sleep(0.02)
     pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")
+
+
+def killed_run_ends_the_same(model: str, shards: str, folder: Path, **options) -> list[dict]:
+    """A run, and one that is killed on its way and run again, end with the same weights and log to the bit; the log."""
+    run_finetune(settings(model, shards, folder / "whole", **options))
+    config = settings(model, shards, folder / "killed", **options)
+    process = launch(config)
+    wait_for_step(folder / "killed", 3, process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "killed" / "summary.json").exists()
+    run_finetune(config)
+    assert same(weights(folder / "killed"), weights(folder / "whole"))
+    assert log_lines(folder / "killed") == log_lines(folder / "whole")
+    return log_lines(folder / "whole")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.train.families import tiny_flux, tiny_sd3, tiny_xl, tiny_z_image
-from tests.train.finetune.runs import launch, launch_sh, log_lines, same, settings, wait_for_step, workers_of
+from tests.train.finetune.runs import launch, launch_sh, log_lines, same, settings, wait_for_step, weights, workers_of
 from tests.train.finetune.test_processes import ACCELERATE, SGD, finish
-from tests.train.finetune.test_stable_diffusion_3 import shards, weights
+from tests.train.finetune.test_stable_diffusion_3 import shards
 from train.denoising.network import network_of
 from train.finetune.config import FilterConfig
 from train.finetune.loop import run_finetune

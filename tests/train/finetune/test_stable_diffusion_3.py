@@ -14,7 +14,7 @@ from afresh.errors import UsageError
 from curate.reading.writing import write_shard
 from curate.sample_set import load_part
 from tests.train.families import tiny_sd3
-from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step
+from tests.train.finetune.runs import killed_run_ends_the_same, settings, weights
 from train.denoising.opening.config import LoRAConfig
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.batches.layout import image_sizes, lay_out
@@ -38,10 +38,6 @@ def shards(tmp_path_factory) -> str:
     samples = load_part("finetune")[:8]
     write_shard(str(folder / "000000.tar"), [(sample.key, dict(sample.members)) for sample in samples])
     return str(folder)
-
-
-def weights(out) -> dict[str, torch.Tensor]:
-    return load_pipeline(str(out / "model")).transformer.state_dict()
 
 
 def reference_steps(model: str, config, steps: int, precondition: bool, scheme: str) -> dict[str, torch.Tensor]:
@@ -151,17 +147,8 @@ def test_killed_and_run_again_it_ends_with_the_same_weights_to_the_bit(model, sh
         "steps": 8, "crop": "random", "buckets": Buckets(step=32), "filter": FilterConfig("every_step", threshold=1.0),
         "cache_text": "memory", "checkpoint_every": 2, "batch_size": 2,
     }  # fmt: skip
-    run_finetune(settings(model, shards, tmp_path / "whole", **options))
-    assert sum(line["judged"] for line in log_lines(tmp_path / "whole")) > 0
-    config = settings(model, shards, tmp_path / "killed", **options)
-    process = launch(config)
-    wait_for_step(tmp_path / "killed", 3, process)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    run_finetune(config)
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    lines = killed_run_ends_the_same(model, shards, tmp_path, **options)
+    assert sum(line["judged"] for line in lines) > 0
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from curate.reading.writing import write_shard
 from tests.train.families import tiny_xl
-from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step, weights
+from tests.train.finetune.runs import killed_run_ends_the_same, same, settings, weights
 from train.denoising.families.registry import denoiser_of
 from train.denoising.opening.config import LoRAConfig
 from train.denoising.opening.loading import load_pipeline
@@ -129,17 +129,8 @@ def test_killed_and_run_again_it_ends_with_the_same_weights_to_the_bit(model, sh
         "steps": 8, "crop": "random", "buckets": Buckets(step=32), "filter": FilterConfig("every_step", threshold=1.5),
         "cache_text": "memory", "checkpoint_every": 2, "batch_size": 2, "ema_decay": 0.9,
     }  # fmt: skip
-    summary = run_finetune(settings(model, shards, tmp_path / "whole", **options))
-    assert 0 < sum(line["dropped"] for line in log_lines(tmp_path / "whole")) < 16, summary
-    config = settings(model, shards, tmp_path / "killed", **options)
-    process = launch(config)
-    wait_for_step(tmp_path / "killed", 3, process)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    run_finetune(config)
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    lines = killed_run_ends_the_same(model, shards, tmp_path, **options)
+    assert 0 < sum(line["dropped"] for line in lines) < 16
 
 
 def test_the_filter_judges_by_the_empty_prompt_at_the_images_own_size_and_crop(model, shards, tmp_path):

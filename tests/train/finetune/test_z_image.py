@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from afresh.errors import UsageError
 from tests.train.families import tiny_z_image
-from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step
-from tests.train.finetune.test_stable_diffusion_3 import shards, weights
+from tests.train.finetune.runs import killed_run_ends_the_same, settings, weights
+from tests.train.finetune.test_stable_diffusion_3 import shards
 from train.denoising.opening.config import LoRAConfig
 from train.denoising.opening.loading import load_pipeline
 from train.finetune.batches.layout import image_sizes, lay_out
@@ -89,16 +89,8 @@ def test_killed_and_run_again_it_ends_with_the_same_weights_to_the_bit(model, sh
         "steps": 8, "resolution": 64, "filter": FilterConfig("every_step", threshold=1.0), "cache_text": "memory",
         "checkpoint_every": 2, "batch_size": 2,
     }  # fmt: skip
-    run_finetune(settings(model, shards, tmp_path / "whole", **options))
-    assert sum(line["judged"] for line in log_lines(tmp_path / "whole")) > 0
-    config = settings(model, shards, tmp_path / "killed", **options)
-    process = launch(config)
-    wait_for_step(tmp_path / "killed", 3, process)
-    process.kill()
-    process.communicate()
-    run_finetune(config)
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    lines = killed_run_ends_the_same(model, shards, tmp_path, **options)
+    assert sum(line["judged"] for line in lines) > 0
 
 
 def test_adapters_load_in_the_stock_pipeline_as_they_were_trained(model, shards, tmp_path):
