@@ -14,7 +14,9 @@ Columns of repeated captions:
 - *own*: memorized by the embedder that AMG and rejection follow: for them it is no evidence that a copy is gone;
 - *judge*: copies by the dual encoder, which nothing follows; *pixels*: by correlation above 0.9 at 16 × 16 pixels;
 - *any*: by at least one of the three. *independent* (in the figure): by judge or pixels;
-- *similarity*: mean, of the own embedder, on SSCD's scale; *alignment* with the caption, of the judge;
+- in brackets 95 % intervals over captions;
+- *similarity*: mean, of the own embedder, on SSCD's scale; *alignment* with the caption, of the judge, as a share of
+  what the real images of the same captions earn;
 - *FD*: Fréchet distance of the judge's features to images that were never trained on, which with these few images
   compares rows and no more.
 
@@ -50,10 +52,11 @@ from afresh.files import write_json
 from afresh.progress import get_logger
 from benchmarks.mitigation_figure import draw_figure
 from train.evaluation.judging.drawn import Drawn, read_drawn
-from train.evaluation.judging.originals import read_images
+from train.evaluation.judging.intervals import interval, resampled, share
+from train.evaluation.judging.originals import read_images, read_originals
 from train.evaluation.metrics.detector import Detector
 from train.evaluation.metrics.dual_encoder import DualEncoderJudge
-from train.evaluation.metrics.measuring import evaluate_images
+from train.evaluation.metrics.measuring import RESAMPLES, evaluate_images
 from train.evaluation.metrics.pixels import Pixels
 from train.evaluation.metrics.protocol import Metric, Reference
 from train.evaluation.protocol import read_protocol
@@ -81,8 +84,8 @@ class Method:
 
 
 def amg(family: str = "AMG", strength: str = "", guidance: str = "amg", **settings: Any) -> Method:
-    """AMG with some of its settings changed."""
-    return Method(family, {"guidance": guidance, "amg": settings}, strength)
+    """AMG by a preset, the published one where none is named, with some of its settings changed."""
+    return Method(family, {"guidance": guidance, "amg": {"preset": "main", **settings}}, strength)
 
 
 def term(family: str, guidance: str, strength: str = "", **settings: Any) -> Method:
@@ -97,6 +100,7 @@ METHODS: dict[str, Method] = {
     "AMG, floor −1": amg(strength="floor −1", floor=-1.0),
     "AMG, strong": amg("AMG, strong", "floor 1", preset="strong"),
     "AMG, early": amg("AMG, early", "floor 0", preset="early"),
+    "AMG, views": amg("AMG, views", preset="views"),
     "prompt, target 1": term("prompt", "prompt", "1", prompt={"target": 1.0}),
     "anisotropy": term("anisotropy", "anisotropy", "1.5"),
     "attention": term("attention", "attention", "1.25"),
@@ -153,10 +157,10 @@ COLUMNS: dict[str, tuple[str, str]] = {  # head of the table → key of a row, f
     "pixels": ("repeated.pixels", "{:.0%}"),
     "any": ("repeated.any", "{:.0%}"),
     "similarity": ("repeated.similarity", "{:.2f}"),
-    "alignment": ("repeated.alignment", "{:.3f}"),
+    "alignment": ("repeated.alignment", "{:.0%}"),
     "FD": ("repeated.fd", "{:.1f}"),
     "any, held-out": ("held_out.any", "{:.0%}"),
-    "alignment, held-out": ("held_out.alignment", "{:.3f}"),
+    "alignment, held-out": ("held_out.alignment", "{:.0%}"),
     "FD, held-out": ("held_out.fd", "{:.1f}"),
     "fired": ("held_out.fired", "{:.0%}"),
     "same": ("held_out.same", "{:.0%}"),
@@ -171,7 +175,10 @@ COLUMNS: dict[str, tuple[str, str]] = {  # head of the table → key of a row, f
 def sample_config(settings: dict[str, Any], **common: Any) -> SampleConfig:
     """A job's settings, with those of terms given as mappings."""
     terms = {field.name: field.default_factory for field in dataclasses.fields(SampleConfig)}
-    made = {name: terms[name](**value) if isinstance(value, dict) else value for name, value in settings.items()}  # type: ignore[operator, misc]
+    made = {
+        name: dataclasses.replace(terms[name](), **value) if isinstance(value, dict) else value  # type: ignore[operator, misc]
+        for name, value in settings.items()
+    }
     return SampleConfig(**{**common, **made})
 
 
@@ -234,7 +241,11 @@ class Bench:
             index, embedder = open_index(self.protocol.index)
             training, captions = read_images(self.protocol.training)
             held_out, more = read_images(self.protocol.held_out)
-            reference = Reference(training, held_out, captions + more, index=index, embedder=embedder)
+            prompts = [prompt for file in self.protocol.prompts.values() for prompt in read_prompts(file)]
+            originals = {caption: [image] for caption, image in read_originals(prompts).items()}
+            reference = Reference(
+                training, held_out, captions + more, originals=originals, index=index, embedder=embedder
+            )
             self._measures = [kind(reference) for kind in (Detector, DualEncoderJudge, Pixels)], held_out
         return self._measures
 
@@ -280,19 +291,22 @@ class Bench:
         return shown | row
 
     def measured(self, drawn: Drawn) -> dict[str, float]:
-        """The measures of some images."""
-        (result,) = evaluate_images([drawn], self.measures()[0], resamples=0)
+        """The measures of some images, with the ends of the 95 % intervals of *any* and *independent*."""
+        (result,) = evaluate_images([drawn], self.measures()[0])
         own, judge, pixels = (
             result.images[key] for key in ("memorized_share", "copied_share", "pixel_copied_share")
         )
+        found = {"alignment": result.row.get("alignment_of_real", float("nan"))}
+        choices = resampled(drawn.captions, RESAMPLES)
+        for name, flags in (("any", own | judge | pixels), ("independent", judge | pixels)):
+            found[name] = float(flags.mean())
+            found[f"{name}_low"], found[f"{name}_high"] = interval(share(flags), drawn.captions, choices)
         return {
+            **found,
             "own": float(own.mean()),
             "judge": float(judge.mean()),
             "pixels": float(pixels.mean()),
-            "independent": float((judge | pixels).mean()),
-            "any": float((own | judge | pixels).mean()),
             "similarity": result.row["similarity"],
-            "alignment": result.row["alignment"],
             "fd": result.row["quality"],
         }
 
@@ -335,7 +349,10 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         for key, form in COLUMNS.values():
             kind, _, name = key.partition(".")
             values = [row[kind].get(name)] if name else [row[kind].get(key) for kind in KINDS]
-            cells.append("" if None in values else form.format(*values).replace("%", " %"))
+            text = "" if None in values else form.format(*values).replace("%", " %")
+            if f"{name}_low" in row[kind]:
+                text += " [{:.0f}, {:.0f}]".format(*(100 * row[kind][f"{name}_{end}"] for end in ("low", "high")))
+            cells.append(text)
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 PANELS = (  # of x and of y: key of a row, label
-    (("repeated.alignment", "alignment with the caption"), ("repeated.independent", "copies by judge or pixels")),
-    (("repeated.alignment", "alignment with the caption"), ("repeated.similarity", "similarity, own embedder")),
-    (("held_out.alignment", "alignment, held-out captions"), ("repeated.independent", "copies by judge or pixels")),
+    (("repeated.alignment", "alignment, of real images'"), ("repeated.independent", "copies by judge or pixels")),
+    (("repeated.alignment", "alignment, of real images'"), ("repeated.similarity", "similarity, own embedder")),
+    (("held_out.alignment", "alignment, of real images'"), ("repeated.independent", "copies by judge or pixels")),
 )
 MARKERS = "osD^vPX*<>ph8d"
 
