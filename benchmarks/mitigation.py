@@ -4,6 +4,8 @@
     python -m benchmarks.mitigation runs/quickstart --out runs/mitigation --only 'none|AMG.*'
     python -m benchmarks.mitigation runs/quickstart --out runs/mitigation --neurons neurons.json
                                                            also with the neurons blocked that train localize wrote
+    python -m benchmarks.mitigation --results benchmarks/results/mitigation.parquet
+                                                           table and figure of numbers that are stored; draws no image
 
 The model is the raw one of a finished quickstart. Its repeated captions, which it memorizes, and held-out captions,
 which it should draw as before, are drawn under each of METHODS. A method's images and ``row.json`` stay in its folder,
@@ -326,7 +328,8 @@ class Bench:
         found = self.out / "reference.json"
         if not found.is_file():
             held_out = self.measures()[1]
-            measured = self.measured(Drawn("", "", "", held_out, [""] * len(held_out)))
+            each = [str(number) for number in range(len(held_out))]  # captions matter to their alignment alone
+            measured = self.measured(Drawn("", "", "", held_out, each))
             kept = {name: share for name, share in measured.items() if name not in ("alignment", "fd")}
             write_json(found, {"name": "real images, never trained on", "repeated": kept, "held_out": {}})
         return json.loads(found.read_text(encoding="utf-8"))
@@ -350,18 +353,41 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             kind, _, name = key.partition(".")
             values = [row[kind].get(name)] if name else [row[kind].get(key) for kind in KINDS]
             text = "" if None in values else form.format(*values).replace("%", " %")
-            if f"{name}_low" in row[kind]:
+            if name and f"{name}_low" in row[kind]:
                 text += " [{:.0f}, {:.0f}]".format(*(100 * row[kind][f"{name}_{end}"] for end in ("low", "high")))
             cells.append(text)
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Every number of the table, a row a method and kind of captions (which the reference has no methods for)."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    shown = ("name", "family", "strength")
+    flat = [{name: row.get(name, "") for name in shown} | {"kind": kind} | row[kind] for row in rows for kind in KINDS]
+    names = dict.fromkeys(name for row in flat for name in row)
+    pyarrow.parquet.write_table(pa.table({name: [row.get(name) for row in flat] for name in names}), path)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """What :func:`write_results` wrote."""
+    import pyarrow.parquet
+
+    rows: dict[str, dict[str, Any]] = {}
+    for one in pyarrow.parquet.read_table(path).to_pylist():
+        row = rows.setdefault(one["name"], {name: one.pop(name) for name in ("name", "family", "strength")})
+        row[one.pop("kind")] = {name: value for name, value in one.items() if value is not None and name not in row}
+    return list(rows.values())
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished quickstart")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a finished quickstart")
+    parser.add_argument("--out", type=Path, default=Path("runs/mitigation"))
+    parser.add_argument("--results", type=Path, help="make table and figure of this Parquet file; draw no image")
     parser.add_argument("--only", default="", help="methods whose name this pattern fits, whole")
     parser.add_argument("--captions", type=int, default=24, help="repeated captions")
     parser.add_argument("--held_out", type=int, default=32, help="held-out captions, drawn once each")
@@ -371,18 +397,28 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=4.0, help="of classifier-free guidance")
     parser.add_argument("--neurons", default="", help="file of train localize for this model")
     args = parser.parse_args()
+    if args.results is None:
+        args.results = args.out / "results.parquet"
+        write_results(args.results, measure(args))
+    reference, *rows = read_results(args.results)
+    for title, some in (("methods", False), ("ablations", True)):
+        chosen = [row for row in rows if (row["family"] == "ablation") == some]
+        print(f"\n{title}\n\n{as_markdown(chosen if some else [reference, *chosen])}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_figure(args.out / "mitigation.png", rows, reference)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The reference's row, and those of all methods that were drawn, now or before."""
+    if args.run is None:
+        raise SystemExit("name the folder of a finished quickstart, or --results")
     torch.set_num_threads(1)
     methods = METHODS | (NEURONS if args.neurons else {})
     bench = Bench(args.run, args)
     for name, method in methods.items():
         if name == "none" or not args.only or re.fullmatch(args.only, name):  # none: all are compared with it
             bench.row(name, method)
-    rows = [bench.row(name, method) for name, method in methods.items() if bench.file(name).is_file()]
-    write_json(args.out / "table.json", {"rows": rows, "reference": bench.reference(), "sizes": bench.sizes})
-    for title, some in (("methods", False), ("ablations", True)):
-        chosen = [row for row in rows if (row["family"] == "ablation") == some]
-        print(f"\n{title}\n\n{as_markdown(chosen if some else [bench.reference(), *chosen])}")
-    draw_figure(args.out / "mitigation.png", rows, bench.reference())
+    return [bench.reference(), *(bench.row(name, one) for name, one in methods.items() if bench.file(name).is_file())]
 
 
 if __name__ == "__main__":
