@@ -54,6 +54,7 @@ from train.sampling.job.job import run_sample
 def train(run: Path, out: Path, every: int) -> list[Path]:
     """Checkpoints of a run on the raw set, every so many steps, trained as far as they are not there."""
     folder = out / "finetune"
+    out.mkdir(parents=True, exist_ok=True)
     settings = read_settings()["finetune"] | {"filter": FilterConfig("off"), "checkpoint_every": every}
     # without the last: a run that ends removes its checkpoints
     steps = range(every, settings["steps"], every)
