@@ -194,7 +194,7 @@ def replay(
 
     The thresholds are given; but a policy that ranks magnitudes among the unique samples' finds them itself.
     """
-    schedule: Any = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(eps=output))
+    schedule: Any = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(compared=output))
     policy = FilterConfig(**settings)
     if policy.evidence == "window":
         policy.calibrate = Calibration(steps=50, quantile=quantile, window=100)
