@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +148,24 @@ def killed_run_ends_the_same(model: str, shards: str, folder: Path, **options) -
     assert same(weights(folder / "killed"), weights(folder / "whole"))
     assert log_lines(folder / "killed") == log_lines(folder / "whole")
     return log_lines(folder / "whole")
+
+
+def assert_ends_with(expected: dict[str, torch.Tensor], model: str, out: Path) -> None:
+    """A run's network has the expected weights, which lie much farther from where it began than is allowed between."""
+    before = network_of(load_pipeline(model)).state_dict()
+    for name, value in weights(out).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert max(float((expected[name] - before[name]).abs().max()) for name in expected) > 1e-3
+
+
+def assert_adapters_load(stock: Callable[[], Any], out: Path, **call: Any) -> None:
+    """A run's adapters in the stock pipeline draw what its saved model draws, and not what the base draws."""
+
+    def draw(pipe: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("red apple", num_inference_steps=2, output_type="latent", generator=generator, **call).images
+
+    base, adapted = stock(), stock()
+    adapted.load_lora_weights(str(out / "lora"))
+    torch.testing.assert_close(draw(load_pipeline(str(out / "model"))), draw(adapted), rtol=1e-3, atol=1e-3)
+    assert (draw(base) - draw(adapted)).abs().max() > 1e-2
