@@ -197,7 +197,7 @@ def replay(
     schedule: Any = SimpleNamespace(timesteps=1000, prediction=lambda output, x_t, t: SimpleNamespace(compared=output))
     policy = FilterConfig(**settings)
     if policy.evidence == "window":
-        policy.calibrate = Calibration(steps=50, quantile=quantile, window=100)
+        policy.calibrate = Calibration(steps=100, quantile=quantile, window=100)
     judge = MemorizationFilter(
         policy,
         schedule,
