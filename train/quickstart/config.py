@@ -42,7 +42,7 @@ class QuickstartConfig:
         dedup: settings of the curation; shards and out are set by the job.
         finetune: settings of all fine-tunings; model, shards and out are set by the job, and the filter is that of
             the third one.
-        amg: settings of the guidance.
+        amg: settings of the guidance, by default those of ``train sample --guidance amg``.
         localize: settings of the search for neurons; its files are set by the job.
         held_out_captions: captions never trained on that images are drawn for.
         seeds: images per caption.
@@ -61,7 +61,7 @@ class QuickstartConfig:
     mess: MessConfig = field(default_factory=MessConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(model="", out="", shards=[]))
-    amg: AMGConfig = field(default_factory=AMGConfig)
+    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset="views"))
     localize: LocalizeConfig = field(default_factory=lambda: LocalizeConfig(model="", prompts="", out=""))
     held_out_captions: int = 64
     seeds: int = 2
