@@ -108,7 +108,7 @@ def off(args: argparse.Namespace) -> dict[str, Any]:
 
 def filtered(args: argparse.Namespace) -> dict[str, Any]:
     """With the recommended filter, whose thresholds are found among the samples that curation calls unique."""
-    calibrate = Calibration(50, 0.8, window=100, unique=str(args.out / "curated"))
+    calibrate = Calibration(quantile=0.8, unique=str(args.out / "curated"))
     return finetune(args, "filtered", FilterConfig(preset="recommended", calibrate=calibrate))
 
 
@@ -177,7 +177,6 @@ def drawn(args: argparse.Namespace) -> dict[str, Any]:
         "seeds": args.seeds,
         "steps": STEPS,
         "scale": SCALE,
-        "amg": {"preset": "early"},
     }
     lines = (args.out / "prompts" / "held_out.jsonl").read_text().splitlines()[:24]
     (args.out / "prompts" / "held_out_few.jsonl").write_text("\n".join(lines) + "\n")
