@@ -110,7 +110,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         must_stay = None if to_keep is None else listed_stage(rows, names, to_keep, config.keep)
         if must_stay is not None and (torn := sum(map(len, to_keep or ())) - int(must_stay.sum())):
             log.warning("%s: %d of the samples to keep cannot be read; the ledger says why", config.keep, torn)
-        joined = join_stage(work, rows, keys, captioner, config)
+        joined = join_stage(engine, work, rows, keys, captioner, config)
         elsewhere = against_stage(rows, joined, others, config, must_stay)
         clock.lap("join")
         verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config, must_stay)
