@@ -109,10 +109,14 @@ def join_blocks(
     run: Callable[..., Iterable[list[Pairs]]],
     bar: Progress | None = None,
     memory: int | None = None,
+    axes: NDArray[np.float32] | None = None,
 ) -> Pairs:
-    """The exact join of checked arguments; ``run`` maps a function over the blocks, as ``map`` or a pool's ``map``."""
+    """The exact join of checked arguments; ``run`` maps a function over the blocks, as ``map`` or a pool's ``map``.
+
+    ``axes`` of a larger set do for many small ones; which they are changes no pair.
+    """
     n = len(embeddings)
-    axes = screening_axes(embeddings, threshold)
+    axes = screening_axes(embeddings, threshold) if axes is None else axes
     slab = rows_of_a_slab(n, axes, block, memory)
     slabs = [(first, min(first + slab, n), True) for first in range(0, n, slab)]
     return _join_slabs(embeddings, axes, slabs, threshold, crowd, block, run, bar)
@@ -125,9 +129,10 @@ def join_with(
     crowd: int | None,
     block: int,
     run: Callable[..., Iterable[list[Pairs]]],
+    axes: NDArray[np.float32] | None = None,
 ) -> Pairs:
     """Likewise, of the first rows with the others alone."""
-    axes = screening_axes(embeddings, threshold)
+    axes = screening_axes(embeddings, threshold) if axes is None else axes
     return _join_slabs(embeddings, axes, [(0, first, False)], threshold, crowd, block, run)
 
 

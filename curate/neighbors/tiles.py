@@ -23,7 +23,7 @@ from curate.neighbors.verify import Pairs
 ROWS = 1 << 18  # that a tile holds at most
 COMPARED = 1 << 32  # pairs of rows that a tile compares at most: some seconds of one core
 EVEN = 64  # tiles there are at least, where rows are few, as long as these have some thousand
-FEWEST = 1 << 13  # rows that a tile holds, unless there are no more
+FEWEST = 1 << 14  # rows that a tile holds, unless there are no more
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,12 @@ def bytes_a_row(d: int, itemsize: int) -> int:
 
 
 def join_cells(
-    rows: NDArray, numbers: NDArray[np.int64], bounds: NDArray[np.int64], threshold: float, crowd: int | None
+    rows: NDArray,
+    numbers: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+    threshold: float,
+    crowd: int | None,
+    axes: NDArray[np.float32] | None = None,
 ) -> tuple[Pairs, NDArray[np.int64]]:
     """Near pairs within each of some whole cells.
 
@@ -100,6 +105,8 @@ def join_cells(
         bounds: int64 ``[cells + 1]``, where each cell starts.
         threshold: cosine in (0, 1].
         crowd: see :func:`curate.neighbors.find_pairs`.
+        axes: of the screen (:func:`curate.neighbors.screen.screening_axes`), of the whole set; None takes those of each
+            cell.
 
     Returns:
         Pairs of numbers, in order and each once, without those inside a cell's crowd; and the crowded numbers.
@@ -107,7 +114,8 @@ def join_cells(
     found, crowded = [Pairs.empty()], [np.empty(0, np.int64)]
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         if stop - start > 1:
-            pairs = join_blocks(rows[start:stop], threshold, crowd, BLOCK, map).renumbered(numbers[start:stop])
+            pairs = join_blocks(rows[start:stop], threshold, crowd, BLOCK, map, axes=axes)
+            pairs = pairs.renumbered(numbers[start:stop])
             found.append(pairs)
             if pairs.crowd is not None:
                 crowded.append(pairs.crowd.rows)
@@ -115,12 +123,17 @@ def join_cells(
 
 
 def join_parts(
-    a: NDArray, a_numbers: NDArray[np.int64], b: NDArray, b_numbers: NDArray[np.int64], threshold: float,
+    a: NDArray,
+    a_numbers: NDArray[np.int64],
+    b: NDArray,
+    b_numbers: NDArray[np.int64],
+    threshold: float,
     crowd: int | None,
-) -> tuple[Pairs, NDArray[np.int64]]:  # fmt: skip
+    axes: NDArray[np.float32] | None = None,
+) -> tuple[Pairs, NDArray[np.int64]]:
     """Likewise of each row of one part of a cell and each of a later part, whose numbers are higher."""
     numbers = np.concatenate([a_numbers, b_numbers])
-    pairs = join_with(np.concatenate([a, b]), len(a), threshold, crowd, BLOCK, map).renumbered(numbers)
+    pairs = join_with(np.concatenate([a, b]), len(a), threshold, crowd, BLOCK, map, axes).renumbered(numbers)
     crowded = np.empty(0, np.int64) if pairs.crowd is None else pairs.crowd.rows
     return once(pairs), crowded
 

@@ -11,7 +11,7 @@ are cached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,7 +103,7 @@ class _SortedRows:
         from curate.neighbors.cells import assigned_together, by_cell, nearest_cells
         from curate.neighbors.verify import unit_rows
 
-        of, centroids = self.of, _centroids(self.of.folder / "centroids.npy")
+        of, centroids = self.of, _loaded(self.of.folder / "centroids.npy")
         vectors, stop = of.vectors, min(self.start + of.rows_a_task, of.n)
         rows, step = vectors[self.start : stop], assigned_together(of.cells)
         nearest = [
@@ -149,14 +149,15 @@ class _Compared:
         from curate.neighbors.tiles import join_cells, join_parts
 
         of, tile = self.of, self.tile
+        options = of.threshold, of.crowd, _loaded(of.folder / "axes.npy")
         if tile.a is None or tile.b is None:
-            pairs, crowded = join_cells(*gathered(of, tile.first, tile.last), of.threshold, of.crowd)
+            pairs, crowded = join_cells(*gathered(of, tile.first, tile.last), *options)
         elif tile.a == tile.b:
             rows, numbers = part_of(of, tile.first, *tile.a)
-            pairs, crowded = join_cells(rows, numbers, np.array([0, len(rows)]), of.threshold, of.crowd)
+            pairs, crowded = join_cells(rows, numbers, np.array([0, len(rows)]), *options)
         else:
             parts = part_of(of, tile.first, *tile.a), part_of(of, tile.first, *tile.b)
-            pairs, crowded = join_parts(*parts[0], *parts[1], of.threshold, of.crowd)
+            pairs, crowded = join_parts(*parts[0], *parts[1], *options)
         with write_atomic(self.path) as temporary, open(temporary, "wb") as file:
             np.array([len(pairs), len(crowded)], np.int64).tofile(file)
             for column in (pairs.i, pairs.j, pairs.similarity, crowded):
@@ -218,8 +219,8 @@ def part_of(of: Cells, cell: int, start: int, stop: int) -> tuple[NDArray[Any], 
     return np.concatenate(rows), np.concatenate(numbers)
 
 
-@lru_cache(maxsize=1)
-def _centroids(path: Path) -> NDArray[np.float32]:
+@lru_cache(maxsize=2)
+def _loaded(path: Path) -> NDArray[np.float32]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -259,7 +260,7 @@ def pairs_by_tasks(
     n, d = embeddings.shape
     of = Cells(folder, n, d, embeddings.dtype.str, threshold, crowd, number_of_cells(n, cells), PROBES, seed)
     write_vectors(of, embeddings)
-    _write_centroids(of, embeddings)
+    _write_arrays(of, embeddings)
     files = of.sorted_rows()
     _run(engine, files, f"{desc}: assigning")
     sizes = np.zeros(of.cells, np.int64)
@@ -283,18 +284,22 @@ def write_vectors(of: Cells, embeddings: NDArray[Any]) -> None:
             np.ascontiguousarray(embeddings[start : start + BLOCK]).tofile(file)
 
 
-def _write_centroids(of: Cells, embeddings: NDArray[Any]) -> None:
+def _write_arrays(of: Cells, embeddings: NDArray[Any]) -> None:
+    """Centroids of the cells, and axes of the screen, both of sampled rows."""
     from concurrent.futures import ThreadPoolExecutor
 
     from curate.neighbors.kmeans import train_centroids
+    from curate.neighbors.screen import screening_axes
 
-    path = of.folder / "centroids.npy"
-    if path.is_file():
-        return
+    def write(name: str, make: Callable[[], NDArray[np.float32]]) -> None:
+        if not (of.folder / name).is_file():
+            array = make()
+            with write_atomic(of.folder / name) as temporary, open(temporary, "wb") as file:
+                np.save(file, array)
+
     with ThreadPoolExecutor(cpu_count()) as pool:
-        centroids = train_centroids(embeddings, of.cells, of.seed, pool)
-    with write_atomic(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, centroids)
+        write("centroids.npy", lambda: train_centroids(embeddings, of.cells, of.seed, pool))
+    write("axes.npy", lambda: screening_axes(embeddings, of.threshold))
 
 
 def _run(engine: Engine, tasks: Sequence[_SortedRows] | Sequence[_Compared], desc: str) -> None:

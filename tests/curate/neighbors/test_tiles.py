@@ -48,7 +48,7 @@ def test_every_pair_of_a_cell_is_compared_once_in_tiles_of_bounded_size(memory):
 
 
 def test_few_rows_are_tiles_for_some_workers_and_cells_of_one_row_none():
-    assert len(tiles.tiles(np.full(600, 1000))) == 67
+    assert len(tiles.tiles(np.full(600, 1000))) == 38
     assert tiles.tiles(np.array([1, 0, 1])) == [] and tiles.tiles(np.empty(0, np.int64)) == []
 
 

@@ -68,7 +68,7 @@ def test_tasks_find_what_one_process_finds(rows, expected, tmp_path, workers):
     assert len(expected.crowd.rows) > 2500 and len(expected) > 2000
     with LocalEngine(workers) as engine:
         assert same(join(engine, tmp_path, rows), expected)
-    assert len(list(tmp_path.glob("cells-*"))) == 4 and len(list(tmp_path.glob("pairs-*"))) > 8
+    assert len(list(tmp_path.glob("cells-*"))) == 4 and len(list(tmp_path.glob("pairs-*"))) > 4
 
 
 def test_little_memory_cuts_large_cells_into_parts(rows, expected, tmp_path):
@@ -83,11 +83,11 @@ def test_little_memory_cuts_large_cells_into_parts(rows, expected, tmp_path):
 def test_a_join_that_was_stopped_goes_on_with_what_is_missing(rows, expected, tmp_path):
     whole = Counting()
     join(whole, tmp_path / "whole", rows)
-    stopped, again = Counting(stop_at=7), Counting()
+    stopped, again = Counting(stop_at=6), Counting()
     with pytest.raises(KeyboardInterrupt):
         join(stopped, tmp_path / "stopped", rows)
     assert same(join(again, tmp_path / "stopped", rows), expected)
-    assert stopped.done + again.done == whole.done and again.done > 5
+    assert stopped.done + again.done == whole.done and again.done > 3
 
 
 def test_files_that_no_other_machine_sees_are_named(rows, tmp_path):
@@ -120,7 +120,7 @@ def test_tasks_are_few_and_even_whatever_the_number_of_rows():
 def test_ray_finds_what_one_process_finds_and_goes_on_with_its_files(rows, expected, tmp_path):
     from curate.engines.ray import RayEngine
 
-    stopped = Counting(stop_at=7)
+    stopped = Counting(stop_at=6)
     with pytest.raises(KeyboardInterrupt):
         join(stopped, tmp_path / "begun", rows)
     with RayEngine(2) as engine:
