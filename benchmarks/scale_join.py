@@ -3,8 +3,8 @@
     python -m benchmarks.scale_join                              unit costs, from 500,000 rows
     python -m benchmarks.scale_join --run 4000000                and a run of more rows, beside its prediction
 
-Rows are Gaussian of a falling spectrum (:mod:`benchmarks.join`), a tenth of them near copies, and lie on disk. What runs
-is curation's own code, the tasks one after the other in this process: CPU seconds are those of one core and hardly
+Rows are Gaussian of a falling spectrum (:mod:`benchmarks.join`), a tenth of them near copies, and lie on disk. What
+runs is curation's own code, the tasks one after the other in this process: CPU seconds are those of one core and hardly
 depend on what else the machine does, and no stage but the centroids has threads of its own. Each stage's cost is CPU
 seconds divided by the operations that it consists of:
 

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -277,6 +278,9 @@ def _forget_unused(work: Path, in_use: Sequence[Path]) -> None:
     When a cache was used last is its time of access, which is set here whatever the file system does by itself.
     """
     now = time.time_ns()
+    for folder in work.glob("pairs-*/"):  # of joins that were stopped
+        if folder.is_dir() and now - folder.stat().st_mtime_ns > CACHES_STAY * 10**9:
+            shutil.rmtree(folder)
     for path in [*(work / "read").glob("*.parquet"), *work.glob("pairs-*.parquet")]:
         stat = path.stat()
         if path in in_use:

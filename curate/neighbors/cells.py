@@ -129,11 +129,11 @@ def nearest_cells(unit: NDArray[np.float32], centroids: NDArray[np.float32], pro
     if probes >= len(centroids):
         every = np.arange(len(centroids), dtype=np.int32)
         return np.broadcast_to(every, (len(unit), len(centroids)))
-    cosine, every = unit @ centroids.T, np.arange(len(unit))
+    cosine, every_row = unit @ centroids.T, np.arange(len(unit))
     nearest = np.empty((len(unit), probes), np.int32)
     for probe in range(probes):  # for some of many a tenth of the time of a partition
         nearest[:, probe] = cosine.argmax(axis=1)
-        cosine[every, nearest[:, probe]] = -np.inf
+        cosine[every_row, nearest[:, probe]] = -np.inf
     return nearest
 
 

@@ -148,16 +148,18 @@ class _Compared:
     def write(self) -> None:
         from curate.neighbors.tiles import join_cells, join_parts
 
-        of, tile = self.of, self.tile
-        options = of.threshold, of.crowd, _loaded(of.folder / "axes.npy")
+        of, tile, axes = self.of, self.tile, _loaded(self.of.folder / "axes.npy")
         if tile.a is None or tile.b is None:
-            pairs, crowded = join_cells(*gathered(of, tile.first, tile.last), *options)
-        elif tile.a == tile.b:
-            rows, numbers = part_of(of, tile.first, *tile.a)
-            pairs, crowded = join_cells(rows, numbers, np.array([0, len(rows)]), *options)
+            rows, numbers, bounds = gathered(of, tile.first, tile.last)
         else:
-            parts = part_of(of, tile.first, *tile.a), part_of(of, tile.first, *tile.b)
-            pairs, crowded = join_parts(*parts[0], *parts[1], *options)
+            rows, numbers = part_of(of, tile.first, *tile.a)
+            bounds = np.array([0, len(rows)])
+        if tile.b == tile.a:
+            pairs, crowded = join_cells(rows, numbers, bounds, of.threshold, of.crowd, axes)
+        else:
+            assert tile.b is not None
+            later, later_numbers = part_of(of, tile.first, *tile.b)
+            pairs, crowded = join_parts(rows, numbers, later, later_numbers, of.threshold, of.crowd, axes)
         with write_atomic(self.path) as temporary, open(temporary, "wb") as file:
             np.array([len(pairs), len(crowded)], np.int64).tofile(file)
             for column in (pairs.i, pairs.j, pairs.similarity, crowded):
