@@ -13,7 +13,7 @@ seconds divided by the operations that it consists of:
 - comparing: rows of all cells, and pairs of rows within a cell; a second run with larger cells tells the two apart;
 - merging: rows, which pairs grow with;
 - recall: rows, held against the sampled ones;
-- deciding: rows.
+- deciding: rows. (Embedding captions, by the default embedder, is measured beside them.)
 
 From these follows what any number of rows takes, with cells of 1,024 rows up to 65,536 cells, and larger ones beyond.
 Memory is the most that the process held beside mapped files, with all that is in it already (Linux).
@@ -148,6 +148,17 @@ def _cell_sizes(folder: Path, n: int, dim: int, held: int) -> np.ndarray:
     return np.sum([np.diff(file.bounds(0, held)) for file in of.sorted_rows()], axis=0).astype(np.float64)
 
 
+def of_a_caption(number: int = 1 << 14) -> float:
+    """CPU seconds that the default embedding of a caption takes."""
+    from benchmarks.captions import make_captions
+    from curate.embed.ngrams import NgramEmbedder
+
+    texts, embedder = make_captions(number, 0)[0], NgramEmbedder()
+    start = time.process_time()
+    embedder.embed(texts)
+    return (time.process_time() - start) / number
+
+
 def unit_costs(n: int, dim: int) -> dict[str, float]:
     """CPU seconds an operation of each stage, by the names of :func:`operations`."""
     took, wide, count = measured(n, dim), measured(n, dim, WIDER), operations(n)
@@ -173,6 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start", flush=True)
     measured(10 * CELL_ROWS, arguments.dim)  # loads the libraries
+    print(f"captions' embeddings {of_a_caption() * 1e6:.1f} µs of one core each", flush=True)
     unit = unit_costs(arguments.rows, arguments.dim)
     for name, seconds in unit.items():
         print(f"{name:16} {seconds * 1e9:10.3f} ns of one core an operation, {arguments.dim} dimensions")
