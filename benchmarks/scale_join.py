@@ -6,11 +6,12 @@
 Rows are Gaussian of a falling spectrum (:mod:`benchmarks.join`), a tenth of them near copies, and lie on disk. What
 runs is curation's own code, the tasks one after the other in this process: CPU seconds are those of one core and hardly
 depend on what else the machine does, and no stage but the centroids has threads of its own. Each stage's cost is CPU
-seconds divided by the operations that it consists of:
+seconds divided by the operations that it consists of; where these are of two kinds, a second run with larger cells
+tells them apart:
 
-- centroids: rows of the sample times cells, in eight iterations;
-- assigning: rows times cells;
-- comparing: rows of all cells, and pairs of rows within a cell; a second run with larger cells tells the two apart;
+- centroids: rows (written as a file, and sampled), and rows of the sample times cells, in eight iterations;
+- assigning: rows (sorted, and written three times), and rows times cells;
+- comparing: rows of all cells, and pairs of rows within a cell;
 - merging: rows, which pairs grow with;
 - recall: rows, held against the sampled ones;
 - deciding: rows. (Embedding captions, by the default embedder, is measured beside them.)
@@ -37,6 +38,7 @@ from benchmarks.scale import Anonymous, _resident
 from curate.columns import BLOCK, array_on_disk
 from curate.decisions.rules import decide
 from curate.neighbors.cells import CELL_ROWS, PROBES, number_of_cells
+from curate.neighbors.coarse import pays
 from curate.neighbors.recall import recall
 from curate.neighbors.verify import Pairs
 from curate.stages import cells
@@ -46,7 +48,7 @@ THRESHOLD = 0.9
 SAMPLE = 1000  # rows by which recall is measured
 WIDER = 16  # times larger are the cells of the second run
 MEMORY = 2 * 10**9
-SIZES = (10**6, 10**8, 5 * 10**9)
+SIZES = (10**6, 10**7, 10**8, 5 * 10**9)
 
 
 def gaussian_on_disk(rows: int, dim: int, folder: Path, seed: int = 0) -> np.ndarray:
@@ -96,18 +98,17 @@ class Numbered(Sequence[str]):
         return f"caption {row}"
 
 
-def operations(n: int, wider: int = 1) -> dict[str, float]:
+def operations(n: int, wider: int = 1) -> dict[str, tuple[float, ...]]:
     """What each stage consists of, for n rows; cells are as full as they are on average."""
     held = number_of_cells(n, max(1, n // (CELL_ROWS * wider)))
-    probes = min(PROBES, held)
+    of_cells = float(n * min(PROBES, held))
     return {
-        "centroids": 8.0 * min(n, 48 * held) * held,
-        "assigning": float(n * held),
-        "rows of cells": float(n * probes),
-        "pairs of cells": (n * probes) ** 2 / held / 2,
-        "merging": float(n),
-        "recall": float(n),
-        "deciding": float(n),
+        "centroids": (float(n), 8.0 * min(n, 48 * held) * held),
+        "assigning": (float(n), float(n) * held),
+        "comparing": (of_cells, of_cells**2 / held / 2),
+        "merging": (float(n),),
+        "recall": (float(n),),
+        "deciding": (float(n),),
     }
 
 
@@ -159,21 +160,26 @@ def of_a_caption(number: int = 1 << 14) -> float:
     return (time.process_time() - start) / number
 
 
-def unit_costs(n: int, dim: int) -> dict[str, float]:
-    """CPU seconds an operation of each stage, by the names of :func:`operations`."""
-    took, wide, count = measured(n, dim), measured(n, dim, WIDER), operations(n)
-    fullness = took["pairs"] / count["pairs of cells"]  # some cells are larger than others: more pairs than on average
-    a_pair = (wide["comparing"] - took["comparing"]) / (wide["pairs"] - took["pairs"])
-    a_row = (took["comparing"] - a_pair * took["pairs"]) / count["rows of cells"]
-    unit = {name: took[name] / count[name] for name in ("centroids", "assigning", "merging", "recall", "deciding")}
-    return unit | {"rows of cells": a_row, "pairs of cells": a_pair * fullness}
+def unit_costs(n: int, dim: int) -> dict[str, tuple[float, ...]]:
+    """CPU seconds an operation, of each kind of each stage as :func:`operations` has them."""
+    took, wide = measured(n, dim), measured(n, dim, WIDER)
+    count, count_wide = operations(n), operations(n, WIDER)
+    unit: dict[str, tuple[float, ...]] = {}
+    for name, numbers in count.items():
+        if len(numbers) == 1:
+            unit[name] = (took[name] / numbers[0],)
+            continue
+        fewer, more = numbers[1], count_wide[name][1]
+        if name == "comparing":  # some cells are larger than others: there are more pairs than on average
+            fewer, more = took["pairs"], wide["pairs"]
+        second = max(0.0, (wide[name] - took[name]) / (more - fewer))
+        unit[name] = (took[name] - second * fewer) / numbers[0], second * fewer / numbers[1]
+    return unit
 
 
-def predicted(n: int, unit: dict[str, float]) -> dict[str, float]:
+def predicted(n: int, unit: dict[str, tuple[float, ...]]) -> dict[str, float]:
     """CPU seconds of each stage for n rows."""
-    took = {name: unit[name] * number for name, number in operations(n).items()}
-    took["comparing"] = took.pop("rows of cells") + took.pop("pairs of cells")
-    return took
+    return {name: float(np.dot(unit[name], numbers)) for name, numbers in operations(n).items()}
 
 
 def main() -> None:
@@ -184,10 +190,12 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start", flush=True)
     measured(10 * CELL_ROWS, arguments.dim)  # loads the libraries
+    pays(arguments.rows)  # and torch
     print(f"captions' embeddings {of_a_caption() * 1e6:.1f} µs of one core each", flush=True)
     unit = unit_costs(arguments.rows, arguments.dim)
-    for name, seconds in unit.items():
-        print(f"{name:16} {seconds * 1e9:10.3f} ns of one core an operation, {arguments.dim} dimensions")
+    for name, costs in unit.items():
+        told = " and ".join(f"{seconds * 1e9:.3f} ns" for seconds in costs)
+        print(f"{name:10} {told} of one core an operation, {arguments.dim} dimensions")
     for n in SIZES:
         took = predicted(n, unit)
         stages = ", ".join(f"{name} {seconds / 3600:.3g}" for name, seconds in took.items())
