@@ -3,7 +3,8 @@
     python -m benchmarks.join                                 200,000 rows, both kinds of embeddings
     python -m benchmarks.join --curve                         25,000 to 400,000 rows, ours alone, and the exponent
     python -m benchmarks.join --rows 1000000 --no_faiss --kinds gaussian
-    python -m benchmarks.join --cells                         the join within cells, and recall against the exact one
+    python -m benchmarks.join --cells                         the join within cells, on threads and in tasks, and recall
+                                                              against the exact one
     python -m benchmarks.join --kinds crowd                   half of the rows are near copies of one, ours alone
 
 Each side runs in a process of its own on the same memory-mapped embeddings (float32, or as ``--dtype`` says) and the
@@ -159,11 +160,22 @@ def within_cells(embeddings: np.ndarray, threads: int, probes: int = 3) -> tuple
     return pairs.i, pairs.j, pairs.similarity
 
 
+def by_tasks(embeddings: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Likewise, as curation does it: in an engine's tasks, ``threads`` processes of this machine."""
+    from curate.engines.local import LocalEngine
+    from curate.stages.cells import pairs_by_tasks
+
+    with tempfile.TemporaryDirectory() as folder, LocalEngine(threads) as engine:
+        pairs = pairs_by_tasks(engine, Path(folder), embeddings, THRESHOLD, None, 2 * 10**9, "joining")
+    return pairs.i, pairs.j, pairs.similarity
+
+
 SIDES = {
     "ours": ours,
     "ours, without pairs in crowds": functools.partial(ours, crowd=CROWD),
     "faiss": brute_force,
     "cells": within_cells,
+    "cells, by tasks": by_tasks,
     "one cell a row, as SemDeDup": functools.partial(within_cells, probes=1),
 }
 
@@ -244,7 +256,7 @@ def main() -> None:
                 )
                 if arguments.cells:
                     true = pairs["i"].astype(np.int64) * rows + pairs["j"]
-                    for side in ("cells", "one cell a row, as SemDeDup"):
+                    for side in ("cells", "cells, by tasks", "one cell a row, as SemDeDup"):
                         theirs, their_pairs = measure(side, path, arguments.threads)
                         recall = np.isin(true, their_pairs["i"].astype(np.int64) * rows + their_pairs["j"]).mean()
                         print(f"{kind}: {side}: {theirs['seconds']:.1f} s, recall {recall:.4f}", flush=True)

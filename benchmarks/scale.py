@@ -221,6 +221,8 @@ def _resident(what: str) -> int:
 
 def run(rows: int, dim: int, folder: Path, scratch: Path, changes: Mapping[str, Any], profile: bool) -> None:
     """Make up rows, and take them through the stages."""
+    import torch  # noqa: F401  which a search needs, and which has memory of its own
+
     from curate.index.training_index import TrainingIndex
     from curate.report import run_report
 
@@ -259,8 +261,11 @@ def run(rows: int, dim: int, folder: Path, scratch: Path, changes: Mapping[str, 
     before = _resident("RssAnon")
     with stage("TrainingIndex.load", rows, before, profile):
         index = TrainingIndex.load(folder)
-        index.search(np.array(index.embeddings[:2]), 3)
         assert index.captions[rows // 2] != index.keys[rows // 2]
+    with stage("search", rows, before, profile):
+        index.search(np.array(index.embeddings[:2]), 3)
+    with stage("counts", rows, before, profile):
+        assert len(index.counts) == len(index.group_counts) == len(index)
     with stage("curate report", rows, before, profile):
         size = run_report(ReportConfig(out=config.out))["bytes"]
     print(f"report.html: {size:,} bytes")

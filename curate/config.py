@@ -119,8 +119,9 @@ class DedupConfig:
         join: ``exact`` finds all near pairs; ``cells`` compares only rows of neighbouring k-means cells, for sets that
             are too large for it, and loses a little, which ``recall`` measures; ``auto`` is exact up to two million
             distinct images (and captions).
-        join_memory: GB that the exact join may take beside the embeddings and what it finds. With too little of it the
-            embeddings are read several times. The result is the same.
+        join_memory: GB that the exact join may take beside the embeddings and what it finds, and that each task of the
+            join within cells may take. With too little of it the embeddings are read several times. The result is the
+            same.
         engine: where stages run: ``local`` is this machine's processes, ``ray`` the Ray cluster at ``RAY_ADDRESS``, or
             one that is started here, ``ray:ADDRESS`` that at ``HOST:PORT``, ``auto`` or ``ray://HOST:PORT`` (extra
             ``ray``); one of your own is ``module:Class``. The result is the same, and each goes on where another

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -110,7 +111,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         must_stay = None if to_keep is None else listed_stage(rows, names, to_keep, config.keep)
         if must_stay is not None and (torn := sum(map(len, to_keep or ())) - int(must_stay.sum())):
             log.warning("%s: %d of the samples to keep cannot be read; the ledger says why", config.keep, torn)
-        joined = join_stage(work, rows, keys, captioner, config)
+        joined = join_stage(engine, work, rows, keys, captioner, config)
         elsewhere = against_stage(rows, joined, others, config, must_stay)
         clock.lap("join")
         verdicts, sweep = decide_stage(rows, joined, elsewhere, excluded, config, must_stay)
@@ -277,6 +278,9 @@ def _forget_unused(work: Path, in_use: Sequence[Path]) -> None:
     When a cache was used last is its time of access, which is set here whatever the file system does by itself.
     """
     now = time.time_ns()
+    for folder in work.glob("pairs-*/"):  # of joins that were stopped
+        if folder.is_dir() and now - folder.stat().st_mtime_ns > CACHES_STAY * 10**9:
+            shutil.rmtree(folder)
     for path in [*(work / "read").glob("*.parquet"), *work.glob("pairs-*.parquet")]:
         stat = path.stat()
         if path in in_use:

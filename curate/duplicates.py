@@ -223,7 +223,7 @@ def _decided(rows: Rows, config: DedupConfig, work: Path) -> pa.Table:
     if len(rows.readable) == 0:
         return ledger_table(rows, None, None)
     try:
-        joined = join_stage(work, rows, [], load_caption_embedder(config.caption_embedder), config)
+        joined = join_stage(None, work, rows, [], load_caption_embedder(config.caption_embedder), config)
     except ValueError as error:  # a row that is not finite
         raise UsageError(f"embeddings: {one_line(error)}") from error
     verdicts, _ = decide_stage(rows, joined, None, None, config)

@@ -162,11 +162,8 @@ def similarities(pairs: Pairs, a: NDArray[np.int64], b: NDArray[np.int64]) -> ND
     found = np.where(a == b, np.float32(1), np.float32(np.nan)).astype(np.float32)
     low, high = np.minimum(a, b), np.maximum(a, b)
     if len(pairs):
-        width = 1 + int(max(pairs.j.max(), high.max(initial=0)))
-        keys, asked = pairs.i * width + pairs.j, low * width + high
-        at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-        there = keys[at] == asked
-        found[there] = pairs.similarity[at[there]]
+        at = pairs.places(low, high)
+        found[at >= 0] = pairs.similarity[at[at >= 0]]
     if (crowd := pairs.crowd) is not None:
         one, other = (np.minimum(np.searchsorted(crowd.rows, side), len(crowd.rows) - 1) for side in (low, high))
         both = (low != high) & (crowd.rows[one] == low) & (crowd.rows[other] == high)

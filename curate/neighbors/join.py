@@ -109,26 +109,60 @@ def join_blocks(
     run: Callable[..., Iterable[list[Pairs]]],
     bar: Progress | None = None,
     memory: int | None = None,
+    axes: NDArray[np.float32] | None = None,
 ) -> Pairs:
-    """The exact join of checked arguments; ``run`` maps a function over the blocks, as ``map`` or a pool's ``map``."""
+    """The exact join of checked arguments; ``run`` maps a function over the blocks, as ``map`` or a pool's ``map``.
+
+    ``axes`` of a larger set do for many small ones; which they are changes no pair.
+    """
     n = len(embeddings)
-    axes = screening_axes(embeddings, threshold)
+    axes = screening_axes(embeddings, threshold) if axes is None else axes
     slab = rows_of_a_slab(n, axes, block, memory)
+    slabs = [(first, min(first + slab, n), True) for first in range(0, n, slab)]
+    return _join_slabs(embeddings, axes, slabs, threshold, crowd, block, run, bar)
+
+
+def join_with(
+    embeddings: NDArray,
+    first: int,
+    threshold: float,
+    crowd: int | None,
+    block: int,
+    run: Callable[..., Iterable[list[Pairs]]],
+    axes: NDArray[np.float32] | None = None,
+) -> Pairs:
+    """Likewise, of the first rows with the others alone."""
+    axes = screening_axes(embeddings, threshold) if axes is None else axes
+    return _join_slabs(embeddings, axes, [(0, first, False)], threshold, crowd, block, run)
+
+
+def _join_slabs(
+    embeddings: NDArray,
+    axes: NDArray[np.float32],
+    slabs: Sequence[tuple[int, int, bool]],
+    threshold: float,
+    crowd: int | None,
+    block: int,
+    run: Callable[..., Iterable[list[Pairs]]],
+    bar: Progress | None = None,
+) -> Pairs:
+    """The rows ``first … last`` of each slab with what comes after it and, if it says so, with each other."""
+    n = len(embeddings)
     tally, found, held, most = _Crowding(n, crowd), [Pairs.empty()], 0, _HELD
 
     def near(screen: Screen, others: ShortRows, block: tuple[int, int]) -> list[Pairs]:
         candidates = gathered(screen.candidates(*block, others, tally.crowded))
         return [pairs for i, j in candidates for pairs in _decided(embeddings, i, j, threshold, tally)]
 
-    for first in range(0, n, slab):
-        screen = Screen.of(embeddings, axes, threshold, block, first, min(first + slab, n))
-        for some in itertools.chain([screen.rows], screen.turned(embeddings, first + len(screen.rows))):
+    for first, last, itself in slabs:
+        screen = Screen.of(embeddings, axes, threshold, block, first, last)
+        for some in itertools.chain([screen.rows] if itself else [], screen.turned(embeddings, last)):
             blocks = screen.blocks()
             for (start, stop), pairs in zip(blocks, run(partial(near, screen, some), blocks), strict=True):
                 found += pairs
                 held += sum(map(len, pairs))
                 if held > most:  # what was found before its rows were known to be crowded
-                    found = [_outside(found, tally.crowded)]
+                    found = [outside(found, tally.crowded)]
                     held, most = len(found[0]), 2 * len(found[0]) + _HELD
                 if bar is not None:
                     inside = some is screen.rows  # then each pair stands there once
@@ -181,7 +215,7 @@ def _decided(
 
 def assembled(embeddings: NDArray, found: Sequence[Pairs], crowded: NDArray[np.bool_], threshold: float) -> Pairs:
     """Pairs that were found here and there, in order, each once, without those inside the crowd."""
-    pairs, rows = once(_outside(found, crowded)), np.flatnonzero(crowded)
+    pairs, rows = once(outside(found, crowded)), np.flatnonzero(crowded)
     left_out = Crowd(embeddings, rows, rows, threshold) if len(rows) else None
     return Pairs(pairs.i, pairs.j, pairs.similarity, left_out)
 
@@ -195,7 +229,7 @@ def once(pairs: Pairs) -> Pairs:
     return Pairs(i[fresh], j[fresh], pairs.similarity[order[fresh]])
 
 
-def _outside(found: Sequence[Pairs], crowded: NDArray[np.bool_]) -> Pairs:
+def outside(found: Sequence[Pairs], crowded: NDArray[np.bool_]) -> Pairs:
     """The pairs but those of two crowded rows: whether such rows were compared before both were known to be crowded is
     a matter of chance.
     """

@@ -1,11 +1,13 @@
 """The join stage of curation: which images and which captions of this set are near one another.
 
-Pairs are found once and cached.
+Pairs are found once and cached. The exact join runs on the cores of this machine: up to two million rows that is
+minutes, and its screen is made once. Cells are compared by an engine's tasks (:mod:`curate.stages.cells`).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +23,10 @@ from afresh.files import digest
 from afresh.progress import get_logger, progress
 from curate.columns import BLOCK, Column, array_on_disk, numbered
 from curate.config import RULES, DedupConfig
+from curate.engines.protocol import Engine
 from curate.reading.captions import normalise_caption
 from curate.results import ledger
+from curate.stages.cells import pairs_by_tasks
 from curate.stages.rows import Rows
 
 if TYPE_CHECKING:
@@ -67,12 +71,22 @@ class Joined:
 
 
 def join_stage(
-    work: Path, rows: Rows, keys: Sequence[str], captioner: CaptionEmbedder, config: DedupConfig
+    engine: Engine | None,
+    work: Path,
+    rows: Rows,
+    keys: Sequence[str],
+    captioner: CaptionEmbedder,
+    config: DedupConfig,
 ) -> Joined:
     """Exact copies are collapsed by hash first, so that a group of many of them costs nothing.
 
     Args:
+        engine: where cells are compared; None for the threads of this process.
         work: folder of the caches of pairs.
+        rows: of the set.
+        keys: of the caches that these come from.
+        captioner: what captions are compared by.
+        config: the settings.
     """
     n = len(rows.readable)
     image_of, first = numbered(rows.of_readable("pixels", ""), n)
@@ -90,7 +104,7 @@ def join_stage(
     if len(first) < n:
         blocks = (images[first[start : start + BLOCK]] for start in range(0, len(first), BLOCK))
         images = array_on_disk(work, blocks, images.shape[1], images.dtype)
-    image_pairs, recall = _joined(images_cache, lambda: images, lowest, crowd, config, "joining images")
+    image_pairs, recall = _joined(engine, images_cache, lambda: images, lowest, crowd, config, "joining images")
 
     # A few letters are near by chance, and embeddings of them say little: equal or not is all that counts.
     long = np.flatnonzero(_lengths(texts, first_with) >= config.min_caption_chars)
@@ -100,6 +114,7 @@ def join_stage(
     ]  # fmt: skip
     captions_cache = work / f"pairs-{digest(near_captions)}.parquet"
     caption_pairs, caption_recall = _joined(
+        engine,
         captions_cache,
         lambda: embedded_captions(captioner, _normalised(texts, first_with[long]), work),
         config.caption_threshold,
@@ -160,6 +175,7 @@ def embedded_captions(
 
 
 def _joined(
+    engine: Engine | None,
     cache: Path,
     embed: Callable[[], NDArray[Any]],
     threshold: float,
@@ -168,8 +184,6 @@ def _joined(
     desc: str,
 ) -> tuple[Pairs, float]:
     """Near pairs and their measured recall: from the cache, or found and put there."""
-    from curate.neighbors.cells import find_pairs_in_cells
-    from curate.neighbors.join import find_pairs
     from curate.neighbors.recall import recall
     from curate.neighbors.verify import Crowd, Pairs
 
@@ -184,14 +198,29 @@ def _joined(
     if len(embeddings) < 2:
         pairs, measured = Pairs.empty(), 1.0
     else:
-        n = len(embeddings)
-        exact = config.join == "exact" or (config.join == "auto" and n <= EXACT_ROWS)
-        find = partial(find_pairs, memory=join_memory(config)) if exact else find_pairs_in_cells
-        with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
-            pairs = find(embeddings, threshold, crowd=crowd, threads=config.workers, bar=bar)
+        exact = config.join == "exact" or (config.join == "auto" and len(embeddings) <= EXACT_ROWS)
+        if exact or engine is None:
+            pairs = _found_here(embeddings, threshold, crowd, config, desc, exact=exact)
+        else:
+            folder = cache.with_suffix("")
+            pairs = pairs_by_tasks(engine, folder, embeddings, threshold, crowd, join_memory(config), desc)
         measured = recall(embeddings, pairs, threshold, sample=config.recall_sample, seed=config.seed)
     _write_pairs(cache, pairs, measured)
+    shutil.rmtree(cache.with_suffix(""), ignore_errors=True)
     return pairs, measured
+
+
+def _found_here(
+    embeddings: NDArray[Any], threshold: float, crowd: int | None, config: DedupConfig, desc: str, *, exact: bool
+) -> Pairs:
+    """Near pairs, found on this process's threads."""
+    from curate.neighbors.cells import find_pairs_in_cells
+    from curate.neighbors.join import find_pairs
+
+    n = len(embeddings)
+    find = partial(find_pairs, memory=join_memory(config)) if exact else find_pairs_in_cells
+    with progress(total=n * (n + 1) // 2, desc=desc, unit="pairs") as bar:
+        return find(embeddings, threshold, crowd=crowd, threads=config.workers, bar=bar)
 
 
 def _write_pairs(cache: Path, pairs: Pairs, measured: float) -> None:

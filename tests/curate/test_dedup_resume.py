@@ -118,7 +118,13 @@ def test_caches_that_nobody_used_for_a_month_go(curated, mess, tmp_path):
         os.utime(path, (time.time() - age * 24 * 3600,) * 2)
     for path in read:
         os.utime(path, (time.time() - 99 * 24 * 3600,) * 2)  # and used now
+    joins = [out / "work/pairs-stopped-before", out / "work/pairs-stopped-now"]
+    for folder in joins:
+        folder.mkdir()
+        (folder / "vectors").touch()
+    os.utime(joins[0], (time.time() - 99 * 24 * 3600,) * 2)
     run_dedup(settings(mess, out))
     assert set((out / "work" / "read").glob("*.parquet")) == {*read, out / "work" / "read" / "young.parquet"}
     assert not (out / "work" / "pairs-old.parquet").exists()
     assert all(time.time() - path.stat().st_atime < 3600 for path in read)
+    assert [folder.exists() for folder in joins] == [False, True]

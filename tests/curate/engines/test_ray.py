@@ -60,6 +60,16 @@ def test_a_lost_worker_costs_its_task_alone_and_a_deadly_task_is_named(ray, tmp_
         ray.map(die_at_three, range(5), desc="reading")
 
 
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=[needs_ray, pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_a_curation_within_cells_has_the_same_bytes_on_two_workers(mess, tmp_path, engine):
+    run_dedup(settings(mess, tmp_path / "one", join="cells"))
+    run_dedup(settings(mess, tmp_path / "two", join="cells", engine=engine, workers=2))
+    assert promised(tmp_path / "one") == promised(tmp_path / "two")
+    assert not [path for path in (tmp_path / "two/work").glob("pairs-*") if path.is_dir()]
+
+
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

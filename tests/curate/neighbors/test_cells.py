@@ -96,3 +96,16 @@ def test_rows_by_the_billion_are_told_apart():
     pairs = once(Pairs(i, j, np.array([0.9, 0.95, 0.9], np.float32)))
     assert pairs.i.tolist() == [0, n // 2] and pairs.j.tolist() == [n - 1, n - 1]
     assert pairs.similarity.tolist() == np.array([0.95, 0.9], np.float32).tolist()
+
+
+def test_a_pair_is_found_among_those_of_billions_of_rows():
+    n, rng = 1 << 33, np.random.default_rng(0)
+    i = np.repeat(np.sort(rng.choice(n // 2, 300, replace=False)), rng.integers(1, 9, 300))
+    pairs = once(Pairs(i, n // 2 + rng.integers(0, n // 2, len(i)), np.zeros(len(i), np.float32)))
+    chosen = rng.permutation(len(pairs))
+    assert np.array_equal(pairs.places(pairs.i[chosen], pairs.j[chosen]), chosen)
+    for i, j in ((pairs.i, pairs.j + 1), (pairs.i + 1, pairs.j), (pairs.i[::-1], pairs.j)):
+        stand = set(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
+        expected = [(one, other) in stand for one, other in zip(i.tolist(), j.tolist(), strict=True)]
+        assert ((pairs.places(i, j) >= 0) == expected).all()
+    assert Pairs.empty().places(np.array([n]), np.array([n])).tolist() == [-1]

@@ -50,7 +50,7 @@ def test_a_crowd_is_kept_in_rows_and_not_in_the_footer(tmp_path):
     texts = pa.array([f"{row:064x}" for row in range(n)])
     rows = rows_of({"pixels": texts, "caption": pa.array(["the same"] * n)}, embeddings)
     config = DedupConfig(workers=1, recall_sample=10)
-    found, again = (join_stage(tmp_path, rows, ["key"], NgramEmbedder(), config) for _ in range(2))
+    found, again = (join_stage(None, tmp_path, rows, ["key"], NgramEmbedder(), config) for _ in range(2))
     assert found.image_pairs.crowd is not None and len(found.image_pairs.crowd.rows) > 300
     assert again.image_pairs.crowd.rows.tolist() == found.image_pairs.crowd.rows.tolist()
     for name in ("i", "j", "similarity"):
