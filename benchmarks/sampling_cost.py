@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # fields of AMGConfig
     "AMG, floor −1": {"floor": -1.0},
     "AMG, main, every 2nd step": {"every": 2},
     "AMG, early": {"preset": "early"},
+    "AMG, views": {"preset": "views"},  # on the sample model alone: random vectors have no views
 }
 PARTS = ("decode", "preview", "embed", "search", "e_N pass", "gradient")
 TRIGGERS = Calibration((-1.0, 1.0), (0.41, 0.43))
@@ -68,6 +69,8 @@ class Case:
     prompts: Sequence[str]
     steps: int
     scale: float
+    views: Sequence[tuple[TrainingIndex, Any]] = ()
+    """Of the training set, each with its embedder."""
 
 
 @dataclasses.dataclass
@@ -180,6 +183,7 @@ def sample_case(run: Path, steps: int, scale: float) -> tuple[Case, list[str], l
     """The quickstart's raw model; its repeated and its held-out captions."""
     from diffusers import StableDiffusionPipeline
 
+    from curate.stages.views import views_of
     from train.evaluation.protocol import read_protocol
     from train.prompts import read_prompts
     from train.sampling.pipelines.session import open_index
@@ -191,7 +195,9 @@ def sample_case(run: Path, steps: int, scale: float) -> tuple[Case, list[str], l
     repeated, held_out = (
         [prompt.caption for prompt in read_prompts(protocol.prompts[kind])] for kind in ("repeated", "held_out")
     )
-    case = Case("sample model", stock, GuidedStableDiffusion.from_pipe(stock), index, embedder, [], steps, scale)
+    guided = GuidedStableDiffusion.from_pipe(stock)
+    views = views_of(protocol.index, index)
+    case = Case("sample model", stock, guided, index, embedder, [], steps, scale, views)
     return case, repeated, held_out
 
 
@@ -250,7 +256,8 @@ def measure_sample_model(args: argparse.Namespace) -> list[dict[str, Any]]:
     fit_preview(case)
     rows = []
     for name, settings in chosen_settings(args.only).items():
-        amg = AMG(case.index, case.embedder, AMGConfig(**settings))
+        views = case.views if settings.get("preset") == "views" else ()
+        amg = AMG(case.index, case.embedder, AMGConfig(**settings), views=views)
         for kind, prompts in (("triggers", repeated), ("quiet", held_out)):
             chosen = choose(case, amg, prompts, kind == "triggers", args.batch)
             if not chosen:
@@ -282,7 +289,7 @@ def measure_stable_diffusion(args: argparse.Namespace) -> list[dict[str, Any]]:
     fit_preview(case)
     rows = []
     for name, settings in chosen_settings(args.only).items():
-        for kind in ("triggers", "quiet"):
+        for kind in ("triggers", "quiet") if settings.get("preset") != "views" else ():
             index = case.index
             if kind == "triggers":
                 index = dataclasses.replace(case.index, calibration=TRIGGERS)
