@@ -4,10 +4,11 @@
     python -m benchmarks.flow_matching runs/sample_model/flow/model --out runs/flow_matching --stages prepare off
 
 The model (``configs/sample_model/flow.yaml``) is fine-tuned on the quickstart's raw set, where 24 images are repeated
-40 times, without the filter (``off``) and with the recommended one (``filtered``). On the first, the magnitude ``‖Δu‖``
-is measured at each step of trajectories from noise, of repeated captions against captions that were never trained on
-(``sampling``), and of noised training images, repeated ones against unique ones, by noise level (``training``). Images
-of both, plain and under AMG (``drawn``), are measured as by ``train evaluate``. A stage that is done is not repeated.
+40 times, without the filter (``off``), with the recommended one (``filtered``) and with one that judges at all noise
+levels (``judged``). On the first, the magnitude ``‖Δu‖`` is measured at each step of trajectories from noise, of
+repeated captions against captions that were never trained on (``sampling``), and of noised training images, repeated
+ones against unique ones, by noise level (``training``). Images of all, of the first under AMG too (``drawn``), are
+measured as by ``train evaluate``. A stage that is done is not repeated.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ from train.quickstart.mess import make_mess
 log = get_logger(__name__)
 BANDS = 10
 SCALE, STEPS = 4.0, 25
+FINETUNED = {"unfiltered": "off", "noisy steps judged": "filtered", "all steps judged": "judged"}
+"""Names in the table, and the stages that trained them."""
 
 
 def plant(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,6 +115,13 @@ def filtered(args: argparse.Namespace) -> dict[str, Any]:
     return finetune(args, "filtered", FilterConfig(preset="recommended", calibrate=calibrate))
 
 
+def judged(args: argparse.Namespace) -> dict[str, Any]:
+    """With the same filter at every noise level."""
+    calibrate = Calibration(quantile=0.8, unique=str(args.out / "curated"))
+    policy = FilterConfig(policy="every_step", verdict_of="caption", evidence="window", calibrate=calibrate)
+    return finetune(args, "judged", policy)
+
+
 def told_apart(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """How well one magnitude each tells ones from noughts, and both medians."""
     return {
@@ -165,11 +175,11 @@ def training(args: argparse.Namespace) -> dict[str, Any]:
 
 def drawn(args: argparse.Namespace) -> dict[str, Any]:
     """The rows of ``train evaluate``: without the filter, under AMG, and with the filter where it was trained."""
-    there = [name for name in ("off", "filtered") if (args.out / name / "model").is_dir()]
-    settings = [{"model": "off", "guidance": "none"}, {"model": "off", "guidance": "amg"}]
+    there = {name: stage for name, stage in FINETUNED.items() if (args.out / stage / "model").is_dir()}
+    settings = [{"model": name, "guidance": "none"} for name in there]
     protocol = {
-        "models": {name: f"{name}/model" for name in there},
-        "settings": settings + [{"model": name, "guidance": "none"} for name in there[1:]],
+        "models": {name: f"{stage}/model" for name, stage in there.items()},
+        "settings": [*settings[:1], {"model": "unfiltered", "guidance": "amg"}, *settings[1:]],
         "prompts": {"repeated": "prompts/repeated.jsonl", "held_out": "prompts/held_out_few.jsonl"},
         "index": "curated",
         "training": ["raw"],
@@ -193,6 +203,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "sampling": sampling,
     "training": training,
     "filtered": filtered,
+    "judged": judged,
     "drawn": drawn,
 }
 
