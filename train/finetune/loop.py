@@ -79,6 +79,7 @@ from train.finetune.state.memory import (
 from train.finetune.state.optimizer import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 from train.finetune.state.sharding import Spread, SpreadOptimizer, prepare, whole_model
 from train.finetune.validation import Validation, send_images
+from train.processes import end_training
 from train.stopping import StopOnSignal, Stopped
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             return publish(out, config, summary) if accelerator.is_main_process else summary
         except Stopped:
             log.info("stopped before the first step; the same command goes on from there")
-            accelerator.end_training()
+            end_training(accelerator)
             done = list_checkpoints(out / "checkpoints")
             return {"steps": done[-1][0] if done else 0, "stopped": True, "model": None}
         except UsageError:  # found once the model or the shards were read
@@ -144,7 +145,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             attempt.gradient_accumulation,
         )
         # Here the exception is gone, and with it the tensors that its frames held; what is left goes with these.
-        accelerator.end_training()
+        end_training(accelerator)
         accelerator.free_memory()
 
 
@@ -336,7 +337,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         if totals.asked:
             bar.close()
             log.info("stopped after step %d of %d; the same command goes on from there", step, config.steps)
-            accelerator.end_training()
+            end_training(accelerator)
             return {"steps": step, "stopped": True, "model": None}
     bar.close()
     if not counts.updates and accelerator.is_main_process:
@@ -367,6 +368,6 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
         write_report(config, shard_set, memorization.table, step, summary)
         keep_last(checkpoints, int(keeps_final_state(config)))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_training(accelerator)
     return summary
 

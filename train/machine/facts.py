@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from afresh.cores import cpu_count
 from afresh.errors import UserError
 from train.machine.findings import Absent, Finding, attempt
+from train.processes import keep_group
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +137,7 @@ def _process(rank: int, backend: str, world: int, folder: str) -> None:
     _wait(device)
     if rank == 0:
         Path(folder, "seconds").write_text(str(time.perf_counter() - start))
+    keep_group()
     distributed.destroy_process_group()
 
 
