@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from afresh.cores import cpu_count
 from afresh.errors import UserError
 from train.machine.findings import Absent, Finding, attempt
-from train.processes import keep_group
 
 if TYPE_CHECKING:
     import torch
@@ -137,8 +136,7 @@ def _process(rank: int, backend: str, world: int, folder: str) -> None:
     _wait(device)
     if rank == 0:
         Path(folder, "seconds").write_text(str(time.perf_counter() - start))
-    keep_group()
-    distributed.destroy_process_group()
+    os._exit(0)  # a thread of the group that still holds the numbers could hang its end, or the interpreter's
 
 
 def _wait(device: torch.device) -> None:
