@@ -89,9 +89,10 @@ def sampling_jobs(
     """
     from train.sampling.config import AMGConfig, SampleConfig
     from train.sampling.job.checks import check_guidance, check_options
+    from train.sampling.presets.config import DEFAULT
 
     try:
-        amg = AMGConfig(**{"preset": "views", **protocol.amg})  # type: ignore[arg-type]
+        amg = AMGConfig(**{"preset": DEFAULT, **protocol.amg})  # type: ignore[arg-type]
     except TypeError as error:
         raise UsageError(f"{config.protocol}: amg: {error}") from None
     jobs = {}

@@ -8,6 +8,7 @@ from curate.config import DedupConfig
 from train.evaluation.config import LocalizeConfig
 from train.finetune.config import FinetuneConfig
 from train.sampling.config import AMGConfig
+from train.sampling.presets.config import DEFAULT
 
 
 @dataclass
@@ -61,7 +62,7 @@ class QuickstartConfig:
     mess: MessConfig = field(default_factory=MessConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(model="", out="", shards=[]))
-    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset="views"))
+    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset=DEFAULT))
     localize: LocalizeConfig = field(default_factory=lambda: LocalizeConfig(model="", prompts="", out=""))
     held_out_captions: int = 64
     seeds: int = 2

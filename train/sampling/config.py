@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from afresh.errors import UsageError
-from train.sampling.presets.config import C_3, DEFAULTS, PRESETS
+from train.sampling.presets.config import C_3, DEFAULT, DEFAULTS, PRESETS
 
 
 @dataclass
@@ -381,7 +381,7 @@ class SampleConfig:
     model_config: str | None = None
     lora: str | None = None
     guidance: str = "none"
-    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset="views"))
+    amg: AMGConfig = field(default_factory=lambda: AMGConfig(preset=DEFAULT))
     prompt: PromptConfig = field(default_factory=PromptConfig)
     anisotropy: AnisotropyConfig = field(default_factory=AnisotropyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

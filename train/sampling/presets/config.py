@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+DEFAULT: Literal["views"] = "views"
+"""The preset of ``--guidance amg``."""
 
 _EARLY: dict[str, Any] = {
     "lambda_a": 0.3,
