@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from afresh.errors import UsageError
+from tests.train.families import tiny_flux
 from tests.train.finetune.runs import log_lines, settings
 from tests.train.finetune.test_adapters import predict, randomise
+from train.denoising.network import network_of
 from train.denoising.opening import quantized
 from train.denoising.opening.adapters import WEIGHTS, add_lora, save_lora
 from train.denoising.opening.config import LoRAConfig
@@ -113,23 +115,35 @@ def test_a_quantised_base_without_its_package_is_refused(model, shards, tmp_path
         run_finetune(settings(model, shards, tmp_path / "run", lora=LoRAConfig(rank=2, quantize=kind)))
 
 
+@pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
 @pytest.mark.parametrize(("kind", "package", "within"), [("int8", "torchao", 0.02), ("nf4", "bitsandbytes", 0.2)])
 def test_adapters_beside_a_quantised_base_train_like_those_beside_the_whole_one(
-    model, shards, tmp_path, kind, package, within
+    model, shards, tmp_path, family, kind, package, within
 ):
     pytest.importorskip(package)
+    if family == "flux":
+        model = str(tmp_path / "flux")
+        tiny_flux().save_pretrained(model)
     losses = {}
     for quantize in ("none", kind):
-        lora = LoRAConfig(rank=4, quantize=quantize)
-        config = settings(model, shards, tmp_path / quantize, learning_rate=1e-2, lora=lora, checkpoint_every=2)
+        config = settings(
+            model, shards, tmp_path / quantize, learning_rate=1e-2, lora=LoRAConfig(rank=4, quantize=quantize),
+            checkpoint_every=2, resolution=64,
+        )  # fmt: skip
         run_finetune(config)
         losses[quantize] = [line["loss"] for line in log_lines(tmp_path / quantize)]
     assert losses[kind] == pytest.approx(losses["none"], rel=within) and losses[kind] != losses["none"]
     trained = load_model(config, torch.device("cpu"))
     assert all("lora_" in name for name in trained.state_dict())
-    size = sum(p.element_size() * p.numel() for n, p in trained.denoiser.unet.named_parameters() if "to_q.base" in n)
-    whole = load_pipeline(model)
-    assert size <= sum(4 * p.numel() for n, p in whole.unet.named_parameters() if "to_q" in n) or kind == "int8"
-    saved = load_pipeline(str(tmp_path / kind / "model"))
-    added = load_pipeline(model, lora=str(tmp_path / kind / "lora" / WEIGHTS))
-    torch.testing.assert_close(predict(saved), predict(added), atol=1e-5, rtol=0)  # the base is the whole one
+    trained.denoiser.network.to("cpu")  # nf4 is made on the way to the device
+    bases = [p for n, p in trained.denoiser.network.named_parameters() if "to_q.base_layer.weight" in n]
+    whole = [p for n, p in network_of(load_pipeline(model)).named_parameters() if n.endswith("to_q.weight")]
+    assert len(bases) == len(whole)
+    if kind == "nf4":
+        assert sum(p.nbytes for p in bases) * 8 == sum(p.nbytes for p in whole)  # two weights a byte, of float32
+    else:
+        assert all(p.data.qdata.dtype == torch.int8 for p in bases)
+    saved = network_of(load_pipeline(str(tmp_path / kind / "model"))).state_dict()
+    added = network_of(load_pipeline(model, lora=str(tmp_path / kind / "lora" / WEIGHTS))).state_dict()
+    for name, weight in added.items():  # the base is the whole one
+        torch.testing.assert_close(saved[name], weight, atol=1e-5, rtol=0)
