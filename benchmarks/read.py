@@ -2,6 +2,7 @@
 
     python -m benchmarks.read                                 4,000 images, 1 worker and 2, both kinds of hash
     python -m benchmarks.read --images 20000 --workers 2
+    python -m benchmarks.read --embedder copy-detector        with a network, and what each device did
     python -m benchmarks.read --memory                        peak memory over 1,000 to 16,000 images in one shard
     python -m benchmarks.read --write                         the carried samples written by us and by webdataset
 
@@ -157,15 +158,15 @@ def measure(folder: Path, **changes: object) -> dict[str, float]:
         return json.loads(answer.read_text())
 
 
-def decoding(folder: Path, pixel_hash: bool) -> float:
-    """CPU seconds in which all images are decoded on this thread, at the stage's scale."""
-    from curate.embed.layout import LayoutEmbedder
+def decoding(folder: Path, pixel_hash: bool, embedder: str) -> float:
+    """CPU seconds in which all images are decoded on this thread, at the stage's scale for an embedder."""
+    from curate.embed.registry import load_embedder
     from curate.reading.images import decode_scaled
     from curate.reading.samples import Sample, read_samples
     from curate.reading.urls import expand_shards
     from curate.stages.read import SCALE_TO_SPARE
 
-    at_least = None if pixel_hash else SCALE_TO_SPARE * LayoutEmbedder.size
+    at_least = None if pixel_hash else SCALE_TO_SPARE * load_embedder(embedder).size
     seconds = 0.0
     for url in expand_shards(str(folder)):
         for sample in read_samples(url):
@@ -176,21 +177,22 @@ def decoding(folder: Path, pixel_hash: bool) -> float:
     return seconds
 
 
-def speed(images: int, shards: int, workers: list[int]) -> None:
+def speed(images: int, shards: int, workers: list[int], embedder: str, gpu_share: float) -> None:
     """Print images a second for each kind of hash and number of workers."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         size = write_shards(folder, images, shards)
         print(
-            f"{images:,} JPEGs of {SIDE} × {SIDE}, {size / 1000:.0f} kB each, in {shards} shards; embedder layout; "
+            f"{images:,} JPEGs of {SIDE} × {SIDE}, {size / 1000:.0f} kB each, in {shards} shards; embedder {embedder}; "
             f"{cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start",
             flush=True,
         )
         for pixel_hash in (True, False):
             scale = "whole, pixel_hash: true " if pixel_hash else "reduced, pixel_hash: false"
-            share = decoding(folder, pixel_hash)
+            share = decoding(folder, pixel_hash, embedder)
             for number in workers:
-                figures = measure(folder, workers=number, pixel_hash=pixel_hash)
+                settings = {"image_embedder": embedder, "gpu_share": gpu_share, "pixel_hash": pixel_hash}
+                figures = measure(folder, workers=number, **settings)
                 seconds, cpu = figures["seconds"], figures["cpu"]
                 decoded = f", decoding {share / cpu:.0%} of them" if number == 1 else ""
                 print(
@@ -263,6 +265,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--embedder", default="layout", help="as curate dedup's image_embedder")
+    parser.add_argument("--gpu_share", type=float, default=1.0, help="as curate dedup's")
     parser.add_argument("--memory", action="store_true", help="peak memory against the number of images")
     parser.add_argument("--write", action="store_true", help="writing shards, by us and by webdataset")
     arguments = parser.parse_args()
@@ -271,7 +275,9 @@ def main() -> None:
     elif arguments.memory:
         memory(arguments.workers)
     else:
-        speed(arguments.images, arguments.shards, arguments.workers)
+        speed(
+            arguments.images, arguments.shards, arguments.workers, arguments.embedder, arguments.gpu_share
+        )
 
 
 if __name__ == "__main__":

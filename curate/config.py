@@ -116,6 +116,8 @@ class DedupConfig:
         samples_per_shard: samples a written shard holds at most.
         batch_size: images embedded at a time.
         workers: processes; 1 works in this process, 0 takes the CPU cores at hand. The result is the same.
+        gpu_share: of a GPU, what a process that embeds images takes where there are GPUs and the embedder is a network:
+            1 puts one on each, 0.5 two. Each decodes on threads by its share of the cores.
         join: ``exact`` finds all near pairs; ``cells`` compares only rows of neighbouring k-means cells, for sets that
             are too large for it, and loses a little, which ``recall`` measures; ``auto`` is exact up to two million
             distinct images (and captions).
@@ -158,6 +160,7 @@ class DedupConfig:
     samples_per_shard: int = 10_000
     batch_size: int = 256
     workers: int = 0
+    gpu_share: float = 1.0
     join: Literal["auto", "exact", "cells"] = "auto"
     join_memory: float = 2.0
     engine: str = "local"

@@ -173,6 +173,8 @@ def check_settings(config: DedupConfig) -> None:
         load_filter(name)
     if config.join_memory <= 0:
         raise UsageError(f"join_memory must be above 0 GB, got {config.join_memory}")
+    if not 0 < config.gpu_share <= 1:
+        raise UsageError(f"gpu_share must be above 0 and at most 1, got {config.gpu_share}")
     for name in ("workers", "min_caption_chars", "seed"):
         value = getattr(config, name)
         if value < 0:
@@ -212,7 +214,7 @@ def _locked(out: Store) -> Iterator[None]:
 
 def settings_of(config: DedupConfig) -> dict[str, Any]:
     """What the result depends on, beside the input."""
-    apart = ("out", "work_dir", "shards", "workers", "engine", "join_memory")
+    apart = ("out", "work_dir", "shards", "workers", "gpu_share", "engine", "join_memory")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in apart}
     if config.rule not in RULES:
         settings["rule"] = f"{config.rule} ({plugins.identity(find_rule(config.rule))[:12]})"

@@ -26,7 +26,8 @@ FILE = re.compile(rf"(?<![\w./-])((?:{OURS}|tests|configs|docs)/[\w/.-]+\.(?:py|
 IMPORT = re.compile(rf"^ *from ({OURS}[\w.]*) import ([\w, ]+)$", re.MULTILINE)
 NEAR_BY = re.compile(r"``([\w/]+\.py)``")
 GROUPS = {value for value in vars(plugins).values() if isinstance(value, str) and value.startswith("afresh.")}
-THEIRS = "train_text_to_image.py"  # of diffusers, which a benchmark runs
+THEIRS = re.compile(r"train_(text_to_image|dreambooth_lora)\w*\.py$")
+"""Scripts of diffusers, beside which benchmarks run ours."""
 
 
 def has(found: Any, attribute: str) -> bool:
@@ -76,7 +77,7 @@ def lost(path: Path) -> Iterator[re.Match[str]]:
         yield from (match for match in ROLE.finditer(text) if not known(match[1], path))
         rooms = path.relative_to(ROOT).parents
         for match in NEAR_BY.finditer(text):  # told from where the text stands
-            if not match[1].endswith(THEIRS) and not any((ROOT / room / match[1]).exists() for room in rooms):
+            if not THEIRS.search(match[1]) and not any((ROOT / room / match[1]).exists() for room in rooms):
                 yield match
 
 

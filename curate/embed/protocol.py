@@ -17,7 +17,11 @@ Floats = NDArray[np.float32]
 
 
 class Embedder(Protocol):
-    """What dedup, the index and the sampler ask of an image embedder."""
+    """What dedup, the index and the sampler ask of an image embedder.
+
+    One that runs on a GPU where there is one says so with an attribute ``accelerated``: curation then runs as many of
+    it as the GPUs have room for, each in a process that sees one GPU.
+    """
 
     name: str
     dim: int

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_AT_ONCE = 1 << 22  # pixels that a network sees at a time, whatever the batch size: bounds its memory
+_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}  # pixels that a network sees at a time, whatever the batch size
 
 
 class TorchEmbedder:
@@ -35,6 +35,8 @@ class TorchEmbedder:
         settings: whatever else decides the vectors, JSON; for ``digest``.
         half: see :func:`curate.embed.load_embedder`.
     """
+
+    accelerated = True
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class TorchEmbedder:
         self._settings, self._half = settings, half
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self._device)
+        self._at_once = max(1, _AT_ONCE[self._device.type] // self.size**2)
 
     @cached_property
     def digest(self) -> str:
@@ -61,17 +64,40 @@ class TorchEmbedder:
         return weights_digest(self.model, [repr(self.preprocessing), self._settings])
 
     def embed(self, images: Sequence[Image], batch_size: int = 256) -> NDArray[np.float32]:
+        """See :class:`curate.embed.protocol.Embedder`. What a GPU's memory does not hold is tried again by halves.
+
+        Raises:
+            UserError: not even one image fits into the GPU's memory.
+        """
+        result = np.empty((len(images), self.dim), np.float32)
+        start = 0
+        while start < len(images):
+            some = images[start : start + max(1, min(batch_size, self._at_once))]
+            try:
+                result[start : start + len(some)] = self._embedded(some)
+            except torch.OutOfMemoryError as error:
+                if len(some) == 1:
+                    raise UserError(
+                        f"{self.name}: the GPU's memory does not hold the network and one image: give it more room "
+                        "(another gpu_share), or embed on the CPU (CUDA_VISIBLE_DEVICES=)"
+                    ) from error
+                self._at_once = len(some) // 2
+                torch.cuda.empty_cache()
+            else:
+                start += len(some)
+        return result
+
+    @torch.inference_mode()
+    def _embedded(self, images: Sequence[Image]) -> NDArray[np.float32]:
+        """``[n, dim]``, of as many images as the network sees at a time."""
         result = np.empty((len(images), self.dim), np.float32)
         half = self._device.type == "cuda" if self._half is None else self._half
-        step = max(1, min(batch_size, _AT_ONCE // self.size**2))
-        with torch.inference_mode():
-            for start in range(0, len(images), step):
-                for places, stack in self.preprocessing.stacks(images[start : start + step]):
-                    pixels = torch.from_numpy(stack).to(self._device)
-                    vectors = self._vectors(pixels, half)
-                    if half and len(lost := (~vectors.isfinite().all(1)).nonzero().flatten()):  # beyond float16's range
-                        vectors[lost] = self._vectors(pixels[lost], half=False)
-                    result[start + np.array(places)] = vectors.cpu().numpy()
+        for places, stack in self.preprocessing.stacks(images):
+            pixels = torch.from_numpy(stack).to(self._device)
+            vectors = self._vectors(pixels, half)
+            if half and len(lost := (~vectors.isfinite().all(1)).nonzero().flatten()):  # beyond float16's range
+                vectors[lost] = self._vectors(pixels[lost], half=False)
+            result[np.array(places)] = vectors.cpu().numpy()
         return result
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 from afresh.cores import cpu_count
 from afresh.errors import UserError, printable
 from afresh.progress import progress
+from curate.engines.gpus import gpu_ids, on_gpus, take
 
 AHEAD = 4  # tasks a process that are handed over before they run
 RETRIES = 2  # of a task that ended its process while nothing else ran
@@ -36,7 +37,14 @@ class LocalEngine:
             raise ValueError(f"workers must be 0 or more, got {workers}")
         self.workers = workers or cpu_count()
         self._pool: ProcessPoolExecutor | None = None
+        self._processes = self.workers
+        self._gpus: list[str] = []
         self._stays = False
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of this machine."""
+        return len(gpu_ids())
 
     def __enter__(self) -> LocalEngine:
         self._stays = True
@@ -53,7 +61,7 @@ class LocalEngine:
 
         With several workers the function and the tasks are pickled: the function must be a module's own. A task is
         taken from ``tasks`` when it is soon to run, so these may be made then. The first exception stops the rest and
-        is raised here.
+        is raised here. Tasks that ask for a share of a GPU have processes of their own, each of which sees one GPU.
 
         Raises:
             UserError: a task's process was killed (as the system does when memory runs out), and when it was run again,
@@ -61,7 +69,9 @@ class LocalEngine:
         """
         results: list[Any] = [None] * len(tasks)
         lost: list[int] = []
-        alone = min(self.workers, len(tasks)) <= 1
+        share = getattr(tasks[0], "gpus", 0) if len(tasks) else 0
+        self._for_gpus(gpu_ids() if share else [], share)
+        alone = min(self._processes, len(tasks)) <= 1
         with progress(total=len(tasks), desc=desc, unit=unit) as bar:
             try:
                 for number, result in enumerate(map(function, tasks)) if alone else self._run(function, tasks, lost):
@@ -73,7 +83,7 @@ class LocalEngine:
                         child.terminate()
                     self._end_pool()
                 raise
-            if not self._stays:
+            if not self._stays or self._gpus:
                 self._end_pool()
         if lost:
             raise UserError(poisoned([tasks[number] for number in lost], desc))
@@ -92,7 +102,7 @@ class LocalEngine:
         deaths: Counter[int] = Counter()
         running: dict[Future[Any], int] = {}
         while waiting or suspects or running:
-            at_most = 1 if suspects else AHEAD * min(self.workers, len(tasks))
+            at_most = 1 if suspects else AHEAD * min(self._processes, len(tasks))
             while (suspects or waiting) and len(running) < at_most:
                 number = (suspects or waiting).pop()
                 try:
@@ -122,8 +132,18 @@ class LocalEngine:
             self._not_ours = set(multiprocessing.active_children())
             # A fresh interpreter each: forking a process that has threads (BLAS, torch) may lock up.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker)
+            number = context.Value("i", 0)
+            self._pool = ProcessPoolExecutor(
+                self._processes, context, initializer=_start_worker, initargs=(self._gpus, number)
+            )
         return self._pool
+
+    def _for_gpus(self, ids: list[str], share: float) -> None:
+        """Have as many processes as GPUs can take, or all of them where tasks ask for none."""
+        if ids != self._gpus:
+            self._end_pool()
+        self._gpus = ids
+        self._processes = min(self.workers, on_gpus(len(ids), share)) if ids else self.workers
 
     def _end_pool(self) -> None:
         if self._pool is not None:
@@ -142,12 +162,15 @@ def poisoned(tasks: Sequence[Any], desc: str) -> str:
     )
 
 
-def _start_worker() -> None:
+def _start_worker(gpus: list[str], started: Any) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     for name in THREADS:
         os.environ[name] = "1"  # before numpy and torch are imported
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    take(gpus, number)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -41,6 +41,8 @@ class RayEngine:
             raise UsageError("engine: ray is not installed: pip install 'afresh[ray]', or take engine local")
         self.workers, self._address, self._ours = workers, address, False
         self._widest = 1
+        self.gpus = 0
+        """GPUs of the cluster."""
 
     def __enter__(self) -> RayEngine:
         """Connect to the cluster, or start Ray here.
@@ -69,6 +71,7 @@ class RayEngine:
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self.workers = self.workers or max(1, sum(cores))
         self._widest = max([1, *cores])
+        self.gpus = int(ray.cluster_resources().get("GPU", 0))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,7 +107,10 @@ class RayEngine:
                         numbers = waiting.pop()
                         some = [tasks[number] for number in numbers]
                         cores = min(self._widest, max(getattr(task, "threads", 1) for task in some))
-                        asked = run.options(num_cpus=cores, max_retries=RETRIES, name=f"{desc} {numbers[0]}")
+                        gpus = getattr(some[0], "gpus", 0)  # Ray shows a worker the GPU that it is to use
+                        asked = run.options(
+                            num_cpus=cores, num_gpus=gpus, max_retries=RETRIES, name=f"{desc} {numbers[0]}"
+                        )
                         running[asked.remote(function, some)] = numbers
                     done, _ = ray.wait(list(running), num_returns=1)
                     numbers = running.pop(done[0])

@@ -9,6 +9,10 @@ own, in which every sample has a row in its order, whole or not.
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,6 +26,7 @@ from afresh.cores import cpu_count, in_order, one_thread, shares
 from afresh.errors import UserError
 from afresh.progress import get_logger
 from curate.config import DedupConfig
+from curate.engines.gpus import device_name, on_gpus
 from curate.engines.protocol import Engine
 from curate.reading.samples import BadSample, Sample, Shard, machine_named, sample_bytes
 from curate.reading.urls import refuse_changed, shard_bytes
@@ -62,10 +67,26 @@ class _ReadTask:
     fields: tuple[str, ...]
     filters: tuple[str, ...]
     threads: int
+    gpus: float
 
     @property
     def label(self) -> str:
         return str(getattr(self.samples, "name", "") or self.cache)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a task has read."""
+
+    host: str
+    device: str
+    """That the embedder runs on."""
+    process: int
+    images: int
+    """That were embedded."""
+    seconds: float
+    embedding: float
+    """Seconds of these that it waited for the embedder, not for decoded images."""
 
 
 def read_stage(
@@ -111,14 +132,22 @@ def read_stage(
 def read_into(
     engine: Engine, sources: Sequence[tuple[Samples, Path]], threads: Sequence[int], config: DedupConfig
 ) -> None:
-    """Read each source into its cache file.
+    """Read each source into its cache file, and say how fast each device did.
+
+    Where the embedder is a network and the engine has GPUs, a task takes ``config.gpu_share`` of one, and as many tasks
+    run at a time as there is room for: each with the threads of its share of the cores.
 
     Args:
         engine: where. With several processes the sources are pickled.
         sources: samples, and the file that is to hold their rows.
-        threads: of each.
+        threads: of each, on the CPU.
         config: the settings.
     """
+    gpus = 0.0
+    if getattr(cached_embedder(config.image_embedder), "accelerated", False) and (there := getattr(engine, "gpus", 0)):
+        gpus = config.gpu_share
+        at_a_time = max(1, min(on_gpus(there, gpus), len(sources)))
+        threads = [max(of_source, _cores(engine) // at_a_time) for of_source in threads]
     tasks = [
         _ReadTask(
             samples,
@@ -130,24 +159,57 @@ def read_into(
             preferred_fields(config.prefer),
             tuple(config.steps),
             of_source,
+            gpus,
         )
         for (samples, cache), of_source in zip(sources, threads, strict=True)
     ]
-    engine.map(_read, tasks, desc="reading")
+    for line in of_devices([pace for pace in engine.map(_read, tasks, desc="reading") if pace is not None]):
+        log.info("%s", line)
 
 
-def _read(task: _ReadTask) -> None:
+def _cores(engine: Engine) -> int:
+    """Of all tasks together."""
+    return getattr(engine, "workers", 0) or cpu_count()
+
+
+def of_devices(paces: Sequence[Pace]) -> list[str]:
+    """A line for each device: what was embedded on it, how fast, and what it waited for."""
+    devices: dict[tuple[str, str], list[Pace]] = defaultdict(list)
+    for pace in paces:
+        devices[pace.host, pace.device].append(pace)
+    lines, several = [], len({pace.host for pace in paces}) > 1
+    for (host, device), here in sorted(devices.items()):
+        by_process: dict[int, list[Pace]] = defaultdict(list)
+        for pace in here:
+            by_process[pace.process].append(pace)
+        rate = 0.0  # processes beside each other
+        for those in by_process.values():
+            rate += sum(pace.images for pace in those) / max(sum(pace.seconds for pace in those), 1e-9)
+        busy = sum(pace.embedding for pace in here) / max(sum(pace.seconds for pace in here), 1e-9)
+        lines.append(
+            f"{host + ', ' if several else ''}{device}: {sum(pace.images for pace in here):,} images by "
+            f"{len(by_process)} process{'es' if len(by_process) > 1 else ''}, {rate:,.0f} images/s, "
+            f"{busy:.0%} of the time embedding"
+        )
+    return lines
+
+
+def _read(task: _ReadTask) -> Pace | None:
     """Hash and embed one source's samples: READ_COLUMNS, and ``embedding`` (float16 [dim] as bytes)."""
     if task.cache.is_file():  # it was run before, and its worker was lost
-        return
+        return None
     embedder = cached_embedder(task.embedder)
+    began, embedding, images = time.perf_counter(), 0.0, 0
     nothing = bytes(2 * embedder.dim)
     schema = pa.schema([*READ_COLUMNS, ("embedding", pa.binary(len(nothing)))])
     rows: list[dict[str, Any]] = []
     batch: list[tuple[dict[str, Any], Image]] = []
 
     def embed() -> None:
+        nonlocal embedding, images
+        before = time.perf_counter()
         embedded = embedder.embed([image for _, image in batch], batch_size=task.batch_size)
+        embedding, images = embedding + time.perf_counter() - before, images + len(batch)
         with np.errstate(over="ignore"):  # which is seen below
             vectors = np.asarray(embedded).astype(np.float16)
         for (row, _), vector in zip(batch, vectors, strict=True):
@@ -179,6 +241,8 @@ def _read(task: _ReadTask) -> None:
         if batch:
             embed()
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    device = device_name(getattr(embedder, "accelerated", False))
+    return Pace(socket.gethostname(), device, os.getpid(), images, time.perf_counter() - began, embedding)
 
 
 def _look(task: _ReadTask, at_least: int, sample: Sample | BadSample) -> tuple[dict[str, Any], Image | None]:

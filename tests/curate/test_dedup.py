@@ -212,6 +212,7 @@ def test_one_sample_is_a_set(mess, tmp_path):
         ({"samples_per_shard": 0}, "samples_per_shard"),
         ({"workers": -1}, "workers"),
         ({"join_memory": 0}, "join_memory"),
+        ({"gpu_share": 0}, "gpu_share"),
         ({"image_embedder": "no-such-embedder"}, "no-such-embedder"),
         ({"shards": ["nowhere"]}, "nowhere"),
         ({"shards": ["pipe:cat x"]}, "pipe"),

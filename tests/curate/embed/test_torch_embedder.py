@@ -1,10 +1,12 @@
-"""Half precision: float32 unit rows all the same, near those of full precision."""
+"""Half precision: float32 unit rows all the same, near those of full precision. And memory that is too small."""
 
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from afresh.errors import UserError
 from curate.embed.preprocessing import Preprocessing
 from curate.embed.registry import load_embedder
 from curate.embed.torch_embedder import TorchEmbedder
@@ -47,3 +49,31 @@ def test_what_half_precision_cannot_hold_is_computed_again(images):
     np.testing.assert_allclose(half, full, atol=2e-3)
     np.testing.assert_allclose(half[0], full[0], atol=1e-6)
     assert np.abs(half[1] - full[1]).max() > 1e-6  # in half precision indeed
+
+
+class Small(torch.nn.Module):
+    """Means of the colours, on a GPU that holds so many images at a time."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.seen = room, []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x.mean(dim=(2, 3))
+
+
+def test_what_a_gpu_does_not_hold_is_embedded_by_halves_from_then_on():
+    some = [Image.new("RGB", (8, 8), (10 * n + 1, 250 - 9 * n, 40)) for n in range(20)]
+    whole, small = (
+        TorchEmbedder("small", Small(room), dim=3, preprocessing=Preprocessing(8)) for room in (100, 3)
+    )
+    np.testing.assert_allclose(small.embed(some, batch_size=16), whole.embed(some), atol=1e-6)
+    assert small.model.seen == [16, 8, 4, *[2] * 10]
+    small.model.seen.clear()
+    small.embed(some[:4])
+    assert small.model.seen == [2, 2]
+    with pytest.raises(UserError, match="small: the GPU's memory does not hold the network and one image.*gpu_share"):
+        TorchEmbedder("small", Small(0), dim=3, preprocessing=Preprocessing(8)).embed(some)

@@ -1,9 +1,11 @@
-"""Tasks whose workers die, for the tests of engines: importable by other processes."""
+"""Tasks that ask and tasks whose workers die, for the tests of engines: importable by other processes."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -38,3 +40,16 @@ def die_once(task: tuple[str, int]) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     (Path(folder) / f"done-{number}").touch()
     return number
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """Takes a share of a GPU."""
+
+    gpus: float
+
+
+def seen_gpus(_: OnGpu) -> tuple[int, str | None]:
+    """The process, and the GPUs that it sees; after a while, so that other processes start, too."""
+    time.sleep(0.2)
+    return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -11,7 +11,7 @@ import pytest
 from afresh.cores import cpu_count
 from afresh.errors import UserError
 from curate.engines.local import LocalEngine
-from tests.curate.engines.deadly import die_at_three, die_once, fail_at_two, process_id, square
+from tests.curate.engines.deadly import OnGpu, die_at_three, die_once, fail_at_two, process_id, seen_gpus, square
 
 
 def die(_: int) -> None:
@@ -89,3 +89,21 @@ def test_zero_workers_means_the_cores_at_hand():
     assert LocalEngine(0).workers == cpu_count() >= 1
     with pytest.raises(ValueError, match="workers"):
         LocalEngine(-1)
+
+
+@pytest.mark.parametrize(("share", "processes"), [(1.0, 2), (0.5, 4), (0.4, 4)])
+def test_tasks_on_gpus_run_in_a_process_for_each_share_which_sees_one_gpu(monkeypatch, share, processes):
+    monkeypatch.setattr("curate.engines.local.gpu_ids", lambda: ["3", "GPU-5f"])
+    with LocalEngine(8) as engine:
+        assert engine.gpus == 2
+        seen = set(engine.map(seen_gpus, [OnGpu(share)] * 24, desc="asking"))
+        assert len(seen) == len({process for process, _ in seen}) == processes
+        assert sorted(gpu for _, gpu in seen) == ["3"] * (processes // 2) + ["GPU-5f"] * (processes // 2)
+        others = set(engine.map(seen_gpus, [OnGpu(0)] * 16, desc="asking"))
+        assert {gpu for _, gpu in others} == {os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+def test_fewer_workers_than_gpus_have_room_for_leave_some_idle(monkeypatch):
+    monkeypatch.setattr("curate.engines.local.gpu_ids", lambda: ["0", "1", "2", "3"])
+    seen = set(LocalEngine(2).map(seen_gpus, [OnGpu(1.0)] * 6, desc="asking"))
+    assert sorted(gpu for _, gpu in seen) == ["0", "1"]

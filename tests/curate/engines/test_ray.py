@@ -11,7 +11,7 @@ from afresh.errors import UsageError, UserError
 from curate.dedup import run_dedup
 from curate.engines.ray import RayEngine
 from curate.engines.registry import open_engine
-from tests.curate.engines.deadly import die_at_three, die_once, fail_at_two, process_id, square
+from tests.curate.engines.deadly import OnGpu, die_at_three, die_once, fail_at_two, process_id, seen_gpus, square
 from tests.curate.made_mess import promised, settings
 
 there = importlib.util.find_spec("ray") is not None
@@ -87,3 +87,23 @@ def test_a_curation_on_ray_has_the_same_bytes_begun_there_or_finished_there(ray,
         run_dedup(settings(mess, out, engine=second))
         assert promised(out) == promised(curated[0])
         assert {path for path in caches if path.stat().st_mtime_ns != times[path]} == {caches[1]}
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_task_sees_the_gpu_that_it_was_given():
+    import ray as its_own
+
+    if its_own.is_initialized():
+        its_own.shutdown()
+    its_own.init(num_cpus=2, num_gpus=2, include_dashboard=False)  # Ray believes that there are two
+    try:
+        with RayEngine(2) as engine:
+            assert engine.gpus == 2
+            seen = engine.map(seen_gpus, [OnGpu(1.0)] * 6, desc="asking")
+            assert {gpus for _, gpus in seen} == {"0", "1"}
+            halves = engine.map(seen_gpus, [OnGpu(0.5)] * 4, desc="asking")
+            assert {gpus for _, gpus in halves} <= {"0", "1"}
+    finally:
+        its_own.shutdown()

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,49 @@ def test_one_shard_gives_the_same_bytes_on_any_number_of_threads(shard, tmp_path
         used.clear()
         assert read_rows(shard, tmp_path / str(workers), workers=workers) == expected
         assert threading.get_ident() not in used and 1 < len(used) <= workers
+
+
+class TwoGpus:
+    """An engine that has two GPUs and eight cores, and notes its tasks."""
+
+    workers, gpus = 8, 2
+
+    def map(self, function, tasks, *, desc, unit="shards"):
+        self.tasks = tasks
+        return [function(task) for task in tasks]
+
+
+@pytest.mark.parametrize(
+    ("embedder", "share", "threads", "gpus"),
+    [("layout", 1.0, 2, 0), ("copy-detector", 1.0, 4, 1.0), ("copy-detector", 0.5, 2, 0.5)],
+)
+def test_a_network_has_a_share_of_a_gpu_and_its_task_the_cores_that_go_with_it(
+    shard, tmp_path, caplog, embedder, share, threads, gpus
+):
+    engine, config = TwoGpus(), DedupConfig(image_embedder=embedder, gpu_share=share)
+    sources = [(read.Shard(str(shard), "shard.tar", ""), tmp_path / f"{number}.parquet") for number in range(4)]
+    with caplog.at_level("INFO"):
+        read.read_into(engine, sources, [2] * 4, config)
+    assert [(task.threads, task.gpus) for task in engine.tasks] == [(threads, gpus)] * 4
+    assert re.search(r"CPU: 96 images by 1 process, [\d,]+ images/s, \d+% of the time embedding", caplog.text)
+
+
+def test_the_pace_of_a_device_is_that_of_its_processes_together():
+    paces = [
+        read.Pace("a", "GPU 0 (X)", 1, 100, 2.0, 1.0),
+        read.Pace("a", "GPU 0 (X)", 1, 300, 2.0, 1.5),
+        read.Pace("a", "GPU 0 (X)", 2, 100, 1.0, 0.5),
+        read.Pace("a", "GPU 1 (X)", 3, 1000, 1.0, 0.9),
+    ]
+    assert read.of_devices(paces) == [
+        "GPU 0 (X): 500 images by 2 processes, 200 images/s, 60% of the time embedding",
+        "GPU 1 (X): 1,000 images by 1 process, 1,000 images/s, 90% of the time embedding",
+    ]
+    elsewhere = read.Pace("b", "CPU", 1, 10, 1.0, 0.0)
+    assert [line.split(":")[0] for line in read.of_devices([*paces, elsewhere])] == [
+        "a, GPU 0 (X)", "a, GPU 1 (X)", "b, CPU",
+    ]  # fmt: skip
+    assert read.of_devices([]) == []
 
 
 def test_rows_are_written_as_they_come_and_do_not_depend_on_the_pieces(shard, tmp_path, monkeypatch):
