@@ -137,35 +137,68 @@ def copies_cosine(unet: nn.Module, width: int) -> float | None:
     return float(torch.stack(cosines).mean())
 
 
+class Blocked:
+    """A quickstart's raw model with neurons blocked: the copies that are left, and what other captions lose.
+
+    Args:
+        pipe: the raw model.
+        run: the quickstart's folder.
+        captions: repeated captions, at most.
+    """
+
+    def __init__(self, pipe: Any, run: Path, captions: int = 1000) -> None:
+        prompts = read_prompts(run / "prompts" / "detect.jsonl")
+        self.pipe = pipe
+        self.repeated = [prompt.caption for prompt in prompts if prompt.label == 1][:captions]
+        held_out = [prompt.caption for prompt in prompts if prompt.label == 0]
+        self.judge = Measure(*open_index(str(run / "curated")))
+        # what selectivity goes by is not measured below
+        self.localizer = Localizer(pipe, held_out[1::2], up_blocks=True)
+        held_out = held_out[::2]
+        similarity = self.judge.similarity(self._images(held_out, None))
+        near = zip(held_out, similarity, strict=True)
+        self.clean = [caption for caption, similar in near if similar <= MEMORIZED][:OTHERS]
+        self.unblocked, self._before = self._of_others(None)
+
+    def memorized(self, masks: Mask | None) -> float:
+        """Share of the repeated captions' images that are copies; ``masks [captions, units]`` are blocked."""
+        images = draw(self.pipe, self.localizer, self.repeated, masks, STEPS, SCALE, SEEDS)
+        return memorized_share(self.judge.similarity(images))
+
+    def point(self, masks: Mask) -> dict[str, Any]:
+        """Of the tables: with ``masks [captions, units]`` blocked."""
+        alignments, after = self._of_others(masks)
+        change, mean = alignments - self.unblocked, self.unblocked.mean()
+        return {
+            "blocked": int(masks[0].sum()),
+            "memorized": self.memorized(masks),
+            "alignment_change": float(change.mean() / mean),
+            "standard_error": float(change.std() / len(change) ** 0.5 / mean),
+            "similarity_to_unblocked": float(self.judge.index.calibrate((after * self._before).sum(1)).mean()),
+        }
+
+    def _images(self, captions: Sequence[str], masks: Mask | None) -> Any:
+        return draw(self.pipe, self.localizer, captions, masks, STEPS, SCALE, SEEDS[:1])
+
+    def _of_others(self, masks: Mask | None) -> tuple[Any, Any]:
+        """Their alignment, and their embeddings."""
+        own = None if masks is None else masks[np.arange(len(self.clean)) % len(masks)]
+        drawn = self._images(self.clean, own)
+        return self.judge.alignments(drawn, self.clean), self.judge.embedder.embed(drawn)
+
+
+def first(scores: Any, number: float) -> Mask:
+    """The first of ``scores [captions, units]``, the highest before the others: ``[captions, units]``."""
+    return np.argsort(np.argsort(-scores, axis=1), axis=1) < number
+
+
 def measure(pipe: Any, run: Path, width: int) -> dict[str, Any]:
     """Copies left of the repeated captions and alignment left of others, by order and number of blocked neurons."""
-    prompts = read_prompts(run / "prompts" / "detect.jsonl")
-    repeated = [prompt.caption for prompt in prompts if prompt.label == 1]
-    held_out = [prompt.caption for prompt in prompts if prompt.label == 0]
-    judge = Measure(*open_index(str(run / "curated")))
-    localizer = Localizer(pipe, held_out[1::2], up_blocks=True)  # what selectivity goes by is not measured below
-    held_out = held_out[::2]
+    model = Blocked(pipe, run)
+    localizer = model.localizer
     inner = ~np.concatenate([np.full(size, "up_blocks" in name) for name, size in localizer.sizes.items()])
-
-    def memorized(masks: Mask | None) -> float:
-        images = draw(pipe, localizer, repeated, masks, STEPS, SCALE, SEEDS)
-        return memorized_share(judge.similarity(images))
-
-    def images(captions: Sequence[str], masks: Mask | None) -> Any:
-        return draw(pipe, localizer, captions, masks, STEPS, SCALE, SEEDS[:1])
-
-    similarity = judge.similarity(images(held_out, None))
-    clean = [caption for caption, near in zip(held_out, similarity, strict=True) if near <= MEMORIZED][:OTHERS]
-
-    def of_others(masks: Mask | None) -> tuple[Any, Any]:
-        """Their alignment, and their embeddings."""
-        own = None if masks is None else masks[np.arange(len(clean)) % len(masks)]
-        drawn = images(clean, own)
-        return judge.alignments(drawn, clean), judge.embedder.embed(drawn)
-
-    unblocked, before = of_others(None)
-    z = localizer.statistics.z(activations(pipe, repeated, localizer.layers))
-    gradient = np.stack([slopes(localizer, caption) for caption in repeated])
+    z = localizer.statistics.z(activations(pipe, model.repeated, localizer.layers))
+    gradient = np.stack([slopes(localizer, caption) for caption in model.repeated])
     every = np.ones_like(inner)
     orders = {
         "z-score of activations": (z, every),
@@ -180,27 +213,15 @@ def measure(pipe: Any, run: Path, width: int) -> dict[str, Any]:
         "neurons": len(inner),
         "neurons_down_mid": int(inner.sum()),
         "copies_cosine": copies_cosine(pipe.unet, width),
-        "memorized": memorized(None),
-        "alignment": float(unblocked.mean()),
-        "others": len(clean),
+        "memorized": model.memorized(None),
+        "alignment": float(model.unblocked.mean()),
+        "others": len(model.clean),
         "orders": {},
     }
     for name, (scores, which) in orders.items():
-        rank = np.argsort(np.argsort(-np.where(which, scores, -np.inf), axis=1), axis=1)
         points = result["orders"][name] = []
         for share in (*SHARES, 1.0) if which is inner else SHARES:
-            masks = rank < share * which.sum()
-            alignments, after = of_others(masks)
-            change = alignments - unblocked
-            points.append(
-                {
-                    "blocked": int(masks[0].sum()),
-                    "memorized": memorized(masks),
-                    "alignment_change": float(change.mean() / unblocked.mean()),
-                    "standard_error": float(change.std() / len(change) ** 0.5 / unblocked.mean()),
-                    "similarity_to_unblocked": float(judge.index.calibrate((after * before).sum(1)).mean()),
-                }
-            )
+            points.append(model.point(first(np.where(which, scores, -np.inf), share * which.sum())))
             log.info("width %d, %s: %s", width, name, points[-1])
     return result
 
