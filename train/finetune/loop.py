@@ -192,7 +192,10 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
 
     nominal = config.batch_size * config.gradient_accumulation  # samples of a step on this process
     samples = world * nominal  # and on all of them
-    memorization = make_filter(config, schedule, predict_unconditional, shard_set, samples, accelerator.is_fsdp2)
+    timestep = timesteps_of(schedule, config)
+    memorization = make_filter(
+        config, schedule, timestep, predict_unconditional, shard_set, samples, accelerator.is_fsdp2
+    )
 
     # Where it stands: all that a checkpoint holds.
     counts, bands = Counts(), LossBands()
@@ -244,7 +247,7 @@ def train(config: FinetuneConfig, planned: int, accelerator: Accelerator, stop: 
                 config.seed,
                 noise_offset=config.noise_offset,
                 input_perturbation=config.input_perturbation,
-                timestep=timesteps_of(schedule, config),
+                timestep=timestep,
             )
             noise, input_noise, t = (to_device(x, device) for x in (draws.noise, draws.input_noise, draws.t))
             readable = batch.weight > 0

@@ -14,7 +14,7 @@ def check_filter(policy: FilterConfig, model: str) -> None:
     policy = policy.settled()
     how = policy.calibrate
     for name, value, least in (
-        ("min_timestep", policy.min_timestep, 0),
+        ("min_timestep", policy.min_timestep or 0, 0),
         ("k", policy.k, 1),
         ("expires", policy.expires, 0),
         ("warmup_steps", policy.warmup_steps, 0),

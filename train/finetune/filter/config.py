@@ -54,7 +54,8 @@ class FilterConfig:
             each timestep band of 100, null where nothing is judged; or ``auto``, those that ``train detect
             --calibrate`` left in the model's folder; or a file of its or of a run's (``filter.json``).
         form: ``l2`` is the papers' scale (grows with the latent's size), ``rms`` is independent of it.
-        min_timestep: of the noisy policies, in [0, 1000).
+        min_timestep: of the noisy policies, in [0, 1000). null takes the one that a fifth of the run's visits reach:
+            800 where timesteps are uniform, of flow matching by its density and shift.
         k: of the policies one_in_k.
         expires: how many further visits a sample's last verdict stands for, where they are not judged themselves; 0
             leaves a sample out at the very visit only.
@@ -75,7 +76,7 @@ class FilterConfig:
     policy: Literal["off", "every_step", "noisy_steps", "one_in_k", "noisy_one_in_k"] | None = None
     threshold: float | list[float | None] | str | None = None
     form: Literal["l2", "rms"] = "l2"
-    min_timestep: int = 800
+    min_timestep: int | None = None
     k: int = 5
     expires: int = 8
     verdict_of: Literal["sample", "caption"] | None = None

@@ -9,6 +9,9 @@ from torch import Tensor
 from train.finetune.config import FilterConfig
 from train.memorization.signals.magnitude import magnitude
 
+NOISIEST_FIFTH = 800
+"""The timestep from which on a fifth of uniform ones lie."""
+
 
 def in_turn(rows: Tensor, visits: Tensor, k: int, seed: int) -> Tensor:
     """Whether these visits are the ones in ``k`` at which their samples are judged: ``[n]`` bool.
@@ -48,7 +51,7 @@ def is_judged(
     if policy.policy == "off":
         judged[:] = False
     if policy.policy in ("noisy_steps", "noisy_one_in_k"):
-        judged &= t >= policy.min_timestep
+        judged &= t >= (NOISIEST_FIFTH if policy.min_timestep is None else policy.min_timestep)
     if policy.policy in ("one_in_k", "noisy_one_in_k"):
         judged &= in_turn(rows, visits, policy.k, seed)
     return judged

@@ -16,6 +16,7 @@ from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.filter.calibration import ENOUGH, unique_samples
 from train.finetune.filter.checks import chosen_thresholds
 from train.finetune.filter.filter import MemorizationFilter
+from train.finetune.filter.policies import NOISIEST_FIFTH
 from train.memorization.thresholds import BANDS
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from train.finetune.data.scan import ShardSet
 
 log = get_logger(__name__)
+DRAWS = 10_000
+"""Of the timesteps, which ``min_timestep`` goes by."""
 LEAST_STEPS = 50
 """Of a calibration whose length is not set: with fewer, few captions of the set were met."""
 
@@ -30,6 +33,7 @@ LEAST_STEPS = 50
 def make_filter(
     config: FinetuneConfig,
     schedule: NoiseSchedule,
+    timestep: Callable[[torch.Generator], Tensor] | None,
     predict_unconditional: Callable[..., Tensor],
     shard_set: ShardSet,
     samples: int,
@@ -40,6 +44,7 @@ def make_filter(
     Args:
         config: of the run.
         schedule: see :class:`~train.finetune.filter.filter.MemorizationFilter`, also for those not named here.
+        timestep: how the run draws one timestep; None for uniformly.
         predict_unconditional: as there.
         shard_set: what is trained on.
         samples: of an optimizer step, on all processes.
@@ -47,7 +52,8 @@ def make_filter(
     """
     reference = reference_samples(config.filter, shard_set)
     unique = 1.0 if reference is None else float(reference.float().mean())
-    policy = with_lengths(config.filter.settled(), samples * (1 - config.caption_dropout) * unique)
+    policy = with_min_timestep(config.filter.settled(), timestep)
+    policy = with_lengths(policy, samples * (1 - config.caption_dropout) * unique)
     thresholds = chosen_thresholds(policy, config.model)
     if thresholds is not None and (why := thresholds.unlike(thresholds.against, None, schedule.space)):
         raise UsageError(f"filter.threshold {policy.threshold}: {why}: calibrate them on this model")
@@ -72,6 +78,22 @@ def reference_samples(policy: FilterConfig, shard_set: ShardSet) -> Tensor | Non
     return torch.from_numpy(unique_samples(unique, shard_set.urls, shard_set.ids))
 
 
+def with_min_timestep(policy: FilterConfig, timestep: Callable[[torch.Generator], Tensor] | None) -> FilterConfig:
+    """The settings with ``min_timestep`` in numbers, where it is left to the run: a fifth of the visits reach it.
+
+    Args:
+        policy: the filter's settings.
+        timestep: as of :func:`make_filter`.
+    """
+    if policy.min_timestep is not None:
+        return policy
+    if timestep is None:
+        return dataclasses.replace(policy, min_timestep=NOISIEST_FIFTH)
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.stack([timestep(g).float() for _ in range(DRAWS)])
+    return dataclasses.replace(policy, min_timestep=round(float(drawn.quantile(0.8)) / 10) * 10)
+
+
 def with_lengths(policy: FilterConfig, captioned: float) -> FilterConfig:
     """The settings with the ``steps`` and ``window`` of the calibration in numbers, where these are left to the run.
 
@@ -84,7 +106,8 @@ def with_lengths(policy: FilterConfig, captioned: float) -> FilterConfig:
     kind = policy.policy or ""
     noisy, one_in_k = "noisy" in kind, "one_in_k" in kind
     # The last band that is judged has a tenth of the timesteps, whatever min_timestep is: it lies at the noisy end.
-    share = 1 / BANDS if how.per_band else max(1 - policy.min_timestep / 1000, 1 / BANDS) if noisy else 1.0
+    least = NOISIEST_FIFTH if policy.min_timestep is None else policy.min_timestep
+    share = 1 / BANDS if how.per_band else max(1 - least / 1000, 1 / BANDS) if noisy else 1.0
     judged = captioned * share / (policy.k if one_in_k else 1)
     steps = how.steps or max(LEAST_STEPS, math.ceil(2 * ENOUGH / max(judged, 1e-6)))
     window = 2 * steps if how.window is None else how.window

@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from afresh.errors import UsageError, UserError
 from tests.train.finetune.runs import launch, log_lines, same, settings, wait_for_step, weights
 from train.denoising.opening.loading import load_pipeline
-from train.finetune.config import Calibration, FilterConfig
+from train.denoising.schedules import FlowSchedule, NoiseSchedule
+from train.finetune.config import Calibration, FilterConfig, Flow, Timesteps
 from train.finetune.filter.calibration import ENOUGH
 from train.finetune.filter.filter import MemorizationFilter
 from train.finetune.filter.policies import filter_weights, in_turn, is_judged
-from train.finetune.filter.settings import with_lengths
+from train.finetune.filter.settings import with_lengths, with_min_timestep
 from train.finetune.filter.table import VerdictTable
 from train.finetune.loop import run_finetune
+from train.finetune.model.diffusion import timesteps_of
 from train.finetune.state.log import Tally
 from train.memorization.thresholds import FILE, Thresholds
 
@@ -180,6 +184,24 @@ def test_a_calibration_whose_length_is_left_to_the_run_gives_each_threshold_enou
     assert with_lengths(together, 0.9).calibrate.steps == pytest.approx(40 / (0.9 * 0.2 / 4), abs=1)
     given = dataclasses.replace(plain, calibrate=Calibration(steps=7, window=0))
     assert with_lengths(given, 1.0) == given
+
+
+def test_the_noisy_steps_are_those_that_a_fifth_of_the_visits_reach_unless_a_timestep_is_named():
+    def found(schedule, **options) -> int | None:
+        config = settings("", "", Path(), filter=FilterConfig(preset="recommended"), **options)
+        return with_min_timestep(config.filter.settled(), timesteps_of(schedule, config)).min_timestep
+
+    uniform, flat, shifted = (
+        NoiseSchedule(DDPMScheduler()),
+        FlowSchedule(FlowMatchEulerDiscreteScheduler(shift=1.0)),
+        FlowSchedule(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    )
+    assert found(uniform) == 800 and found(uniform, timesteps=Timesteps(highest=500)) == 400
+    # u with Φ(z) = 0.8, z = 0.8416: sigmoid(z), and s u / (1 + (s − 1) u) at shift s
+    assert found(flat) == pytest.approx(699, abs=10) and found(shifted) == pytest.approx(874, abs=10)
+    assert found(flat, flow=Flow(density="uniform")) == 800
+    named = FilterConfig("noisy_steps", min_timestep=555)
+    assert with_min_timestep(named, timesteps_of(flat, settings("", "", Path()))) == named
 
 
 def test_a_filter_that_leaves_out_more_than_it_is_meant_to_says_so_at_once_and_once(capsys):
