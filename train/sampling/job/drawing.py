@@ -54,10 +54,18 @@ def draw_images(
             judges=opened.judges,
             views=opened.views,
         )
-    elif restarts := registry.restarts(config):
+    elif (found := registry.restarts(config))[0]:
         assert index is not None
-        tries = 1 + restarts
-        never = NeverAbove(index, embedder, tries=tries, amg=config.amg, views=opened.views, withhold=False)
+        tries, guided = 1 + found[0], found[1]
+        never = NeverAbove(
+            index,
+            embedder,
+            tries=tries,
+            amg=config.amg,
+            views=opened.views,
+            withhold=False,
+            guided=guided,
+        )
     seen = Judges(*opened.views)
 
     with progress(total=len(tasks), desc=f"sampling, {config.guidance}", unit="images") as bar:
