@@ -42,7 +42,7 @@ def draw_images(
     pipe = opened.pipe
     config = _with_numbers(config, opened)
     guidance, rejection = registry.make(config, index, embedder, opened.views)
-    never = None
+    never, (restarts, guided) = None, registry.restarts(config)
     if config.never_above is not None:
         assert index is not None  # _check saw to it
         never = NeverAbove(
@@ -54,13 +54,12 @@ def draw_images(
             judges=opened.judges,
             views=opened.views,
         )
-    elif (found := registry.restarts(config))[0]:
+    elif restarts:
         assert index is not None
-        tries, guided = 1 + found[0], found[1]
         never = NeverAbove(
             index,
             embedder,
-            tries=tries,
+            tries=1 + restarts,
             amg=config.amg,
             views=opened.views,
             withhold=False,
