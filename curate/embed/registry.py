@@ -6,7 +6,7 @@ Every image embedder keeps one protocol, :class:`Embedder`: ``embed`` for curati
 - ``layout``: weight-free; where light, colour and edges lie. Survives storage, resizing, brightness, frames,
   mirroring, lost colour, mild crops.
 - ``copy-detector``: the carried network (``curate/embed/copy_detector.py``); small images, edits of every kind.
-- ``luminance``, ``edges``: weight-free too; the pixels at low resolution, the views of an index
+- ``luminance``, ``edges``, ``chroma``: weight-free too; the pixels at low resolution, the views of an index
   (``curate/stages/views.py``).
 - ``FILE.pt``, ``FILE.torchscript``: a TorchScript file such as SSCD's, at its official preprocessing, the shorter edge
   brought to 288 pixels; ``FILE.pt@320`` squashes images to squares of 320, SSCD's other official way, and
@@ -41,7 +41,7 @@ from curate.embed.ngrams import NgramEmbedder
 from curate.embed.preprocessing import Preprocessing, read_json
 from curate.embed.protocol import CaptionEmbedder, Embedder
 
-EMBEDDERS = ("layout", "copy-detector", "luminance", "edges")
+EMBEDDERS = ("layout", "copy-detector", "luminance", "edges", "chroma")
 CAPTION_EMBEDDERS = ("ngrams",)
 # By prefix; the extra names what pip installs.
 IMAGE_LIBRARIES = ("transformers", "timm", "open_clip")
@@ -63,7 +63,7 @@ def load_embedder(name_or_path: str, *, half: bool | None = None) -> Embedder:
     """
     if name_or_path == "layout":
         return LayoutEmbedder()
-    if name_or_path in ("luminance", "edges"):
+    if name_or_path in ("luminance", "edges", "chroma"):
         return LightEmbedder(name_or_path)
     if name_or_path == "copy-detector":
         from curate.embed.copy_detector import CopyDetector

@@ -1,9 +1,10 @@
 """Views of an index: the same training images as other embedders see them, each on its own scale.
 
 A sampler that follows one embedder can leave a copy that this one no longer sees. So an index has views that have
-little in common: a second embedder of objects, luminance, edges. Each is a :class:`TrainingIndex` of the kept images,
-calibrated on their nearest neighbours that are no copies, and lies in ``OUT/views/NAME`` beside the shards that it was
-made from, or in the user's cache folder where that cannot be written to. They are made when a sampler first asks.
+little in common: a second embedder of objects, luminance, edges, colour. Each is a :class:`TrainingIndex` of the kept
+images, calibrated on their nearest neighbours that are no copies, and lies in ``OUT/views/NAME`` beside the shards that
+it was made from, or in the user's cache folder where that cannot be written to. They are made when a sampler first
+asks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from curate.embed.protocol import Embedder
 
 log = get_logger(__name__)
-OBJECTS, PIXELS = "copy-detector", ("luminance", "edges")
+OBJECTS, PIXELS = "copy-detector", ("luminance", "edges", "chroma")
 BATCH = 256
 _EXPECTED = 0.01  # the share of images that are no copies and lie above 0.5
 

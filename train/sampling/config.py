@@ -25,6 +25,8 @@ class AMGConfig:
         lambda_b: λ at t = 0, and the constant schedule's value (−1: guide always).
         lambda_c: rate of the exponential.
         c_1: strength of G_spe per similarity.
+        c_1_at: guidance scale that c_1 is stated for: at others it is in proportion. None takes c_1 as it is, as
+            released, which at a lower scale leaves less of the prompt.
         c_2: strength of G_dup per similarity; None is the released form, all that G_spe left once similarity
             is 0.3.
         c_3: strength of G_sim; None is the form's own.
@@ -46,7 +48,8 @@ class AMGConfig:
         views: watch and steer by the highest similarity of the index and its views (docs/sampling.md), not by the
             index's embedder alone.
         restarts: of ``train sample``: how often an image that is a copy by some view when it is finished (above 0.5) is
-            drawn again, from another seed and under stronger guidance; the farthest of its drawings is kept.
+            drawn again, from another seed and under stronger guidance; the farthest of its drawings is kept. One that
+            was guided is drawn again from lambda_a on.
         release: an image that is guided is let go only when σ falls below λ_t less this.
         t_range: timesteps, of 1000, at which images are watched and guided.
         sim_t_range: timesteps at which G_sim acts.
@@ -66,6 +69,7 @@ class AMGConfig:
     lambda_b: float | None = None
     lambda_c: float | None = None
     c_1: float = 13.0
+    c_1_at: float | None = None
     c_2: float | None = None
     c_3: float | None = None
     floor: float | None = None
@@ -96,6 +100,8 @@ class AMGConfig:
         """
         _choice("amg.preset", self.preset, tuple(PRESETS))
         preset = {**DEFAULTS, **PRESETS[self.preset]}
+        if self.c_1_at is not None and not self.c_1_at > 0:
+            raise ValueError(f"amg.c_1_at is {self.c_1_at}: it is above 0")
         if self.normalise is None and self.sim_form == "released":
             preset["normalise"] = False
         filled = {name: preset[name] for name in preset if name != "gain" and getattr(self, name) is None}
@@ -354,8 +360,8 @@ class SampleConfig:
         tries: of never_above: drawings of an image at most, the first included.
         index: training-set index: the output folder of curate dedup, or its index folder.
         embedder: image embedder; empty takes the one that the index was built with.
-        views: look at images through the views of the index too: a second embedder, luminance, edges. They are made
-            beside the shards of the index when they are first asked for; false goes by its embedder alone.
+        views: look at images through the views of the index too: a second embedder, luminance, edges, colour. They are
+            made beside the shards of the index when they are first asked for; false goes by its embedder alone.
         judge_index: of never_above: a second index, of another embedder, by which no image may be above it either.
         seeds: images per prompt; their seeds are counted from the prompt's own, or from first_seed.
         first_seed: seed of each prompt's first image.

@@ -1,4 +1,4 @@
-"""Luminance and edges: what they forgive, what they do not, and that samplers see what curation saw."""
+"""Luminance, edges and chroma: what they forgive, what they do not, and that samplers see what curation saw."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from PIL import Image
 from curate.embed.light import LightEmbedder
 from curate.embed.registry import load_embedder
 
-NAMES = ("luminance", "edges")
+NAMES = ("luminance", "edges", "chroma")
 
 
 def image(pixels: np.ndarray) -> Image.Image:
@@ -29,9 +29,10 @@ def test_contrast_and_brightness_are_forgiven_and_another_place_is_not(name, sce
     embedder = load_embedder(name)
     assert isinstance(embedder, LightEmbedder) and embedder.name == name and name in embedder.digest
     one, faint, moved = embedder.embed([image(scene), image(0.3 + 0.5 * scene), image(np.roll(scene, 20, (0, 1)))])
-    assert np.linalg.norm(one) == pytest.approx(1, abs=1e-3)
-    # An edge counts by its length beyond a hundredth, so faint ones count less.
-    assert one @ faint > (0.999 if name == "luminance" else 0.98)
+    assert one.shape == (embedder.dim,)
+    assert np.linalg.norm(one) == pytest.approx(1, abs=2e-2 if name == "chroma" else 1e-3)
+    # An edge counts by its length beyond a hundredth, a colour by what it has above grey, so faint ones count less.
+    assert one @ faint > {"luminance": 0.999, "edges": 0.98, "chroma": 0.95}[name]
     assert one @ moved < 0.6
 
 
@@ -50,6 +51,23 @@ def test_edges_do_not_see_which_side_is_the_darker(scene):
     assert one @ inverted < -0.999
 
 
+def test_chroma_sees_where_colours_lie_and_neither_light_nor_shade(scene):
+    embedder = load_embedder("chroma")
+    light = np.random.default_rng(0).random((64, 64, 1)) - 0.5
+    one, shaded, swapped, grey, noise = embedder.embed(
+        [
+            image(scene),
+            image(scene + 0.2 * light),
+            image(scene[:, :, ::-1]),
+            image(np.repeat(0.5 + light, 3, 2)),
+            image(0.5 + 0.01 * np.random.default_rng(1).standard_normal((64, 64, 3))),
+        ]
+    )
+    assert one @ shaded > 0.98 and one @ swapped < 0.8
+    assert np.abs(grey).max() < 1e-4  # no colour is like nothing
+    assert np.linalg.norm(noise) < 0.3  # nor is the noise of a grey image a colour
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_features_are_what_embed_gives_and_have_a_gradient_even_of_plain_images(name, scene):
     embedder = load_embedder(name)
@@ -60,6 +78,6 @@ def test_features_are_what_embed_gives_and_have_a_gradient_even_of_plain_images(
     assert torch.isfinite(pixels.grad).all() and (pixels.grad != 0).any()
     plain = torch.full((1, 3, 128, 96), 0.5, requires_grad=True)
     features = embedder.features(plain)
-    assert features.shape == (1, 256) and features.abs().max() < 1e-2
+    assert features.shape == (1, embedder.dim) and features.abs().max() < 1e-2
     features.sum().backward()
     assert torch.isfinite(plain.grad).all()

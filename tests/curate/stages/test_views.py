@@ -30,13 +30,16 @@ def curated(tmp_path_factory) -> Path:
 def test_each_view_holds_the_kept_images_and_is_made_once(curated):
     index = TrainingIndex.load(curated)
     views = views_of(str(curated), index)
-    assert [embedder.name for _, embedder in views] == ["copy-detector", "luminance", "edges"]
+    assert [embedder.name for _, embedder in views] == ["copy-detector", "luminance", "edges", "chroma"]
     images = dict(kept_images(curated))
     for view, embedder in views:
         assert len(view) == 20 and set(view.keys) == set(images) and view.embedder_digest == embedder.digest
         assert list(view.captions) == [index.captions[row] for row in np.flatnonzero(index.kept)]
         vectors = embedder.embed([images[key] for key in view.keys])
-        assert ((vectors * view.vectors(np.arange(20))).sum(1) > 0.999).all()  # a row is its own image's
+        seen = np.linalg.norm(vectors, axis=1) > 0.9  # a grey image has no chroma
+        assert seen.sum() > 15 and (embedder.name == "chroma" or seen.all())
+        vectors = vectors[seen]
+        assert ((vectors * view.vectors(np.flatnonzero(seen))).sum(1) > 0.95).all()  # a row is its own image's
         cosine, _ = view.search(vectors, 1)
         assert (view.calibrate(cosine[:, 0]) > 0.5).all()
     made = {path: path.stat().st_mtime_ns for path in (curated / "views").rglob("*") if path.is_file()}

@@ -42,7 +42,7 @@ def draw_images(
     pipe = opened.pipe
     config = _with_numbers(config, opened)
     guidance, rejection = registry.make(config, index, embedder, opened.views)
-    never = None
+    never, (restarts, guided) = None, registry.restarts(config)
     if config.never_above is not None:
         assert index is not None  # _check saw to it
         never = NeverAbove(
@@ -54,10 +54,17 @@ def draw_images(
             judges=opened.judges,
             views=opened.views,
         )
-    elif restarts := registry.restarts(config):
+    elif restarts:
         assert index is not None
-        tries = 1 + restarts
-        never = NeverAbove(index, embedder, tries=tries, amg=config.amg, views=opened.views, withhold=False)
+        never = NeverAbove(
+            index,
+            embedder,
+            tries=1 + restarts,
+            amg=config.amg,
+            views=opened.views,
+            withhold=False,
+            guided=guided,
+        )
     seen = Judges(*opened.views)
 
     with progress(total=len(tasks), desc=f"sampling, {config.guidance}", unit="images") as bar:

@@ -27,15 +27,25 @@ _EARLY: dict[str, Any] = {
 # ``early`` is ours (docs/sampling.md shows why). It watches and steers through a linear preview of the decoder, at the
 # published threshold, but not in the first steps, where every image is near some training image; it holds on to what it
 # guides, and steers while layout is open.
-# ``views`` is that as a loop that closes: by the highest of several views, with a floor that falls while this does not,
-# and drawn again where it is a copy in the end.
+# ``views`` is that as a loop that closes: by the highest of several views, which is higher of any image, so that it
+# begins 0.1 later; with a floor that falls while the similarity does not, and drawn again where it is a copy in the
+# end.
 # ``pixels`` is for similarities that are minus a normalised L2 distance: the schedule of the authors' released CIFAR
 # sampler, whose t of 250 is a quarter of ours. Their c_3 is not published; this form and strength are ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "main": {"lambda_a": 0.3, "lambda_b": 0.4, "lambda_c": 0.005, "sim_offset": 0.3, "gain": 1.0},
     "strong": {"lambda_a": 0.2, "lambda_b": 0.3, "lambda_c": 0.005, "sim_offset": 0.2, "gain": 2.0},
     "early": _EARLY,
-    "views": _EARLY | {"views": True, "escalate": 4.0, "restarts": 4},
+    "views": _EARLY
+    | {
+        "views": True,
+        "lambda_a": 0.4,
+        "lambda_b": 0.5,
+        "c_1_at": 7.5,
+        "floor": 1.0,
+        "escalate": 25.0,
+        "restarts": 4,
+    },
     "pixels": {
         "lambda_a": -1.95,
         "lambda_b": -1.5,

@@ -164,8 +164,8 @@ class AMG:
     def _despecification(self, state: State, image: _Guided) -> Part:
         """G_spe (eq. 14)."""
         assert state.eps_uncond is not None
-        scale = state.scale[image.rows]
-        image.s_1 = despecification_strength(image.sigma, scale, self.config.c_1, image.floor)
+        scale, config = state.scale[image.rows], self.config
+        image.s_1 = despecification_strength(image.sigma, scale, config.c_1, image.floor, config.c_1_at)
         rows, s_1 = image.rows[image.s_1 > 0], image.s_1[image.s_1 > 0]
         return Part(rows, -_broadcast(s_1) * (state.eps_cond[rows] - state.eps_uncond[rows]), -s_1)
 

@@ -42,10 +42,17 @@ def schedule(config: AMGConfig) -> Callable[[float], float]:
 
 
 def despecification_strength(
-    sigma: Tensor, scale: float | Tensor, c_1: float = 13.0, floor: float | Tensor = 1.0
+    sigma: Tensor,
+    scale: float | Tensor,
+    c_1: float = 13.0,
+    floor: float | Tensor = 1.0,
+    c_1_at: float | None = None,
 ) -> Tensor:
-    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13); ``floor`` stands for 1, ``scale`` (or ``[k]``) for ``s_0``."""
-    return (c_1 * sigma).clamp(max=scale - floor).clamp(min=0)
+    """``s_1 = max(min(c_1 σ, s_0 − 1), 0)`` (eq. 13); ``floor`` stands for 1, ``scale`` (or ``[k]``) for ``s_0``.
+
+    ``c_1`` is in proportion to ``s_0`` where ``c_1_at`` names the ``s_0`` that it is stated for.
+    """
+    return (c_1 * sigma * (1.0 if c_1_at is None else scale / c_1_at)).clamp(max=scale - floor).clamp(min=0)
 
 
 def deduplication_strength(

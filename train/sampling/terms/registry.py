@@ -192,10 +192,15 @@ def with_thresholds(config: SampleConfig, thresholds: Thresholds | None, t: floa
     return config
 
 
-def restarts(config: SampleConfig) -> int:
-    """How often an image is drawn again that is a copy in the end, as the AMG that is used asks for."""
+def restarts(config: SampleConfig) -> tuple[int, float | None]:
+    """How often an image is drawn again that is a copy in the end, and above which similarity one that was guided.
+
+    As the AMG that is used asks for: 0 and None of any other.
+    """
     chosen = [_chosen(name, config) for name in names(config.guidance)]
-    return max((one.resolved().restarts or 0 for one in chosen if isinstance(one, AMGConfig)), default=0)
+    amg = [one.resolved() for one in chosen if isinstance(one, AMGConfig)]
+    most = max(amg, key=lambda one: one.restarts or 0, default=None)
+    return (most.restarts or 0, most.lambda_a) if most else (0, None)
 
 
 def make(

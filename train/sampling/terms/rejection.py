@@ -109,6 +109,8 @@ class NeverAbove:
         amg: settings of the AMG that joins a guidance without one; None is the preset of the index's kind.
         judges: further ``(index, embedder)`` by whose measure no image may be above the limit either.
         withhold: what no try brought below; or else let the farthest of its drawings through.
+        guided: the limit of images that guidance acted on, if it is a lower one: what was led away from a training
+            image is likelier to be one still, by what no view sees, than what never came near.
         views: of the index, likewise; and what the AMG that joins follows beside it, if its settings ask for that.
 
     Raises:
@@ -127,10 +129,12 @@ class NeverAbove:
         judges: Sequence[tuple[TrainingIndex | PixelIndex, Embedder | None]] = (),
         views: Sequence[View] = (),
         withhold: bool = True,
+        guided: float | None = None,
     ) -> None:
         self.judges, self.withhold = Judges((index, embedder), *judges, *views), withhold
         self.config = configured(RejectionConfig, None, {"limit": limit, "tries": tries})
         self.limit = self.judges.memorized if limit is None else limit
+        self.guided = self.limit if guided is None else min(guided, self.limit)
         self.amg = AMG(index, embedder, amg, views=views)
 
     def __call__(
@@ -152,14 +156,20 @@ class NeverAbove:
             found = judged(draw(rows, seeds, strengthened(guidance, attempt, self.amg)), seeds, self.judges)
             return [replace(one, strength=attempt) for one in found]
 
-        kept = draw_again(drawn, seeds, self.config.tries, self.limit)
+        def limit(one: Accepted) -> float:
+            return self.guided if any(step["fired"] for step in one.trace) else self.limit
+
+        kept = draw_again(drawn, seeds, self.config.tries, limit)
         if not self.withhold:
             return kept
         return [one if one.similarity <= self.limit else replace(one, image=None, withheld=True) for one in kept]
 
 
 def draw_again(
-    draw: Callable[[int, list[int], list[int]], list[Accepted]], seeds: Sequence[int], tries: int, limit: float
+    draw: Callable[[int, list[int], list[int]], list[Accepted]],
+    seeds: Sequence[int],
+    tries: int,
+    limit: float | Callable[[Accepted], float],
 ) -> list[Accepted]:
     """Draw every image, then those above ``limit`` from other seeds, until none is or ``tries`` are over.
 
@@ -167,7 +177,7 @@ def draw_again(
         draw: ``(attempt from 0, rows, seeds) → drawings`` of some of the images.
         seeds: of each image's first try.
         tries: most attempts.
-        limit: highest similarity that is accepted; one that is no number is not.
+        limit: highest similarity that is accepted, of all or of each drawing; one that is no number is not.
 
     Returns:
         Of each image the first drawing that is accepted, or else the farthest.
@@ -182,7 +192,7 @@ def draw_again(
             if before is None or one.similarity < before.similarity or before.similarity != before.similarity:
                 best[row] = replace(one, trace=[{**step, "image": row} for step in one.trace])
             best[row].tries = tries_made
-        rows = [row for row in rows if not best[row].similarity <= limit]
+        rows = [row for row in rows if not best[row].similarity <= (limit(best[row]) if callable(limit) else limit)]
         if not rows:
             break
     return [best[row] for row in range(len(seeds))]

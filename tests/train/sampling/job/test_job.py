@@ -162,7 +162,7 @@ def test_views_of_the_index_judge_too_and_are_named(job, tmp_path):
     run_sample(replace(config, out=str(tmp_path / "seen")))
     first, *_, last = rows_of(tmp_path / "seen")
     assert last["withheld"] and last["highest"] > 0.98 > last["similarity"]
-    assert last["judged_by"] in ("copy-detector", "luminance", "edges") and first["judged_by"] == "layout"
+    assert last["judged_by"] in ("copy-detector", "luminance", "edges", "chroma") and first["judged_by"] == "layout"
     assert (tmp_path / "out" / "views").is_dir() and TrainingIndex.load(next((tmp_path / "out" / "views").iterdir()))
     run_sample(replace(config, views=False, out=str(tmp_path / "blind")))
     assert [row["withheld"] for row in rows_of(tmp_path / "blind")] == [True, False, False, False]
@@ -177,6 +177,14 @@ def test_amg_draws_again_what_is_a_copy_in_the_end_and_withholds_nothing(job, tm
     assert all(row["tries"] == 1 for row in others)
     run_sample(replace(amg, amg=replace(nothing, restarts=0), out=str(tmp_path / "once")))
     assert same_images(tmp_path / "once", job.out)
+
+
+def test_amg_draws_again_what_it_guided_and_left_above_where_it_begins(job, tmp_path):
+    """λ at its lowest is the limit of an image that guidance acted on; of the others it is that of a copy."""
+    always = AMGConfig(preset="views", lambda_a=-0.9, lambda_b=-0.9, dissimilarity=False, restarts=1)
+    run_sample(replace(job, guidance="amg", amg=always, out=str(tmp_path / "guided")))
+    rows = rows_of(tmp_path / "guided")
+    assert all(row["tries"] == 2 for row in rows) and any(row["highest"] <= 0.5 for row in rows)
 
 
 def test_rejection_comes_first_and_its_drawings_count(job, tmp_path):

@@ -90,6 +90,18 @@ def test_what_is_guided_is_let_go_lower_than_where_guidance_began():
     assert step(replace(state, step=2)) and AMGConfig().resolved().release == 0
 
 
+def test_the_share_of_the_scale_that_is_taken_does_not_depend_on_the_scale():
+    state = make_state(["red apple", "car"])
+    options = {"schedule": "constant", "lambda_b": 0.1, "c_1": 2.0, **only(despecification=True)}
+    index = index_near(state, 0, 0.75)
+    for scale in (7.5, 4.0):
+        asked = replace(state, guidance_scale=scale, scale=torch.full((2,), scale))
+        _, _, columns = act(asked, AMG(index, Embedder(), c_1_at=7.5, **options))
+        assert columns["s_1"][0] == pytest.approx(1.5 * scale / 7.5, abs=1e-4)
+        _, _, columns = act(asked, AMG(index, Embedder(), **options))
+        assert columns["s_1"][0] == pytest.approx(1.5, abs=1e-4)
+
+
 def test_the_linear_decoder_is_watched_and_steered_through_instead_of_the_full_one():
     def broken(latents: Tensor) -> Tensor:
         raise AssertionError("decoded in full")

@@ -57,6 +57,23 @@ def test_strengths_keep_a_scale_of_one_between_them():
     assert despecification_strength(torch.tensor([0.9]), 7.5, 13.0, floor=-1.0).item() == 8.5
 
 
+def test_a_strength_in_proportion_takes_the_same_share_of_every_scale():
+    sigma, scales = torch.tensor([0.2, 0.2, 0.2]), torch.tensor([7.5, 3.75, 15.0])
+    taken = despecification_strength(sigma, scales, 13.0, 0.0, c_1_at=7.5)
+    torch.testing.assert_close(taken, torch.tensor([2.6, 1.3, 5.2]))
+    assert despecification_strength(sigma, scales, 13.0, 0.0).tolist() == pytest.approx([2.6] * 3)
+    with pytest.raises(ValueError, match="c_1_at"):
+        AMGConfig(c_1_at=0.0).resolved()
+
+
+def test_the_default_begins_later_than_the_published_form_and_lets_go_of_what_is_natural():
+    main, views = AMGConfig().resolved(), AMGConfig(preset="views").resolved()
+    for t in (0.0, 300.0, 900.0):
+        assert schedule(views)(t) == pytest.approx(exponential(t) + 0.1)
+    assert (views.release, views.floor, views.escalate, views.c_1_at) == (0.25, 1.0, 25.0, 7.5)
+    assert (main.release, main.floor, main.escalate, main.c_1_at) == (0.0, 1.0, 0.0, None)
+
+
 def test_the_caption_to_leave_is_the_frequent_one_or_else_the_nearest():
     captions = ["a cat", "A  Cat", "the dog", "a CAT", "bird"]
     assert antithesis(captions, [30, 30, 1, 30, 1], rows=[2, 1, 0, 3]) == "A  Cat"
