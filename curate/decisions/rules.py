@@ -198,17 +198,20 @@ def sweep(
     n = len(captions)
     how = _How.of(near, captions, prefer, **options)
     kept, groups = (np.full(len(thresholds), number, np.int64) for number in (int((how.rank >= 0).sum()), 0))
-    if callable(how.rule):
-        whole = [how.by_own_rule(how.rule, near, captions, threshold) for threshold in thresholds]
-        tried = [enumerate(whole)]
-    else:
-        tried = [enumerate(how.settle(part, at) for at in thresholds) for part in how.parts(near)]
-    for settled_at in tried:
-        for number, settled in settled_at:
-            kept[number] -= np.count_nonzero(settled.reason)
-            groups[number] += np.count_nonzero(np.bincount(settled.group) > 1)
-            if bar is not None:
-                bar.update(len(settled.reason))
+
+    def tried() -> Iterator[tuple[int, Settled]]:
+        if callable(how.rule):
+            yield from enumerate(how.by_own_rule(how.rule, near, captions, threshold) for threshold in thresholds)
+        else:
+            for part in how.parts(near):
+                for number, threshold in enumerate(thresholds):
+                    yield number, how.settle(part, threshold)
+
+    for number, settled in tried():
+        kept[number] -= np.count_nonzero(settled.reason)
+        groups[number] += np.count_nonzero(np.bincount(settled.group) > 1)
+        if bar is not None:
+            bar.update(len(settled.reason))
     return [
         {"threshold": threshold, "kept": some, "dropped": n - some, "groups": of_some}
         for threshold, some, of_some in zip(thresholds, kept.tolist(), groups.tolist(), strict=True)

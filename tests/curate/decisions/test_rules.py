@@ -315,7 +315,9 @@ def test_a_copy_is_not_compared_with_all_copies_before_it(rule, monkeypatch):
     assert kept.kept.all() and (kept.group == 0).all() and asked <= 10 * n
 
 
-def test_a_sweep_counts_what_each_threshold_would_decide():
+@pytest.mark.parametrize("some", [1, 1 << 20])
+def test_a_sweep_counts_what_each_threshold_would_decide(some, monkeypatch):
+    monkeypatch.setattr(curate.decisions.parts, "PART", some)
     for seed in range(10):
         case, captions, prefer = random_case(seed)
         thresholds = [0.9, 0.93, 0.97, 1.0]
