@@ -36,7 +36,7 @@ import pyarrow as pa
 
 from afresh.cores import cpu_count
 from afresh.storage import Store
-from curate.columns import BLOCK, array_on_disk, numbered, table_on_disk
+from curate.columns import BLOCK, array_on_disk, numbered, on_disk, table_on_disk
 from curate.config import DedupConfig, ReportConfig
 from curate.dedup import settings_of
 from curate.engines.local import LocalEngine
@@ -44,7 +44,7 @@ from curate.neighbors.verify import Crowd, Pairs
 from curate.reading.captions import normalise_caption
 from curate.reading.urls import fingerprint
 from curate.stages.decide import decide_stage
-from curate.stages.join import Joined
+from curate.stages.join import Joined, pairs_on_disk
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder
 from curate.stages.rows import READ_COLUMNS, Rows
@@ -95,11 +95,13 @@ def made_up(rows: int, folder: Path, dim: int, seed: int = 0) -> tuple[Rows, Joi
     of_rows = (images[image_of[start : start + BLOCK]] for start in range(0, len(readable), BLOCK))
     starts = np.minimum(np.arange(0, rows + PER_SHARD, PER_SHARD), rows)
     table = table_on_disk(folder, batches(), pa.schema(READ_COLUMNS))
-    made = Rows(table, starts, readable, array_on_disk(folder, of_rows, dim))
+    made = Rows(table, starts, on_disk(folder, readable), array_on_disk(folder, of_rows, dim))
     _, first = np.unique(image_of, return_index=True)
     captions = int(caption_of.max()) + 1
     near_captions = _chained(captions, captions // 5, rng)
     nowhere = (folder / "images.parquet", folder / "captions.parquet")
+    image_of, first, caption_of = (on_disk(folder, numbers) for numbers in (image_of, first, caption_of))
+    pairs, near_captions = (pairs_on_disk(folder, near) for near in (pairs, near_captions))
     joined = Joined(image_of, first, images, pairs, caption_of, near_captions, 1.0, 1.0, nowhere)
     real = _shards(folder)
     return made, joined, [real[shard % len(real)] for shard in range(-(-rows // PER_SHARD))]

@@ -107,7 +107,8 @@ def _dropped_beside_crowd(
     b = b[by_rank]
     order = np.flatnonzero(there)
     order = order[np.argsort(rank[order])]
-    starts, stops = (np.searchsorted(rank[a][by_rank], rank[order], side=side).tolist() for side in ("left", "right"))
+    of_a = rank[a][by_rank]
+    starts, stops = (np.searchsorted(of_a, rank[order], side=side).data for side in ("left", "right"))
     cuts = np.append(np.flatnonzero(place[order] >= 0)[::AHEAD], len(order)).tolist()
     held = np.empty(0, np.int64)  # crowded ones that were kept
     for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
