@@ -148,7 +148,8 @@ def decide_stage(
 def _naming_filters(verdicts: Verdicts, rows: Rows, filtered: NDArray[np.bool_]) -> Verdicts:
     """The same verdicts, but that those ``filtered`` are dropped for the filter's sake."""
     places = np.flatnonzero(filtered)
-    names, number = np.unique([REASON + name for name in rows.of_readable("left_out").take(places)], return_inverse=True)
+    filters = [REASON + name for name in rows.of_readable("left_out").take(places)]
+    names, number = np.unique(filters, return_inverse=True)
     reasons = (*verdicts.reasons, *names.tolist())
     code = verdicts.code.astype(np.min_scalar_type(len(reasons)), copy=False)
     code[places] = len(verdicts.reasons) + number
