@@ -146,7 +146,7 @@ def numbered(values: Iterable[str], count: int) -> tuple[NDArray[np.int64], NDAr
 
 def _first_equal(hashes: NDArray[np.uint64]) -> NDArray[np.integer]:
     """``[n]``: the first row that is equal to each of ``hashes`` ``[n, 2]``. Some are sorted at a time."""
-    first = np.empty(len(hashes), np.int32 if len(hashes) < 1 << 31 else np.int64)
+    first: NDArray[np.integer] = np.empty(len(hashes), np.int32 if len(hashes) < 1 << 31 else np.int64)
     one_byte = hashes.view(np.uint8)[:, 0]
     for part in range(SORTED_PARTS):
         rows = np.flatnonzero(one_byte % SORTED_PARTS == part)

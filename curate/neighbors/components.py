@@ -39,6 +39,7 @@ def linked(blocks: Iterable[tuple[NDArray[np.integer], NDArray[np.integer]]], n:
         if apart.any():
             nodes, ends = np.unique(np.concatenate([a[apart], b[apart]]), return_inverse=True)
             smallest = np.arange(n, dtype=root.dtype)
-            smallest[nodes] = nodes[components(*np.split(ends, 2), len(nodes))]
+            one, other = np.split(ends, 2)
+            smallest[nodes] = nodes[components(one, other, len(nodes))]
             root = smallest[root]
     return root

@@ -262,7 +262,8 @@ def pairs_on_disk(folder: Path, pairs: Pairs, numbers: NDArray[np.int64] | None 
             yield [i, j, pairs.similarity[some]]
 
     crowd = pairs.crowd if numbers is None or pairs.crowd is None else pairs.crowd.renumbered(numbers)
-    return Pairs(*arrays_on_disk(folder, blocks(), PAIR), crowd)
+    i, j, similarity = arrays_on_disk(folder, blocks(), PAIR)
+    return Pairs(i, j, similarity, crowd)
 
 
 def join_memory(config: DedupConfig) -> int:
