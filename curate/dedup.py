@@ -35,6 +35,7 @@ import curate
 from afresh import plugins
 from afresh.errors import UsageError, UserError, printable
 from afresh.files import digest
+from afresh.memory import hand_back
 from afresh.progress import get_logger
 from afresh.runs import locked
 from afresh.storage import Store, open_output
@@ -295,6 +296,7 @@ class _Clock:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
+        hand_back()
         now = time.monotonic()
         self.laps[name], self.last = round(now - self.last, 3), now
         log.info("%s took %.1f s", name, self.laps[name])

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from afresh import plugins
 from afresh.errors import UsageError
+from afresh.memory import hand_back
 from afresh.progress import progress
 from curate.columns import BLOCK, Column
 from curate.config import RULES, DedupConfig
@@ -140,6 +141,7 @@ def decide_stage(
     others = sweep_thresholds(config) if config.sweep else []
     with progress(desc="trying thresholds", unit="decisions") as bar:
         swept = sweep(joined, rows.captions, prefer, others, bar=bar, **options)
+    hand_back()
     with progress(desc="deciding", unit="decisions") as bar:
         verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, bar=bar, **options)
     return _naming_filters(verdicts, rows, filtered & verdicts.dropped_for(EXCLUDED)), swept

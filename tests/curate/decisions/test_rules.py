@@ -264,6 +264,8 @@ def whole(case: Near) -> Part:
 def test_a_crowd_changes_no_verdict(rule, quota, differs, ahead, monkeypatch):
     monkeypatch.setattr(curate.decisions.neighbours, "AHEAD", ahead)
     monkeypatch.setattr(curate.decisions.rounds, "AHEAD", ahead)
+    monkeypatch.setattr(curate.decisions.rounds, "_STAND_INS", 4 * ahead)
+    monkeypatch.setattr(curate.decisions.rounds, "_CROWDED", ahead)
     rng = np.random.default_rng(3)
     images, captions = (rng.standard_normal((60, 16)) for _ in range(2))
     for things in (images, captions):
