@@ -1,7 +1,7 @@
 """``curate dedup`` on Ray, or of an older commit, beside this machine's processes: seconds in turn, and their ratios.
 
     python -m benchmarks.engines                              4,000 photographs, three rounds
-    python -m benchmarks.engines --images 20000 --rounds 1
+    python -m benchmarks.engines --images 20000 --rounds 1 --folder runs/benchmarks/engines
     git worktree add ../former COMMIT && python -m benchmarks.engines --sides local former --former ../former
 
 The photographs are made up: JPEGs of 512 pixels of coloured fields of noise at several scales, a tenth of them coded
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,20 +53,20 @@ def photograph(number: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write(folder: Path, images: int, seed: int, shard: int) -> None:
+def write(folder: Path, seed: int, shard: int) -> None:
     """One shard of photographs with captions."""
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for number in range(shard * PER_SHARD, min(images, (shard + 1) * PER_SHARD)):
+        for number in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
             yield f"{number:06d}", {"jpg": photograph(number, seed), "txt": f"photograph {number} of {seed}".encode()}
 
     write_shard(folder / f"{shard:06d}.tar", samples())
 
 
-def curate(shards: Path, out: Path, side: str, workers: int, former: Path | None) -> tuple[float, str]:
+def curate(shards: Sequence[Path], out: Path, side: str, workers: int, former: Path | None) -> tuple[float, str]:
     """Seconds of the whole process; and in words those of each stage, and its CPU seconds."""
     engine, root = ("local", former) if side == "former" else (side, Path.cwd())
-    command = [sys.executable, "-m", "curate", "dedup", str(shards), str(out), "--engine", engine, "--json"]
+    command = [sys.executable, "-m", "curate", "dedup", *map(str, shards), str(out), "--engine", engine, "--json"]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -91,13 +91,16 @@ def digest(out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=4000, help=f"a multiple of {PER_SHARD}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["local", "ray"], help="others beside the first")
     parser.add_argument("--former", type=Path, help="a checkout of an older commit, for the side former")
     parser.add_argument("--workers", type=int, default=cpu_count())
+    parser.add_argument("--folder", type=Path, help="where the photographs stay for another time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.images < 1 or arguments.images % PER_SHARD:
+        parser.error(f"--images is a multiple of {PER_SHARD}")
     if "former" in arguments.sides and arguments.former is None:
         parser.error("the side former needs --former")
     former = arguments.former and arguments.former.resolve()
@@ -105,10 +108,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
     digests: dict[str, set[str]] = {side: set() for side in arguments.sides}
     with tempfile.TemporaryDirectory() as scratch:
-        shards = Path(scratch) / "shards"
-        shards.mkdir()
-        some = range(-(-arguments.images // PER_SHARD))
-        LocalEngine(0).map(partial(write, shards, arguments.images, arguments.seed), some, desc="making")
+        folder = (arguments.folder or Path(scratch) / "shards").resolve() / f"seed-{arguments.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {shard: folder / f"{shard:06d}.tar" for shard in range(arguments.images // PER_SHARD)}
+        missing = [shard for shard, path in names.items() if not path.is_file()]
+        LocalEngine(0).map(partial(write, folder, arguments.seed), missing, desc="making")
+        shards = list(names.values())
         for number in range(arguments.rounds):
             for side in arguments.sides[:: 1 if number % 2 == 0 else -1]:
                 out = Path(scratch) / f"{side}-{number}"
