@@ -1,12 +1,13 @@
-"""``curate dedup`` on Ray beside this machine's processes: seconds in turn, their ratio, and whether the bytes agree.
+"""``curate dedup`` on Ray, or of an older commit, beside this machine's processes: seconds in turn, and their ratios.
 
     python -m benchmarks.engines                              4,000 photographs, three rounds
-    python -m benchmarks.engines --images 20000 --rounds 1
+    python -m benchmarks.engines --images 20000 --rounds 1 --folder runs/benchmarks/engines
+    git worktree add ../former COMMIT && python -m benchmarks.engines --sides local former --former ../former
 
 The photographs are made up: JPEGs of 512 pixels of coloured fields of noise at several scales, a tenth of them coded
 anew from others. Each run is a process of its own with the same number of workers; all of its time counts, and the
-start of the interpreter and of Ray with it. Engines take turns, so that what else the machine does befalls both alike.
-Needs the extra ``ray``.
+start of the interpreter and of Ray with it. Sides take turns, so that what else the machine does befalls all alike. CPU
+seconds are those of a side's process and of all that it waited for: Ray's workers are not among them. Ray is an extra.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import hashlib
 import io
 import json
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from curate.reading.writing import write_shard
 PER_SHARD = 500
 SIDE = 512
 SCALES = ((256, 60.0), (64, 30.0), (8, 12.0), (1, 3.0))
-ENGINES = ("local", "ray")
+SIDES = ("local", "ray", "former")
 
 
 def photograph(number: int, seed: int) -> bytes:
@@ -50,25 +53,31 @@ def photograph(number: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write(folder: Path, images: int, seed: int, shard: int) -> None:
+def write(folder: Path, seed: int, shard: int) -> None:
     """One shard of photographs with captions."""
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for number in range(shard * PER_SHARD, min(images, (shard + 1) * PER_SHARD)):
+        for number in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
             yield f"{number:06d}", {"jpg": photograph(number, seed), "txt": f"photograph {number} of {seed}".encode()}
 
     write_shard(folder / f"{shard:06d}.tar", samples())
 
 
-def curate(shards: Path, out: Path, engine: str, workers: int) -> tuple[float, dict[str, float]]:
-    """Seconds of the whole process, and of each stage."""
-    command = [sys.executable, "-m", "curate", "dedup", str(shards), str(out), "--engine", engine, "--json"]
-    start = time.perf_counter()
-    done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True)
+def curate(shards: Sequence[Path], out: Path, side: str, workers: int, former: Path | None) -> tuple[float, str]:
+    """Seconds of the whole process; and in words those of each stage, and its CPU seconds."""
+    engine, root = ("local", former) if side == "former" else (side, Path.cwd())
+    command = [sys.executable, "-m", "curate", "dedup", *map(str, shards), str(out), "--engine", engine, "--json"]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [*command, "--workers", str(workers)], capture_output=True, text=True, cwd=root, env=environment
+    )
     if done.returncode:
-        raise SystemExit(f"{engine} failed:\n{done.stderr}")
-    seconds = time.perf_counter() - start
-    return seconds, json.loads(done.stdout)["stages"]
+        raise SystemExit(f"{side} failed:\n{done.stderr}")
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    stages = ", ".join(f"{name} {took:.1f}" for name, took in json.loads(done.stdout)["stages"].items())
+    return seconds, f"{stages}; {cpu:.1f} CPU s"
 
 
 def digest(out: Path) -> str:
@@ -82,29 +91,43 @@ def digest(out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=4000, help=f"a multiple of {PER_SHARD}")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["local", "ray"], help="others beside the first")
+    parser.add_argument("--former", type=Path, help="a checkout of an older commit, for the side former")
     parser.add_argument("--workers", type=int, default=cpu_count())
+    parser.add_argument("--folder", type=Path, help="where the photographs stay for another time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.images < 1 or arguments.images % PER_SHARD:
+        parser.error(f"--images is a multiple of {PER_SHARD}")
+    if "former" in arguments.sides and arguments.former is None:
+        parser.error("the side former needs --former")
+    former = arguments.former and arguments.former.resolve()
     print(f"{cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start", flush=True)
-    seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
-    digests = set()
+    seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
+    digests: dict[str, set[str]] = {side: set() for side in arguments.sides}
     with tempfile.TemporaryDirectory() as scratch:
-        shards = Path(scratch) / "shards"
-        shards.mkdir()
-        some = range(-(-arguments.images // PER_SHARD))
-        LocalEngine(0).map(partial(write, shards, arguments.images, arguments.seed), some, desc="making")
+        folder = (arguments.folder or Path(scratch) / "shards").resolve() / f"seed-{arguments.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {shard: folder / f"{shard:06d}.tar" for shard in range(arguments.images // PER_SHARD)}
+        missing = [shard for shard, path in names.items() if not path.is_file()]
+        LocalEngine(0).map(partial(write, folder, arguments.seed), missing, desc="making")
+        shards = list(names.values())
         for number in range(arguments.rounds):
-            for engine in ENGINES[:: 1 if number % 2 == 0 else -1]:
-                out = Path(scratch) / f"{engine}-{number}"
-                whole, stages = curate(shards, out, engine, arguments.workers)
-                seconds[engine].append(whole)
-                digests.add(digest(out))
-                told = ", ".join(f"{name} {took:.1f}" for name, took in stages.items())
-                print(f"{arguments.images:,} photographs, {engine}: {whole:.1f} s ({told})", flush=True)
-    local, ray = (statistics.median(seconds[engine]) for engine in ENGINES)
-    print(f"ray {ray:.1f} s, local {local:.1f} s: {ray / local:.2f} times; the same bytes: {len(digests) == 1}")
+            for side in arguments.sides[:: 1 if number % 2 == 0 else -1]:
+                out = Path(scratch) / f"{side}-{number}"
+                whole, told = curate(shards, out, side, arguments.workers, former)
+                seconds[side].append(whole)
+                digests[side].add(digest(out))
+                shutil.rmtree(out)
+                print(f"{arguments.images:,} photographs, {side}: {whole:.1f} s ({told})", flush=True)
+    first, *others = ((side, statistics.median(seconds[side])) for side in arguments.sides)
+    for side, median in others:
+        same = len(digests[first[0]] | digests[side]) == 1
+        print(
+            f"{side} {median:.1f} s, {first[0]} {first[1]:.1f} s: {median / first[1]:.2f} times; the same bytes: {same}"
+        )
 
 
 if __name__ == "__main__":

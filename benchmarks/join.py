@@ -6,6 +6,7 @@
     python -m benchmarks.join --cells                         the join within cells, on threads and in tasks, and recall
                                                               against the exact one
     python -m benchmarks.join --kinds crowd                   half of the rows are near copies of one, ours alone
+    python -m benchmarks.join --kinds gaussian --decay 0.25 --rows 50000 --threads 1
 
 Each side runs in a process of its own on the same memory-mapped embeddings (float32, or as ``--dtype`` says) and the
 same number of threads.
@@ -17,8 +18,8 @@ the cell size and the comparison of ours: what differs is where pairs are looked
 
 Kinds:
 
-- ``gaussian``: unit rows of 256 dimensions, the i-th of standard deviation i^-½, of which a tenth are groups of near
-  copies;
+- ``gaussian``: unit rows of 256 dimensions, the i-th of standard deviation i^-½ (or as ``--decay`` says), of which a
+  tenth are groups of near copies;
 - ``mosaics``: the layout descriptor of 2 × 2 mosaics of randomly cropped, mirrored and tinted sample images, a tenth
   of which are copies at other JPEG qualities;
 - ``captions``: the hashed n-grams of made-up captions of real words, a tenth of them with a small edit;
@@ -45,13 +46,14 @@ from curate.stages.join import CROWD
 
 THRESHOLD = 0.9
 QUERIES = 4096
+TILE = 1024  # rows of a product, as the screen has them
 TOLERANCE = 2e-6  # pairs nearer to the threshold than this may fall either way in faiss's float32 sums
 
 
-def gaussian(rows: int, seed: int = 0) -> np.ndarray:
+def gaussian(rows: int, seed: int = 0, decay: float = 0.5) -> np.ndarray:
     """``[rows, 256]`` float16; every tenth row is a copy of another one, at a cosine of about 0.98."""
     rng = np.random.default_rng(seed)
-    deviation = np.arange(1, 257, dtype=np.float32) ** -0.5
+    deviation = np.arange(1, 257, dtype=np.float32) ** -decay
     result = np.empty((rows, 256), np.float16)
     for start in range(0, rows, 8192):
         x = rng.standard_normal((min(8192, rows - start), 256), dtype=np.float32) * deviation
@@ -190,12 +192,12 @@ def _measure(side: str, path: str, threads: int, out: str) -> None:
     embeddings = np.load(path, mmap_mode="r")
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     i, j, similarity = SIDES[side](embeddings, threads)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     gained = _resident("VmHWM") - before
     np.savez(out, i=i, j=j, similarity=similarity)
-    Path(out + ".json").write_text(json.dumps({"seconds": seconds, "bytes": gained}))
+    Path(out + ".json").write_text(json.dumps({"seconds": seconds, "cpu": cpu, "bytes": gained}))
 
 
 def _resident(what: str) -> int:
@@ -225,6 +227,29 @@ def same_pairs(a: dict[str, np.ndarray], b: dict[str, np.ndarray], n: int) -> bo
     return True
 
 
+def products(path: Path) -> tuple[int, float]:
+    """What no screen of short rows in float32 does without, if boxes rule nothing out: the length of the rows that it
+    chooses, and CPU seconds of one thread for the products of each with each later one, without a look at them.
+    """
+    from curate.neighbors.join import BLOCK, one_blas_thread
+    from curate.neighbors.screen import screening_axes
+    from curate.neighbors.verify import unit_rows
+
+    embeddings = np.load(path, mmap_mode="r")
+    with one_blas_thread():
+        axes = screening_axes(embeddings, THRESHOLD)
+        short = np.ones((len(embeddings), axes.shape[1] + 1), np.float32)
+        for start in range(0, len(short), QUERIES):
+            some = slice(start, start + QUERIES)
+            short[some, :-1] = unit_rows(embeddings, some) @ axes
+        start_of_all = time.process_time()
+        for start in range(0, len(short), BLOCK):
+            block = short[start : start + BLOCK].T
+            for later in range(start, len(short), TILE):
+                short[later : later + TILE] @ block
+        return short.shape[1], time.process_time() - start_of_all
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
@@ -234,14 +259,17 @@ def main() -> None:
     parser.add_argument("--no_faiss", action="store_true", help="ours alone")
     parser.add_argument("--curve", action="store_true", help="ours alone, over 25,000 to 400,000 rows")
     parser.add_argument("--cells", action="store_true", help="the join within cells beside the exact one")
+    parser.add_argument("--products", action="store_true", help="the screen's products alone, on one thread")
+    parser.add_argument("--decay", type=float, default=0.5, help="of the kind gaussian")
     arguments = parser.parse_args()
+    makers = MAKERS | {"gaussian": functools.partial(gaussian, decay=arguments.decay)}
     sizes = [25_000, 50_000, 100_000, 200_000, 400_000] if arguments.curve else [arguments.rows]
     for kind in arguments.kinds:
         seconds = []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "embeddings.npy"
             for rows in sizes:
-                embeddings = MAKERS[kind](rows).astype(arguments.dtype)
+                embeddings = makers[kind](rows).astype(arguments.dtype)
                 np.save(path, embeddings)
                 size, shape = embeddings.nbytes, embeddings.shape
                 del embeddings
@@ -250,10 +278,13 @@ def main() -> None:
                 seconds.append(figures["seconds"])
                 print(
                     f"{kind} {shape[0]:,} × {shape[1]} {arguments.dtype}, cosine ≥ {THRESHOLD}, "
-                    f"{arguments.threads} threads: {side} {figures['seconds']:.1f} s, "
+                    f"{arguments.threads} threads: {side} {figures['seconds']:.1f} s, {figures['cpu']:.1f} CPU s, "
                     f"{len(pairs['i']):,} pairs, peak {figures['bytes'] / size:.2f} × the embeddings",
                     flush=True,
                 )
+                if arguments.products:
+                    length, alone = products(path)
+                    print(f"{kind}: products of {length} numbers alone {alone:.1f} CPU s", flush=True)
                 if arguments.cells:
                     true = pairs["i"].astype(np.int64) * rows + pairs["j"]
                     for side in ("cells", "cells, by tasks", "one cell a row, as SemDeDup"):
@@ -266,8 +297,9 @@ def main() -> None:
                 theirs, their_pairs = measure("faiss", path, arguments.threads)
                 same = "the same pairs" if same_pairs(pairs, their_pairs, rows) else "OTHER PAIRS"
                 print(
-                    f"{kind}: faiss IndexFlatIP.range_search {theirs['seconds']:.1f} s, "
-                    f"{theirs['seconds'] / figures['seconds']:.1f} times ours, {same}, "
+                    f"{kind}: faiss IndexFlatIP.range_search {theirs['seconds']:.1f} s, {theirs['cpu']:.1f} CPU s, "
+                    f"{theirs['seconds'] / figures['seconds']:.1f} times ours ({theirs['cpu'] / figures['cpu']:.1f} in "
+                    f"CPU seconds), {same}, "
                     f"peak {theirs['bytes'] / size:.2f} × the embeddings",
                     flush=True,
                 )

@@ -13,7 +13,7 @@ captions that two or three rows share, one in a hundred a caption of many, and a
 
 Seconds are those of the stage; CPU seconds hardly depend on what else the machine does. Memory is the most that the
 process holds beside mapped files while the stage runs, with all that earlier stages made (Linux); captions, keys and
-embeddings lie in such files.
+embeddings lie in such files. What is freed goes back to the system after each stage, as in ``curate dedup``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import pyarrow as pa
 
 from afresh.cores import cpu_count
 from afresh.storage import Store
-from curate.columns import BLOCK, array_on_disk, numbered, table_on_disk
+from curate.columns import BLOCK, array_on_disk, numbered, on_disk, table_on_disk
 from curate.config import DedupConfig, ReportConfig
 from curate.dedup import settings_of
 from curate.engines.local import LocalEngine
@@ -44,7 +44,8 @@ from curate.neighbors.verify import Crowd, Pairs
 from curate.reading.captions import normalise_caption
 from curate.reading.urls import fingerprint
 from curate.stages.decide import decide_stage
-from curate.stages.join import Joined
+from curate.stages.join import Joined, pairs_on_disk
+from curate.stages.memory import hand_back
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder
 from curate.stages.rows import READ_COLUMNS, Rows
@@ -95,11 +96,13 @@ def made_up(rows: int, folder: Path, dim: int, seed: int = 0) -> tuple[Rows, Joi
     of_rows = (images[image_of[start : start + BLOCK]] for start in range(0, len(readable), BLOCK))
     starts = np.minimum(np.arange(0, rows + PER_SHARD, PER_SHARD), rows)
     table = table_on_disk(folder, batches(), pa.schema(READ_COLUMNS))
-    made = Rows(table, starts, readable, array_on_disk(folder, of_rows, dim))
+    made = Rows(table, starts, on_disk(folder, readable), array_on_disk(folder, of_rows, dim))
     _, first = np.unique(image_of, return_index=True)
     captions = int(caption_of.max()) + 1
     near_captions = _chained(captions, captions // 5, rng)
     nowhere = (folder / "images.parquet", folder / "captions.parquet")
+    image_of, first, caption_of = (on_disk(folder, numbers) for numbers in (image_of, first, caption_of))
+    pairs, near_captions = (pairs_on_disk(folder, near) for near in (pairs, near_captions))
     joined = Joined(image_of, first, images, pairs, caption_of, near_captions, 1.0, 1.0, nowhere)
     real = _shards(folder)
     return made, joined, [real[shard % len(real)] for shard in range(-(-rows // PER_SHARD))]
@@ -194,6 +197,7 @@ class Anonymous:
     def _look(self) -> None:
         while not self._ends.wait(0.02):
             self.most = max(self.most, _resident("RssAnon"))
+        self.most = max(self.most, _resident("RssAnon"))
 
 
 @contextlib.contextmanager
@@ -203,11 +207,11 @@ def stage(name: str, rows: int, before: int = 0, profile: bool = False) -> Itera
     start, cpu = time.perf_counter(), time.process_time()
     with profiler, Anonymous() as memory:
         yield
+    hand_back()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    most = max(memory.most, _resident("RssAnon"))
     print(
-        f"{name:24} {seconds:8.1f} s {cpu:8.1f} CPU s, peak memory {most / 1e6:8,.0f} MB, "
-        f"{(most - before) / rows:6.0f} bytes a row",
+        f"{name:24} {seconds:8.1f} s {cpu:8.1f} CPU s, peak memory {memory.most / 1e6:8,.0f} MB, "
+        f"{(memory.most - before) / rows:6.0f} bytes a row",
         flush=True,
     )
     if isinstance(profiler, cProfile.Profile):
@@ -257,7 +261,7 @@ def run(rows: int, dim: int, folder: Path, scratch: Path, changes: Mapping[str, 
     with show("report"):
         publish_report(LocalEngine(1), out, ledger, made, joined, summary, urls, config)
     del made, joined, verdicts, plan, ledger
-    pa.default_memory_pool().release_unused()
+    hand_back()
     before = _resident("RssAnon")
     with stage("TrainingIndex.load", rows, before, profile):
         index = TrainingIndex.load(folder)

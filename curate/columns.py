@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = 1 << 13  # rows that are held as Python's objects at a time
+SORTED_PARTS = 16  # of the hashes
 GROUPS_HELD = 4  # row groups of a parquet file, by the rows that were asked for last
 
 
@@ -134,20 +136,27 @@ def numbered(values: Iterable[str], count: int) -> tuple[NDArray[np.int64], NDAr
     for value in values:
         raw[end : end + 16] = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         end += 16
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stand in the order of their rows
-    fresh = np.ones(count, bool)
-    if count:
-        ascending = hashes[order]
-        fresh[1:] = (ascending[1:] != ascending[:-1]).any(axis=1)
-        del ascending
+    first_like = _first_equal(hashes)
     del hashes, raw
-    first = order[fresh]
-    by_appearance = np.argsort(first)
-    rank = np.empty(len(first), np.int64)
-    rank[by_appearance] = np.arange(len(first))
-    numbers = np.empty(count, np.int64)
-    numbers[order] = rank[np.cumsum(fresh) - 1]
-    return numbers, first[by_appearance]
+    appears = first_like == np.arange(count, dtype=first_like.dtype)
+    numbers = (np.cumsum(appears) - 1)[first_like]
+    del first_like
+    return numbers, np.flatnonzero(appears)
+
+
+def _first_equal(hashes: NDArray[np.uint64]) -> NDArray[np.integer]:
+    """``[n]``: the first row that is equal to each of ``hashes`` ``[n, 2]``. Some are sorted at a time."""
+    first: NDArray[np.integer] = np.empty(len(hashes), np.int32 if len(hashes) < 1 << 31 else np.int64)
+    one_byte = hashes.view(np.uint8)[:, 0]
+    for part in range(SORTED_PARTS):
+        rows = np.flatnonzero(one_byte % SORTED_PARTS == part)
+        some = hashes[rows]
+        order = np.lexsort((some[:, 1], some[:, 0]))  # stable: equal ones stand in the order of their rows
+        rows, some = rows[order], some[order]
+        fresh = np.ones(len(rows), bool)
+        fresh[1:] = (some[1:] != some[:-1]).any(axis=1)
+        first[rows] = rows[fresh][np.cumsum(fresh) - 1]
+    return first
 
 
 def array_on_disk(
@@ -169,6 +178,38 @@ def array_on_disk(
         return np.asarray(np.memmap(path, dtype, "r", shape=(rows, width)))
     finally:
         path.unlink(missing_ok=True)
+
+
+def arrays_on_disk(
+    folder: Path, blocks: Iterable[Sequence[NDArray[Any]]], dtypes: Sequence[Any]
+) -> tuple[NDArray[Any], ...]:
+    """Several arrays ``[n]`` that belong together, likewise; each block has a piece of every one.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    paths, rows = [folder / temporary_name(f"numbers-{column}") for column in range(len(dtypes))], 0
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(full_disk_named(folder / "numbers"))
+            files = [stack.enter_context(open(path, "wb")) for path in paths]
+            for block in blocks:
+                for file, piece, dtype in zip(files, block, dtypes, strict=True):
+                    file.write(np.ascontiguousarray(piece, dtype).data)
+                rows += len(block[0])
+        if not rows:
+            return tuple(np.empty(0, dtype) for dtype in dtypes)
+        return tuple(
+            np.asarray(np.memmap(path, dtype, "r", shape=(rows,))) for path, dtype in zip(paths, dtypes, strict=True)
+        )
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def on_disk(folder: Path, array: NDArray[Any]) -> NDArray[Any]:
+    """One array ``[n]``, likewise."""
+    return arrays_on_disk(folder, [[array]], [array.dtype])[0]
 
 
 def table_on_disk(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:

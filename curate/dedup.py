@@ -45,6 +45,7 @@ from curate.reading.urls import expand_shards, fingerprint, refuse_changed, shar
 from curate.stages.decide import against_stage, decide_stage, find_rule, listed_stage, open_others
 from curate.stages.filters import identities, load_filter
 from curate.stages.join import join_stage
+from curate.stages.memory import hand_back
 from curate.stages.publish import publish_index, publish_ledger, publish_report, summarise
 from curate.stages.read import cached_embedder, preferred_fields, read_stage
 from curate.stages.rows import Rows
@@ -297,6 +298,7 @@ class _Clock:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
+        hand_back()
         now = time.monotonic()
         self.laps[name], self.last = round(now - self.last, 3), now
         log.info("%s took %.1f s", name, self.laps[name])

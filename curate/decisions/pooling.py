@@ -33,7 +33,7 @@ class Pooled(Mapping[int, list[str]]):
     def of(
         cls,
         copies: NDArray[np.bool_],
-        kept_by: NDArray[np.int64],
+        kept_by: NDArray[np.integer],
         rank: NDArray[np.integer],
         differs: NDArray[np.bool_],
         captions: Sequence[str],
@@ -42,7 +42,7 @@ class Pooled(Mapping[int, list[str]]):
         """From verdicts on n rows: which are dropped copies, for whom, and the rank of each in the order."""
         dropped = np.flatnonzero(copies & differs if others is None else copies)
         dropped = dropped[np.lexsort((rank[dropped], kept_by[dropped]))]
-        kept, starts = np.unique(kept_by[dropped], return_index=True)
+        kept, starts = np.unique(kept_by[dropped].astype(np.int64), return_index=True)  # as rows are asked for
         return cls(dropped, np.append(starts, len(dropped)), kept, differs, captions, others)
 
     def __getitem__(self, row: int) -> list[str]:

@@ -6,6 +6,8 @@ through the rows one by one would, but where chains are long; there, images are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,7 @@ from curate.neighbors.verify import Crowd, Pairs
 AHEAD = 256  # crowded images that are looked up at a time
 _ROUNDS = 32
 _STAND_INS = 1 << 22  # that are weighed at a time
+_CROWDED = 2048  # crowded rows for which they are, at most
 
 
 def settle(near: AtThreshold, rank: NDArray[np.integer], judged: NDArray[np.bool_]) -> Settled:
@@ -42,9 +45,7 @@ def settle(near: AtThreshold, rank: NDArray[np.integer], judged: NDArray[np.bool
     else:
         crowded = np.flatnonzero(first[crowd.rows] >= 0)  # places in the crowd
         kept = ~_dropped_beside_crowd(a, b, of_first, first >= 0, crowd, crowded)
-        found = crowd.pairs_among(crowded[~kept[crowd.rows[crowded]]], crowded[kept[crowd.rows[crowded]]])
-        a, b = np.concatenate([a, crowd.rows[found.j]]), np.concatenate([b, crowd.rows[found.i]])
-        similarity = np.concatenate([similarity, found.similarity])
+    del of_first
 
     # Of a kept image the first row stands for all others.
     image = near.image_of[rows]
@@ -58,17 +59,57 @@ def settle(near: AtThreshold, rank: NDArray[np.integer], judged: NDArray[np.bool
     by_image = np.argsort(b, kind="stable")
     a, b, similarity = a[by_image], b[by_image], similarity[by_image]
     rows = rows[~kept[image]]
-    starts, stops = (np.searchsorted(b, near.image_of[rows], side=side) for side in ("left", "right"))
-    weights = np.cumsum(stops - starts)
-    cuts = np.searchsorted(weights, np.arange(_STAND_INS, weights.max(initial=0), _STAND_INS))
-    for some in np.split(np.arange(len(rows)), cuts):
-        sizes = stops[some] - starts[some]
-        row = np.repeat(rows[some], sizes)
-        at = np.repeat(starts[some] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        before = rank[first[a[at]]] < rank[row]
+    rows = rows[np.argsort(near.image_of[rows], kind="stable")]
+    for some, stand_in, of_image, likeness in _kept_near(rows, near, (a, b, similarity), kept, first >= 0):
+        starts, stops = (np.searchsorted(of_image, near.image_of[some], side=side) for side in ("left", "right"))
+        sizes = stops - starts
+        row, at = np.repeat(some, sizes), np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        before = rank[first[stand_in[at]]] < rank[row]
         row, at = row[before], at[before]
-        _drop(settled, near, row, first[a[at]], similarity[at], rank)
+        _drop(settled, near, row, first[stand_in[at]], likeness[at], rank)
     return settled
+
+
+def _kept_near(
+    rows: NDArray[np.int64],
+    near: AtThreshold,
+    pairs: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]],
+    kept: NDArray[np.bool_],
+    there: NDArray[np.bool_],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+    """What is kept near the images of dropped ``rows``, some rows at a time.
+
+    Args:
+        rows: by their images, which ascend.
+        near: of all rows.
+        pairs: ``a, b, similarity``: kept images, dropped ones, which ascend, and their cosines; not those of two
+            crowded ones, which are asked for here.
+        kept, there: of each image, whether it is kept, and judged.
+
+    Yields:
+        ``rows, a, b, similarity``: some of the rows, and all pairs of their images.
+    """
+    crowd, (a, b, similarity) = near.image_pairs.crowd, pairs
+    image = near.image_of[rows]
+    weights = np.searchsorted(b, image, side="right") - np.searchsorted(b, image)
+    if crowd is not None:
+        place, of_crowd = np.full(len(kept), -1, np.int64), np.arange(len(crowd.rows))
+        place[crowd.rows] = of_crowd
+        weights[place[image] >= 0] += _STAND_INS // _CROWDED
+        of_crowd = of_crowd[(kept & there)[crowd.rows]]
+    weights = np.cumsum(weights)
+    for some in np.split(rows, np.searchsorted(weights, np.arange(_STAND_INS, weights.max(initial=0), _STAND_INS))):
+        if not len(some):
+            continue
+        image = near.image_of[some]
+        at = slice(np.searchsorted(b, image[0]), np.searchsorted(b, image[-1], side="right"))
+        found = [(a[at], b[at], similarity[at])]
+        if crowd is not None and len(asked := np.unique(place[image[place[image] >= 0]])):
+            more = crowd.pairs_among(asked, of_crowd)
+            found.append((crowd.rows[more.j], crowd.rows[more.i], more.similarity))
+        one, other, likeness = (np.concatenate(column) for column in zip(*found, strict=True))
+        by_image = np.argsort(other, kind="stable")
+        yield some, one[by_image], other[by_image], likeness[by_image]
 
 
 def _dropped(a: NDArray[np.int64], b: NDArray[np.int64], n: int, rank: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -107,7 +148,8 @@ def _dropped_beside_crowd(
     b = b[by_rank]
     order = np.flatnonzero(there)
     order = order[np.argsort(rank[order])]
-    starts, stops = (np.searchsorted(rank[a][by_rank], rank[order], side=side).tolist() for side in ("left", "right"))
+    of_a = rank[a][by_rank]
+    starts, stops = (np.searchsorted(of_a, rank[order], side=side).data for side in ("left", "right"))
     cuts = np.append(np.flatnonzero(place[order] >= 0)[::AHEAD], len(order)).tolist()
     held = np.empty(0, np.int64)  # crowded ones that were kept
     for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):

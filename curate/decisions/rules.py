@@ -50,32 +50,50 @@ class OwnRule(Protocol):
 
 @dataclass(frozen=True)
 class Verdicts:
-    """One verdict a row.
+    """One verdict a row; numbers of rows take four bytes each where that is enough.
 
     Attributes:
-        kept: bool ``[n]``.
-        reason: object ``[n]``, one of ``REASONS`` for a dropped row, None for a kept one.
-        kept_by: int64 ``[n]``, the kept row that stands for a dropped one; -1 for a kept one, and for one that stands
+        code: uint8 ``[n]``, which of ``reasons`` a row is dropped for; 0 for a kept one.
+        reasons: by their code; the first is None.
+        kept_by: ``[n]``, the kept row that stands for a dropped one; -1 for a kept one, and for one that stands
             in another set or was excluded.
         image_similarity: float32 ``[n]``, cosine of a row with its stand-in, 1 for equal pixels; NaN where it
             is not known, because there is no stand-in or the two are no near pair.
         caption_similarity: float32 ``[n]``, likewise of the captions.
-        group: int64 ``[n]``: rows that show one image have one group, named by its first member in the order
+        group: ``[n]``: rows that show one image have one group, named by its first member in the order
             of preference. A row dropped for its caption alone is its own image.
-        group_size: int64 ``[n]``, rows in the row's group.
+        group_size: ``[n]``, rows in the row's group.
         pooled: the captions that a kept row inherits from dropped copies of its image, by kept row: those that differ
             from its own, and what the copies had beside theirs; distinct, in the order of preference. They are put
             together when they are asked for (:class:`curate.decisions.pooling.Pooled`).
     """
 
-    kept: NDArray[np.bool_]
-    reason: NDArray[np.object_]
-    kept_by: NDArray[np.int64]
+    code: NDArray[np.unsignedinteger]
+    reasons: tuple[str | None, ...]
+    kept_by: NDArray[np.integer]
     image_similarity: NDArray[np.float32]
     caption_similarity: NDArray[np.float32]
-    group: NDArray[np.int64]
-    group_size: NDArray[np.int64]
+    group: NDArray[np.integer]
+    group_size: NDArray[np.integer]
     pooled: Mapping[int, list[str]]
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """``[n]``."""
+        return self.code == 0
+
+    @property
+    def reason(self) -> NDArray[np.object_]:
+        """``[n]``, why a row is dropped; None for a kept one."""
+        return self.reason_of(slice(None))
+
+    def reason_of(self, rows: slice) -> NDArray[np.object_]:
+        """Likewise of some rows."""
+        return np.array(self.reasons, object)[self.code[rows]]
+
+    def dropped_for(self, *reasons: str) -> NDArray[np.bool_]:
+        """``[n]``, which rows are dropped for one of these reasons."""
+        return np.isin(self.code, [code for code, reason in enumerate(self.reasons) if reason in reasons])
 
     @classmethod
     def of(
@@ -86,19 +104,18 @@ class Verdicts:
         others: Sequence[Sequence[str]] | None,
     ) -> Verdicts:
         """What was decided, in words."""
-        sizes = np.bincount(settled.group, minlength=len(settled.group))
-        kept_by = settled.kept_by.astype(np.int64)
+        sizes = np.bincount(settled.group, minlength=1).astype(settled.group.dtype)
         of_its_image = np.isin(settled.reason, [CODE[reason] for reason in OF_ITS_IMAGE])
         differs = np.isnan(settled.caption_similarity)
         return cls(
-            kept=settled.reason == 0,
-            reason=np.array([None, *REASONS], object)[settled.reason],
-            kept_by=kept_by,
+            code=settled.reason,
+            reasons=(None, *REASONS),
+            kept_by=settled.kept_by,
             image_similarity=settled.image_similarity,
             caption_similarity=settled.caption_similarity,
-            group=settled.group.astype(np.int64),
-            group_size=sizes[settled.group] if len(sizes) else sizes,
-            pooled=Pooled.of(of_its_image, kept_by, rank, differs, captions, others),
+            group=settled.group,
+            group_size=sizes[settled.group],
+            pooled=Pooled.of(of_its_image, settled.kept_by, rank, differs, captions, others),
         )
 
 
@@ -198,17 +215,20 @@ def sweep(
     n = len(captions)
     how = _How.of(near, captions, prefer, **options)
     kept, groups = (np.full(len(thresholds), number, np.int64) for number in (int((how.rank >= 0).sum()), 0))
-    if callable(how.rule):
-        whole = [how.by_own_rule(how.rule, near, captions, threshold) for threshold in thresholds]
-        tried = [enumerate(whole)]
-    else:
-        tried = [enumerate(how.settle(part, at) for at in thresholds) for part in how.parts(near)]
-    for settled_at in tried:
-        for number, settled in settled_at:
-            kept[number] -= np.count_nonzero(settled.reason)
-            groups[number] += np.count_nonzero(np.bincount(settled.group) > 1)
-            if bar is not None:
-                bar.update(len(settled.reason))
+
+    def tried() -> Iterator[tuple[int, Settled]]:
+        if callable(how.rule):
+            yield from enumerate(how.by_own_rule(how.rule, near, captions, threshold) for threshold in thresholds)
+        else:
+            for part in how.parts(near):
+                for number, threshold in enumerate(thresholds):
+                    yield number, how.settle(part, threshold)
+
+    for number, settled in tried():
+        kept[number] -= np.count_nonzero(settled.reason)
+        groups[number] += np.count_nonzero(np.bincount(settled.group) > 1)
+        if bar is not None:
+            bar.update(len(settled.reason))
     return [
         {"threshold": threshold, "kept": some, "dropped": n - some, "groups": of_some}
         for threshold, some, of_some in zip(thresholds, kept.tolist(), groups.tolist(), strict=True)

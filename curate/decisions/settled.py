@@ -43,7 +43,7 @@ class Settled:
         """Every row is kept, as an image of its own."""
         number = np.int32 if n < 1 << 31 else np.int64
         images, captions = (np.full(n, np.nan, np.float32) for _ in range(2))
-        return cls(np.zeros(n, np.uint8), np.full(n, -1, number), images, captions, np.arange(n).astype(number))
+        return cls(np.zeros(n, np.uint8), np.full(n, -1, number), images, captions, np.arange(n, dtype=number))
 
     def put(self, rows: NDArray[np.int64], part: Settled) -> None:
         """Take over what was decided about some rows, whose numbers in ``part`` are their places in ``rows``."""

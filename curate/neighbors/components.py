@@ -32,10 +32,14 @@ def linked(blocks: Iterable[tuple[NDArray[np.integer], NDArray[np.integer]]], n:
         blocks: ``(i, j)`` of some pairs.
         n: rows.
     """
-    root: NDArray[np.integer] = np.arange(n).astype(np.int32 if n < 1 << 31 else np.int64)
+    root: NDArray[np.integer] = np.arange(n, dtype=np.int32 if n < 1 << 31 else np.int64)
     for i, j in blocks:
         a, b = root[i], root[j]
         apart = a != b
         if apart.any():
-            root = components(a[apart], b[apart], n).astype(root.dtype)[root]
+            nodes, ends = np.unique(np.concatenate([a[apart], b[apart]]), return_inverse=True)
+            smallest = np.arange(n, dtype=root.dtype)
+            one, other = np.split(ends, 2)
+            smallest[nodes] = nodes[components(one, other, len(nodes))]
+            root = smallest[root]
     return root

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from curate.neighbors.join import check_arguments
 from curate.neighbors.verify import Pairs, candidate_threshold, unit_chunks, unit_rows, verified
 
+_PAIRS = 1 << 20  # that are looked through at a time
 _SEARCH_ELEMENTS = 1 << 22  # float32 elements that are compared with the sampled rows at a time: 16 MB
 
 
@@ -32,7 +33,9 @@ def recall(embeddings: NDArray, pairs: Pairs, threshold: float, *, sample: int =
     lowest = candidate_threshold(threshold, d)
     queries = unit_rows(embeddings, chosen)
     # Pairs are told by the place of a sampled row among those and the other row: i·n + j leaves int64 at three billion.
-    known = _told(chosen, pairs, n)
+    some_pairs = (slice(start, start + _PAIRS) for start in range(0, len(pairs), _PAIRS))
+    told = [_told(chosen, Pairs(pairs.i[some], pairs.j[some], pairs.similarity[some]), n) for some in some_pairs]
+    known = np.concatenate([np.empty(0, np.int64), *told])
     true = np.empty(0, np.int64)
     for start, some in unit_chunks(embeddings, 0, n, max(1, _SEARCH_ELEMENTS // max(d, len(chosen)))):
         a, b = np.nonzero(queries @ some.T >= lowest)

@@ -26,6 +26,7 @@ GROUPS_SHOWN = 24
 DROPPED_SHOWN = 7  # of one group: with the kept one, a line
 CLOSE_CALLS_SHOWN = 12  # on each side of the threshold
 CLOSE_CALLS_AMONG = 200  # on each side, at least, what those that are shown are drawn from
+BLOCK = 1 << 20  # pairs that are looked at at a time
 CLOSE = 0.01  # in large sets everything that is no farther from the threshold
 THUMBNAIL_PIXELS = 112
 BINS = 50
@@ -74,13 +75,16 @@ def gallery(table: pa.Table) -> list[list[int]]:
 
     Of the dropped rows those come first whose likeness is least sure: by similarity, exact copies last.
     """
-    group = table["group"].fill_null(-1).to_numpy()
     size = table["group_size"].fill_null(0).to_numpy()
+    # Of each size there are rows by that many; what is smaller than the smallest that may be shown is not looked at.
+    groups = (rows := np.bincount(size))[2:] // np.arange(2, len(rows))
+    smallest = 2 + int(np.count_nonzero(np.cumsum(groups[::-1])[::-1] >= GROUPS_SHOWN)) - 1
+    large = size >= max(2, smallest)
+    members, size, group = np.flatnonzero(large), size[large], table["group"].filter(pa.array(large)).to_numpy()
     numbers, first = np.unique(group, return_index=True)
-    several = (numbers >= 0) & (size[first] > 1)
-    numbers, sizes = numbers[several], size[first][several]
-    shown = numbers[np.lexsort((numbers, -sizes))][:GROUPS_SHOWN]
-    members = np.flatnonzero(np.isin(group, shown))
+    shown = numbers[np.lexsort((numbers, -size[first]))][:GROUPS_SHOWN]
+    of_shown = np.isin(group, shown)
+    members, group = members[of_shown], group[of_shown]
 
     kept, dropped, exact = (
         pc.equal(table[column], value).fill_null(False).to_numpy()[members]
@@ -88,10 +92,10 @@ def gallery(table: pa.Table) -> list[list[int]]:
     )
     similarity = table["image_similarity"].fill_null(1.0).to_numpy()[members]
     order = np.lexsort((members, similarity, exact, dropped))
-    members, kept, dropped = members[order], kept[order], dropped[order]
+    members, group, kept, dropped = members[order], group[order], kept[order], dropped[order]
     result = []
     for number in shown:
-        inside = group[members] == number
+        inside = group == number
         chosen = [members[inside & of_status][:DROPPED_SHOWN].tolist() for of_status in (kept, dropped)]
         result.append(chosen[0] + chosen[1])
     return result
@@ -126,6 +130,22 @@ def histogram(similarities: NDArray[np.float32]) -> dict[str, Any]:
     """Counts of similarities in BINS equal bins over [0, 1]; what lies outside counts in the end bins."""
     counts, _ = np.histogram(np.clip(similarities, 0.0, 1.0), bins=BINS, range=(0.0, 1.0))
     return {"counts": counts.tolist(), "images": len(similarities)}
+
+
+def around(similarities: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
+    """The places that :func:`close_calls` needs to see, ascending; ``similarities`` may be a memory map."""
+    reaches = CLOSE_CALLS_AMONG * 2  # a pair may be given from both its sides
+    low, cut, high = np.array([threshold - CLOSE, threshold, threshold + CLOSE], np.float32)
+    nearest: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * 2  # below and above
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(similarities), BLOCK)]
+    for some in blocks:
+        block = similarities[some]
+        below, above = np.sort(np.append(nearest[0], block[block < cut])), np.append(nearest[1], block[block >= cut])
+        nearest = [below[-reaches:], np.sort(above)[:reaches]]
+    low = min([low, *nearest[0][:1]])
+    high = max([high, *nearest[1][-1:]])
+    found = [some.start + np.flatnonzero((similarities[some] >= low) & (similarities[some] <= high)) for some in blocks]
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
 def close_calls(

@@ -24,7 +24,7 @@ def copies_dropped(verdicts: Verdicts, before: NDArray[np.int64]) -> NDArray[np.
     """int64 ``[n]``: how many copies of its image each row stands for, with those that the dropped ones stood for
     themselves, ``before`` ``[n]``.
     """
-    copies = np.isin(verdicts.reason, OF_ITS_IMAGE)
+    copies = verdicts.dropped_for(*OF_ITS_IMAGE)
     total = np.zeros(len(copies), np.int64)
     np.add.at(total, verdicts.kept_by[copies], 1 + before[copies])
     return total

@@ -22,7 +22,7 @@ import numpy as np
 from afresh.cores import cpu_count
 from afresh.errors import UserError
 from afresh.files import digest, write_atomic
-from curate.columns import BLOCK
+from curate.columns import BLOCK, arrays_on_disk
 from curate.engines.protocol import Engine
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+PAIR = (np.int64, np.int64, np.float32)  # two rows and their similarity
 ASSIGNED = 1 << 18  # rows of a task that assigns, at most
 MERGED = 1 << 22  # pairs that are put in order at a time
 ASSIGNED_FEWEST = 1 << 13
@@ -316,8 +317,7 @@ def _run(engine: Engine, tasks: Sequence[_SortedRows] | Sequence[_Compared], des
 
 
 def _merged(of: Cells, compared: Sequence[_Compared], embeddings: NDArray[Any]) -> Pairs:
-    """The pairs of all tiles in order, each once."""
-    from curate.neighbors.join import concatenated
+    """The pairs of all tiles in order, each once, memory-mapped."""
     from curate.neighbors.tiles import crowded_rows, cuts, merged
     from curate.neighbors.verify import Crowd, Pairs
 
@@ -329,14 +329,17 @@ def _merged(of: Cells, compared: Sequence[_Compared], embeddings: NDArray[Any]) 
     crowded = crowded_rows(columns(), of.n, of.crowd)
     starts = (one.read()[0] for one in compared)
     at = cuts(starts, of.n, MERGED)
-    found = [Pairs.empty()]
-    for low, high in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
-        some = []
-        for one in compared:
-            i, j, similarity, _ = one.read()
-            within = slice(*np.searchsorted(i, [low, high]).tolist())
-            some.append(Pairs(i[within], j[within], similarity[within]))
-        found.append(merged(some, crowded))
-    pairs, rows = concatenated(found), np.flatnonzero(crowded)
-    left_out = Crowd(embeddings, rows, rows, of.threshold) if len(rows) else None
-    return Pairs(pairs.i, pairs.j, pairs.similarity, left_out)
+
+    def blocks() -> Iterator[list[NDArray[Any]]]:
+        for low, high in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
+            some = []
+            for one in compared:
+                i, j, similarity, _ = one.read()
+                within = slice(*np.searchsorted(i, [low, high]).tolist())
+                some.append(Pairs(i[within], j[within], similarity[within]))
+            pairs = merged(some, crowded)
+            yield [pairs.i, pairs.j, pairs.similarity]
+
+    i, j, similarity = arrays_on_disk(of.folder.parent, blocks(), PAIR)
+    rows = np.flatnonzero(crowded)
+    return Pairs(i, j, similarity, Crowd(embeddings, rows, rows, of.threshold) if len(rows) else None)

@@ -6,7 +6,7 @@ Verdicts, and what other thresholds would do, are made of the pairs anew every t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from curate.config import RULES, DedupConfig
 from curate.decisions.sample_lists import refuse_missing
 from curate.stages.filters import REASON
 from curate.stages.join import Joined, join_memory, sweep_thresholds
+from curate.stages.memory import hand_back
 from curate.stages.read import preferred_fields
 from curate.stages.rows import Rows
 
@@ -140,12 +141,21 @@ def decide_stage(
     others = sweep_thresholds(config) if config.sweep else []
     with progress(desc="trying thresholds", unit="decisions") as bar:
         swept = sweep(joined, rows.captions, prefer, others, bar=bar, **options)
+    hand_back()
     with progress(desc="deciding", unit="decisions") as bar:
         verdicts = decide(joined, rows.captions, prefer, threshold=config.threshold, bar=bar, **options)
-    left_out = rows.of_readable("left_out")
-    for row in np.flatnonzero(filtered & (verdicts.reason == EXCLUDED)).tolist():
-        verdicts.reason[row] = REASON + left_out[row]
-    return verdicts, swept
+    return _naming_filters(verdicts, rows, filtered & verdicts.dropped_for(EXCLUDED)), swept
+
+
+def _naming_filters(verdicts: Verdicts, rows: Rows, filtered: NDArray[np.bool_]) -> Verdicts:
+    """The same verdicts, but that those ``filtered`` are dropped for the filter's sake."""
+    places = np.flatnonzero(filtered)
+    filters = [REASON + name for name in rows.of_readable("left_out").take(places)]
+    names, number = np.unique(filters, return_inverse=True)
+    reasons = (*verdicts.reasons, *names.tolist())
+    code = verdicts.code.astype(np.min_scalar_type(len(reasons)), copy=False)
+    code[places] = len(verdicts.reasons) + number
+    return replace(verdicts, code=code, reasons=reasons)
 
 
 def _others(rows: Rows) -> Column | None:

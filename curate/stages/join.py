@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from afresh.errors import printable
 from afresh.files import digest
 from afresh.progress import get_logger, progress
-from curate.columns import BLOCK, Column, array_on_disk, numbered
+from curate.columns import BLOCK, Column, array_on_disk, arrays_on_disk, numbered, on_disk
 from curate.config import RULES, DedupConfig
 from curate.engines.protocol import Engine
 from curate.reading.captions import normalise_caption
 from curate.results import ledger
-from curate.stages.cells import pairs_by_tasks
+from curate.stages.cells import PAIR, pairs_by_tasks
 from curate.stages.rows import Rows
 
 if TYPE_CHECKING:
@@ -40,17 +40,18 @@ log = get_logger(__name__)
 PAIRS_FORMAT = 2
 EXACT_ROWS = 2_000_000  # up to here ``join: auto`` is exact
 CAPTION_BLOCK = 1 << 13  # captions embedded at a time
+PAIRS_BLOCK = 1 << 20  # pairs that are in memory at a time
 CROWD = 100  # near rows above which a row is crowded (curate.neighbors.join): bounds the pairs that are held
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What is near what, among the n readable rows.
+    """What is near what, among the n readable rows; memory-mapped but for the crowd's rows.
 
     Attributes:
         image_of: int64 [n], number of each row's distinct image (by its pixels), in order of appearance.
         first: int64 [images], the first row with each image.
-        images: float16 [images, dim], their embeddings, memory-mapped.
+        images: float16 [images, dim], their embeddings.
         image_pairs: near pairs of distinct images, down to the lowest threshold of the sweep.
         caption_of: int64 [n], number of each row's distinct normalised caption, in order of appearance.
         caption_pairs: near pairs of distinct captions.
@@ -89,9 +90,9 @@ def join_stage(
         config: the settings.
     """
     n = len(rows.readable)
-    image_of, first = numbered(rows.of_readable("pixels", ""), n)
+    image_of, first = (on_disk(work, one) for one in numbered(rows.of_readable("pixels", ""), n))
     texts = rows.captions
-    caption_of, first_with = numbered(map(normalise_caption, texts), n)
+    caption_of, first_with = (on_disk(work, one) for one in numbered(map(normalise_caption, texts), n))
 
     measured = [config.join, config.recall_sample, config.seed]
     lowest = min(sweep_thresholds(config))
@@ -128,7 +129,7 @@ def join_stage(
         images=images,
         image_pairs=image_pairs,
         caption_of=caption_of,
-        caption_pairs=caption_pairs.renumbered(long),
+        caption_pairs=caption_pairs if len(long) == len(first_with) else pairs_on_disk(work, caption_pairs, long),
         recall=recall,
         caption_recall=caption_recall,
         caches=(images_cache, captions_cache),
@@ -185,22 +186,19 @@ def _joined(
 ) -> tuple[Pairs, float]:
     """Near pairs and their measured recall: from the cache, or found and put there."""
     from curate.neighbors.recall import recall
-    from curate.neighbors.verify import Crowd, Pairs
+    from curate.neighbors.verify import Pairs
 
     if cache.is_file():
-        table = pq.read_table(cache)
-        measured = json.loads(table.schema.metadata[b"recall"])
-        rows = table.slice(table.num_rows - table["j"].null_count)["i"].to_numpy()
-        i, j, similarity = (table[name].slice(0, table.num_rows - len(rows)).to_numpy() for name in table.column_names)
-        left_out = Crowd(embed(), rows, rows, threshold) if len(rows) else None
-        return Pairs(i, j, similarity, left_out), measured
+        return _read_pairs(cache, embed, threshold)
     embeddings = embed()
     if len(embeddings) < 2:
         pairs, measured = Pairs.empty(), 1.0
     else:
         exact = config.join == "exact" or (config.join == "auto" and len(embeddings) <= EXACT_ROWS)
         if exact or engine is None:
-            pairs = _found_here(embeddings, threshold, crowd, config, desc, exact=exact)
+            found = _found_here(embeddings, threshold, crowd, config, desc, exact=exact)
+            pairs = pairs_on_disk(cache.parent, found)
+            del found
         else:
             folder = cache.with_suffix("")
             pairs = pairs_by_tasks(engine, folder, embeddings, threshold, crowd, join_memory(config), desc)
@@ -231,6 +229,41 @@ def _write_pairs(cache: Path, pairs: Pairs, measured: float) -> None:
         crowded = pa.table({"i": pairs.crowd.rows}, schema=pa.schema([schema.field("i")]))
         table = pa.concat_tables([table, crowded], promote_options="default")
     ledger.write_table(table.replace_schema_metadata({"recall": json.dumps(measured)}), cache)
+
+
+def _read_pairs(cache: Path, embed: Callable[[], NDArray[Any]], threshold: float) -> tuple[Pairs, float]:
+    """What ``_write_pairs`` wrote."""
+    from curate.neighbors.verify import Crowd, Pairs
+
+    crowded = [np.empty(0, np.int64)]
+    with pq.ParquetFile(cache) as file:
+
+        def blocks() -> Iterator[list[NDArray[Any]]]:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                near = table.num_rows - table["j"].null_count
+                crowded.append(table["i"].slice(near).to_numpy())
+                yield [table[name].slice(0, near).to_numpy() for name in table.column_names]
+
+        i, j, similarity = arrays_on_disk(cache.parent, blocks(), PAIR)
+        measured = json.loads(file.schema_arrow.metadata[b"recall"])
+    rows = np.concatenate(crowded)
+    return Pairs(i, j, similarity, Crowd(embed(), rows, rows, threshold) if len(rows) else None), measured
+
+
+def pairs_on_disk(folder: Path, pairs: Pairs, numbers: NDArray[np.int64] | None = None) -> Pairs:
+    """The same pairs as memory maps of files in ``folder`` without a name, with row r called ``numbers[r]``."""
+    from curate.neighbors.verify import Pairs
+
+    def blocks() -> Iterator[list[NDArray[Any]]]:
+        for start in range(0, len(pairs), PAIRS_BLOCK):
+            some = slice(start, start + PAIRS_BLOCK)
+            i, j = (ends if numbers is None else numbers[ends] for ends in (pairs.i[some], pairs.j[some]))
+            yield [i, j, pairs.similarity[some]]
+
+    crowd = pairs.crowd if numbers is None or pairs.crowd is None else pairs.crowd.renumbered(numbers)
+    i, j, similarity = arrays_on_disk(folder, blocks(), PAIR)
+    return Pairs(i, j, similarity, crowd)
 
 
 def join_memory(config: DedupConfig) -> int:

@@ -88,8 +88,8 @@ def _ledger_part(
     for name in ("image_similarity", "caption_similarity", "group", "group_size"):
         numbers[name] = np.full(total, np.nan if "similarity" in name else -1)
     if verdicts is not None:
-        status[readable] = np.where(verdicts.kept[some], ledger.KEPT, ledger.DROPPED)
-        reason[readable] = verdicts.reason[some]
+        status[readable] = np.where(verdicts.code[some] == 0, ledger.KEPT, ledger.DROPPED)
+        reason[readable] = verdicts.reason_of(some)
         kept_by = verdicts.kept_by[some]
         stand_in[readable] = np.where(kept_by >= 0, rows.readable[kept_by], -1)
         for name, values in numbers.items():
@@ -138,9 +138,10 @@ def summarise(
     table: pa.Table, joined: Joined, verdicts: Verdicts, settings: Mapping[str, Any], shards: int
 ) -> dict[str, Any]:
     """The summary without its sweep; ``settings`` are those that the result depends on."""
-    status = _counted(table["status"])
-    dropped = pc.if_else(pc.equal(table["status"], ledger.DROPPED), table["reason"], None)
-    reasons = _counted(dropped)
+    status, reasons = Counter[str](), Counter[str]()
+    for batch in table.select(["status", "reason"]).to_batches():
+        status += _counted(batch["status"])
+        reasons += _counted(batch["reason"].filter(pc.equal(batch["status"], ledger.DROPPED)))
     by_filters = sorted(name for name in reasons if name.startswith(REASON))
     sizes = np.bincount(verdicts.group)
     return {
@@ -157,7 +158,7 @@ def summarise(
     }
 
 
-def _counted(column: pa.ChunkedArray) -> Counter[str]:
+def _counted(column: pa.Array) -> Counter[str]:
     """How often each value stands in a column; nulls are passed over."""
     return Counter({row["values"]: row["counts"] for row in column.drop_null().value_counts().to_pylist()})
 
@@ -184,8 +185,9 @@ def publish_report(
         # The join's pairs where it went below the threshold, and else the sample's nearest neighbours, too.
         pairs, row_of = joined.image_pairs, rows.readable[joined.first]
         below = similarity < min(sweep_thresholds(config))
-        one, other = np.concatenate([pairs.i, asked[below]]), np.concatenate([pairs.j, nearest[below]])
-        likeness = np.concatenate([pairs.similarity, similarity[below]])
+        near = report_data.around(pairs.similarity, config.threshold)
+        one, other = np.concatenate([pairs.i[near], asked[below]]), np.concatenate([pairs.j[near], nearest[below]])
+        likeness = np.concatenate([pairs.similarity[near], similarity[below]])
         calls = report_data.close_calls(row_of[one], row_of[other], likeness, config.threshold, config.seed)
     shown = {row for group in report_data.gallery(table) for row in group} | {
         row for a, b, _ in calls for row in (a, b)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.columns import BLOCK, Column, array_on_disk, table_on_disk
+from curate.columns import BLOCK, Column, array_on_disk, on_disk, table_on_disk
 from curate.reading.samples import NO_SAMPLE
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Rows:
     Attributes:
         table: READ_COLUMNS of all N rows, memory-mapped; ``reason`` says of each row why it is unreadable, or is null.
         starts: int64 [shards + 1], the first row of each input shard, and N.
-        readable: int64 [n], the rows that can be curated.
+        readable: int64 [n], the rows that can be curated, memory-mapped.
         embeddings: float16 [n, dim] of the readable rows, memory-mapped.
     """
 
@@ -98,7 +98,8 @@ class Rows:
                         yield data[usable[start : start + len(stored)]]
                         start += len(stored)
 
-        return cls(table, starts, np.flatnonzero(usable), array_on_disk(folder, vectors(), dim))
+        readable = on_disk(folder, np.flatnonzero(usable))
+        return cls(table, starts, readable, array_on_disk(folder, vectors(), dim))
 
     @property
     def of_images_alone(self) -> bool:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.columns import Column, array_on_disk, numbered, some_rows, table_on_disk
+from curate.columns import Column, array_on_disk, arrays_on_disk, numbered, on_disk, some_rows, table_on_disk
 
 VALUES = ["a", None, "", "bär", "a", None, "long " * 50, "z"]
 TABLE = pa.table({"text": pa.chunked_array([VALUES[:3], [], VALUES[3:4], VALUES[4:]], pa.string())})
@@ -51,6 +51,10 @@ def test_what_lies_on_disk_has_no_name_there(tmp_path):
     rows = array_on_disk(tmp_path, blocks, 2)
     assert rows.dtype == np.float16 and rows.tolist() == [[0, 1], [2, 3], [4, 5], [1, 1]]
     assert array_on_disk(tmp_path, [], 7).shape == (0, 7)
+    numbers, halves = arrays_on_disk(tmp_path, [([1, 2], [0.5, 1]), ([], []), ([3], [1.5])], (np.int64, np.float32))
+    assert numbers.dtype == np.int64 and numbers.tolist() == [1, 2, 3] and halves.tolist() == [0.5, 1, 1.5]
+    assert [one.dtype for one in arrays_on_disk(tmp_path, [], (np.int64, np.float32))] == [np.int64, np.float32]
+    assert isinstance(on_disk(tmp_path, numbers).base, np.memmap) and on_disk(tmp_path, numbers).tolist() == [1, 2, 3]
     table = table_on_disk(tmp_path, TABLE.to_batches(), TABLE.schema)
     assert table.equals(TABLE) and some_rows(table, [6, 1])["text"].to_pylist() == [VALUES[6], None]
     assert list(tmp_path.iterdir()) == []

@@ -264,6 +264,8 @@ def whole(case: Near) -> Part:
 def test_a_crowd_changes_no_verdict(rule, quota, differs, ahead, monkeypatch):
     monkeypatch.setattr(curate.decisions.neighbours, "AHEAD", ahead)
     monkeypatch.setattr(curate.decisions.rounds, "AHEAD", ahead)
+    monkeypatch.setattr(curate.decisions.rounds, "_STAND_INS", 4 * ahead)
+    monkeypatch.setattr(curate.decisions.rounds, "_CROWDED", ahead)
     rng = np.random.default_rng(3)
     images, captions = (rng.standard_normal((60, 16)) for _ in range(2))
     for things in (images, captions):
@@ -315,7 +317,9 @@ def test_a_copy_is_not_compared_with_all_copies_before_it(rule, monkeypatch):
     assert kept.kept.all() and (kept.group == 0).all() and asked <= 10 * n
 
 
-def test_a_sweep_counts_what_each_threshold_would_decide():
+@pytest.mark.parametrize("some", [1, 1 << 20])
+def test_a_sweep_counts_what_each_threshold_would_decide(some, monkeypatch):
+    monkeypatch.setattr(curate.decisions.parts, "PART", some)
     for seed in range(10):
         case, captions, prefer = random_case(seed)
         thresholds = [0.9, 0.93, 0.97, 1.0]

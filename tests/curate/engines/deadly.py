@@ -17,6 +17,10 @@ def process_id(_: int) -> int:
     return os.getpid()
 
 
+def niceness(_: int) -> int:
+    return os.nice(0)
+
+
 def fail_at_two(number: int) -> int:
     from afresh.errors import UserError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 
 import pytest
@@ -11,7 +12,16 @@ from afresh.errors import UsageError, UserError
 from curate.dedup import run_dedup
 from curate.engines.ray import RayEngine
 from curate.engines.registry import open_engine
-from tests.curate.engines.deadly import OnGpu, die_at_three, die_once, fail_at_two, process_id, seen_gpus, square
+from tests.curate.engines.deadly import (
+    OnGpu,
+    die_at_three,
+    die_once,
+    fail_at_two,
+    niceness,
+    process_id,
+    seen_gpus,
+    square,
+)
 from tests.curate.made_mess import promised, settings
 
 there = importlib.util.find_spec("ray") is not None
@@ -40,6 +50,13 @@ def test_results_come_in_the_order_of_the_tasks(ray):
     assert ray.map(square, range(300), desc="squaring") == [number**2 for number in range(300)]
     assert ray.map(square, [], desc="squaring") == []
     assert len(set(ray.map(process_id, range(8), desc="asking"))) <= 2
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_workers_have_the_priority_of_who_started_them(ray):
+    assert set(ray.map(niceness, range(4), desc="asking")) == {os.nice(0)}
 
 
 @needs_ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.neighbors.components import components
+from curate.neighbors.components import components, linked
 
 
 def test_every_row_is_named_by_the_smallest_that_it_is_linked_to():
@@ -22,3 +22,5 @@ def test_random_links_are_walked_to_their_ends():
             for a, b in zip(i, j, strict=True):
                 expected[a] = expected[b] = min(expected[a], expected[b])
         assert components(i, j, n).tolist() == expected.tolist()
+        blocks = ((i[at : at + 7], j[at : at + 7]) for at in range(0, m, 7))
+        assert linked(blocks, n).tolist() == expected.tolist()

@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import curate.results.report_data
 from curate.results.ledger import DROP_REASONS, SCHEMA
 from curate.results.report_data import (
     CLOSE_CALLS_SHOWN,
     DROPPED_SHOWN,
     GROUPS_SHOWN,
     Pictures,
+    around,
     close_calls,
     gallery,
     histogram,
@@ -263,6 +265,29 @@ def test_close_calls_are_random_pairs_next_to_the_threshold_on_both_sides():
     both = close_calls(np.array([1, 2]), np.array([2, 1]), np.array([0.95, 0.95], np.float32), 0.9)
     assert both == [(1, 2, pytest.approx(0.95))]
     assert close_calls(one[:0], other[:0], similarity[:0], 0.9) == []
+
+
+def test_few_of_many_pairs_are_looked_at_for_the_close_calls(monkeypatch):
+    monkeypatch.setattr(curate.results.report_data, "BLOCK", 700)
+    rng = np.random.default_rng(0)
+    for number, spread in ((0, 1), (300, 1), (30_000, 1), (30_000, 20)):
+        similarity = (np.round(rng.uniform(-1, 1, number) * 500) / 5000 / spread + 0.9).astype(np.float32)
+        one, other = rng.integers(0, 9000, (2, number))
+        some = around(similarity, 0.9)
+        assert spread > 1 or number < 3000 or len(some) < number / 4
+        every = close_calls(one, other, similarity, 0.9, seed=3)
+        assert every == close_calls(one[some], other[some], similarity[some], 0.9, seed=3)
+
+
+def test_the_gallery_is_that_of_all_groups_sorted():
+    rng = np.random.default_rng(0)
+    for groups in (1, 5, 30, 200):
+        group = rng.integers(0, groups, 400)
+        sizes = np.bincount(group, minlength=groups)
+        rows = [row(number, of, int(sizes[of])) for number, of in enumerate(group.tolist())]
+        order = sorted((of for of in range(groups) if sizes[of] > 1), key=lambda of: (-sizes[of], of))
+        expected = [np.flatnonzero(group == of)[:DROPPED_SHOWN].tolist() for of in order[:GROUPS_SHOWN]]
+        assert gallery(table_of(rows)) == expected
 
 
 def test_the_gallery_can_be_filtered_by_reason_without_a_script(example):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import curate.decisions.parts
 from curate.config import DedupConfig
 from curate.decisions.rules import decide
 from curate.embed.ngrams import NgramEmbedder
+from curate.engines.local import LocalEngine
 from curate.neighbors.verify import Pairs
 from curate.stages.join import join_stage
 from curate.stages.publish import ledger_parts
@@ -43,6 +46,46 @@ def test_a_ledger_of_more_than_two_gibibytes_of_keys():
     assert kept == "0" + "k" * (1 << 20)
 
 
+def test_decisions_hold_less_than_a_hundred_bytes_a_row(monkeypatch):
+    n = 1 << 17  # in groups of four, all of them near one another
+    one = np.arange(n) // 4 * 4
+    i, j = np.concatenate([np.stack([one[::4] + a, one[::4] + b]) for a in range(4) for b in range(a + 1, 4)], axis=1)
+    order = np.lexsort((j, i))
+    pairs = Pairs(i[order], j[order], np.full(len(i), 0.95, np.float32))
+    captions = pa.array([f"caption {row}" for row in range(n)])
+    near = SimpleNamespace(
+        image_of=np.arange(n), caption_of=np.arange(n), image_pairs=pairs, caption_pairs=Pairs.empty()
+    )
+    decide(near, captions)  # loads what it needs
+    for name in ("PART", "_LINKS"):
+        monkeypatch.setattr(curate.decisions.parts, name, n // 16)
+    tracemalloc.start()
+    verdicts = decide(near, captions)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most / n < 100 and verdicts.kept.sum() == n // 4
+    held = [getattr(verdicts, field.name) for field in dataclasses.fields(verdicts)]
+    assert sum(array.nbytes for array in held if isinstance(array, np.ndarray)) <= 21 * n
+
+
+def test_what_the_join_finds_is_read_from_files(tmp_path):
+    rng = np.random.default_rng(0)
+    embeddings = np.repeat(rng.standard_normal((100, 16)), 3, axis=0).astype(np.float16)
+    n = len(embeddings)
+    texts = pa.array([f"{row:064x}" for row in range(n)])
+    rows = rows_of({"pixels": texts, "caption": pa.array([f"caption {row // 2}" for row in range(n)])}, embeddings)
+    for join, engine in (("exact", None), ("cells", LocalEngine(1)), ("cells", None)):
+        for _ in range(2):  # the second time from the cache
+            config = DedupConfig(workers=1, recall_sample=10, join=join, min_caption_chars=10)
+            found = join_stage(engine, tmp_path, rows, [join], NgramEmbedder(), config)
+            assert len(found.image_pairs) == n and len(found.caption_pairs) > 0
+            arrays = [found.image_of, found.first, found.caption_of]
+            for pairs in (found.image_pairs, found.caption_pairs):
+                arrays += [pairs.i, pairs.j, pairs.similarity]
+            assert all(isinstance(array.base, np.memmap) for array in arrays)
+    assert all(path.suffix == ".parquet" for path in tmp_path.iterdir())
+
+
 def test_a_crowd_is_kept_in_rows_and_not_in_the_footer(tmp_path):
     n = 400
     rng = np.random.default_rng(0)
@@ -61,4 +104,4 @@ def test_a_crowd_is_kept_in_rows_and_not_in_the_footer(tmp_path):
     options = {"captions": rows.captions, "threshold": 0.9}
     one, two = (decide(joined, **options) for joined in (found, again))
     assert one.kept.sum() == 1 and json.dumps(one.kept.tolist()) == json.dumps(two.kept.tolist())
-    assert {field.name for field in dataclasses.fields(one)} >= {"kept", "pooled"}
+    assert {field.name for field in dataclasses.fields(one)} >= {"code", "pooled"}
