@@ -19,7 +19,7 @@ which is left out here, and decode images that they do not use where latents are
 ratio below one is not of that kind. Both draw timesteps as the script does by default. LoRA: rank 16 on the attention's
 projections. Without the filter, float32, one image size.
 
-The models have the shape of their family with random weights of 20 to 60 million in the network, at 128 pixels, which
+The models have the shape of their family with random weights of 20 to 70 million in the network, at 128 pixels, which
 are latents of 32 × 32 here.
 """
 

@@ -85,7 +85,7 @@ def with_min_timestep(policy: FilterConfig, timestep: Callable[[torch.Generator]
         policy: the filter's settings.
         timestep: as of :func:`make_filter`.
     """
-    if policy.min_timestep is not None:
+    if policy.min_timestep is not None or "noisy" not in (policy.policy or ""):
         return policy
     if timestep is None:
         return dataclasses.replace(policy, min_timestep=NOISIEST_FIFTH)
