@@ -30,7 +30,7 @@ def on_gpus(gpus: int, share: float) -> int:
 
 
 def device_name(accelerated: bool) -> str:
-    """What a network of this process runs on: ``GPU 3 (NVIDIA H200)``, or ``CPU``.
+    """What a network of this process runs on: ``GPU 3 (its name)``, or ``CPU``.
 
     Args:
         accelerated: it runs on a GPU where there is one.
