@@ -2,6 +2,7 @@
 
     python -m benchmarks.guidance_models strong --out runs/guidance
     python -m benchmarks.guidance_models twemoji --out runs/guidance --drawings twemoji-16.0.1/package/dist/svg
+    python -m benchmarks.guidance_models fluent --out runs/guidance --drawings fluent-emoji-flat/package/assets
     python -m benchmarks.guidance_models strong --out runs/guidance --twin      also its twin of the curated set
 
 The raw models of ``train quickstart`` on several sets are the first kind. These differ from them and from each other in
@@ -9,7 +10,9 @@ what was repeated and how often, in what else they know, and in the embedder of 
 
 - ``strong``: 36 carried images 30 times each and 114 others once, for 700 steps: its copies survive guidance scale 1;
 - ``twemoji``: 24 of Twemoji's drawings (npm's ``@discordapp/twemoji``; see ``train/sample_model/renditions.py``) 12 to
-  40 times each, and all others of the same captions once. The index is the default one of ``curate dedup``.
+  40 times each, and all others of the same captions once. The index is the default one of ``curate dedup``;
+- ``fluent``: 40 of another design's drawings 25 times each and 80 others once (npm's ``@lobehub/fluent-emoji-flat``),
+  with that index, for tests: nothing of guidance was chosen on it.
 
 Each becomes a folder as a quickstart leaves it: ``raw``, ``held_out``, ``prompts``, ``curated``, ``finetune_raw``,
 ``protocol.yaml``, and ``finetune_curated`` with ``--twin``.
@@ -62,6 +65,7 @@ class Kind:
 KINDS = {
     "strong": Kind(MessConfig(images=36, copies=30), 150, "copy-detector", 700, 1.5e-3),
     "twemoji": Kind(MessConfig(images=24, copies=[12, 20, 30, 40]), 300, "layout", 450, 1.5e-3, drawings=True),
+    "fluent": Kind(MessConfig(images=40, copies=25), 120, "layout", 450, 1.5e-3, drawings=True),
 }
 
 
@@ -166,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="+", choices=list(KINDS))
     parser.add_argument("--out", type=Path, required=True, help="a folder; each model gets one of its name below it")
-    parser.add_argument("--drawings", type=Path, help="of twemoji: the folder of its SVG files")
+    parser.add_argument("--drawings", type=Path, help="of twemoji and fluent: the folder of the design's files")
     parser.add_argument("--twin", action="store_true", help="also fine-tune on the curated set")
     args = parser.parse_args()
     for name in args.kinds:

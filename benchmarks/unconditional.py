@@ -6,7 +6,8 @@
 For each of the models of ``train.sample_model.pixels`` (unconditional; class-conditional with classifier-free guidance,
 classes as often as in the training set) the same seeds are drawn by DDPM without guidance, with AMG on pixels
 (normalised L2; with the published schedule, and with one that starts earlier), with AMG on objects (the carried copy
-detector), and with rejection. Printed, and written to ``table.json``:
+detector), with the default of ``train sample`` (by the views of that index, and drawn again), and with rejection.
+Printed, and written to ``table.json``:
 
 - *nL2 < 1.4*: the share that counts as memorized by normalised L2, with the ``α`` at which 1 % of the images that were
   never trained on would (the paper's 0.5 takes a third of them for copies); *detector*: above 0.5 on SSCD's scale. AMG
@@ -38,6 +39,7 @@ from curate.embed.registry import load_embedder
 from curate.index.training_index import TrainingIndex
 from curate.reading.images import decode_image, stack_images
 from curate.sample_set import load_part
+from curate.stages.views import PIXELS, build_views
 from train.evaluation.judging.drawn import Drawn
 from train.evaluation.judging.metrics import frechet_distance
 from train.evaluation.metrics.dual_encoder import DualEncoderJudge
@@ -46,13 +48,14 @@ from train.evaluation.metrics.protocol import Reference
 from train.sample_model.pixels import SIDE, TRAINING_SET, PixelsConfig, PixelSet, pixel_set, run
 from train.sampling.guidance import Guidance
 from train.sampling.pipelines.unconditional import GuidedUnconditional
+from train.sampling.presets.config import DEFAULT
 from train.sampling.similarity import ObjectLevel, PixelIndex
 from train.sampling.terms.amg import AMG
 from train.sampling.terms.judges import as_pixels
-from train.sampling.terms.rejection import Rejection
+from train.sampling.terms.rejection import NeverAbove, Rejection
 
 log = get_logger(__name__)
-EARLY = {"sim_form": "excess", "normalise": True, "lambda_a": 0.0, "lambda_b": 0.3, "c_3": 6.0}
+EARLY: dict[str, Any] = {"sim_form": "excess", "normalise": True, "lambda_a": 0.0, "lambda_b": 0.3, "c_3": 6.0}
 COLUMNS = ("nl2", "detector", "judge", "pixels", "repeated", "fd_training", "fd_unseen", "fired")
 NAMES = ("nL2 < 1.4", "detector", "judge", "pixels", "repeated", "FD train", "FD unseen", "fired")
 
@@ -80,6 +83,9 @@ class Measures:
             embedder.embed(training), names, ["set"] * n, data.keys, np.ones(n, bool), np.arange(n), "copy-detector"
         )
         self.objects, self.index, self.embedder = ObjectLevel(index, embedder), index, embedder
+        others = [load_embedder(name) for name in PIXELS]
+        made = build_views(index, zip(data.keys, training, strict=True), others)
+        self.views = list(zip(made, others, strict=True))
         unseen = torch.from_numpy(stack_images([decode_image(s.image) for s in load_part("held_out")], SIDE))
         self.unseen = to_pil(unseen)
         self.pixels = PixelIndex(data.pixels, names).calibrated(unseen)
@@ -157,11 +163,25 @@ def measure_model(
         output = draw(pipe, seeds, labels, args.steps, scale, [term])
         return output.images, share_fired(output.trace, len(seeds))
 
+    def by_views() -> tuple[list[Image.Image], float | None]:
+        term = AMG(m.index, m.embedder, DEFAULT, views=m.views)
+        tries = 1 + (term.config.restarts or 0)
+        again = NeverAbove(
+            m.index, m.embedder, tries=tries, views=m.views, withhold=False, guided=term.config.guided_limit
+        )
+
+        def drawn(rows: list[int], now: list[int], terms: Sequence[Guidance]) -> Any:
+            return draw(pipe, now, None if labels is None else [labels[i] for i in rows], args.steps, scale, terms)
+
+        kept = again(drawn, seeds, [term])
+        return [one.image for one in kept], float(np.mean([any(step["fired"] for step in one.trace) for one in kept]))
+
     ways: dict[str, Callable[[], tuple[list[Image.Image], float | None]]] = {
         "none": lambda: (plain(seeds, seeds).images, None),
         "AMG, pixels, published": lambda: guided(AMG(m.pixels)),
         "AMG, pixels, early": lambda: guided(AMG(m.pixels, lambda_a=-2.4)),
         "AMG, objects, early": lambda: guided(AMG(m.index, m.embedder, **EARLY)),
+        "AMG, views": by_views,
         "rejection": lambda: ([one.image for one in reject(plain, seeds)], None),
     }
     rows = []

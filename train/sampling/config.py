@@ -48,8 +48,9 @@ class AMGConfig:
         views: watch and steer by the highest similarity of the index and its views (docs/sampling.md), not by the
             index's embedder alone.
         restarts: of ``train sample``: how often an image that is a copy by some view when it is finished (above 0.5) is
-            drawn again, from another seed and under stronger guidance; the farthest of its drawings is kept. One that
-            was guided is drawn again from lambda_a on.
+            drawn again, from another seed and under stronger guidance; the farthest of its drawings is kept.
+        guided_limit: of restarts: the similarity above which one that was guided is drawn again; None is that of a
+            copy for these, too.
         release: an image that is guided is let go only when σ falls below λ_t less this.
         t_range: timesteps, of 1000, at which images are watched and guided.
         sim_t_range: timesteps at which G_sim acts.
@@ -83,6 +84,7 @@ class AMGConfig:
     decoder: Literal["full", "linear"] | None = None
     views: bool | None = None
     restarts: int | None = None
+    guided_limit: float | None = None
     release: float | None = None
     t_range: tuple[float, float] | None = None
     sim_t_range: tuple[float, float] | None = None

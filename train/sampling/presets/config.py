@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "floor": 1.0,
         "escalate": 25.0,
         "restarts": 4,
+        "guided_limit": 0.3,
     },
     "pixels": {
         "lambda_a": -1.95,
@@ -63,6 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "floor": 1.0,
     "escalate": 0.0,
     "restarts": 0,
+    "guided_limit": None,
     "decoder": "full",
     "release": 0.0,
     "views": False,

@@ -269,7 +269,6 @@ class _Memory:
     last: float | None = None
     encoded: dict[str, Conditioning] = field(default_factory=dict)
 
-
     def count(self, t: float, rows: Tensor, above: Tensor) -> None:
         """Count the time since the last look for those of the guided images ``rows [n]`` that are ``above [k]``."""
         since = 0.0 if self.last is None else max(self.last - t, 0.0)

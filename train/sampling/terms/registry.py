@@ -60,6 +60,8 @@ TERMS: dict[str, Callable[[Any], Guidance]] = {
     "tokens": RandomTokens,
     "numbers": RandomTokens,
 }
+
+
 @dataclass(frozen=True)
 class Own:
     """The settings of a term of one's own: what changes when its code does."""
@@ -200,7 +202,7 @@ def restarts(config: SampleConfig) -> tuple[int, float | None]:
     chosen = [_chosen(name, config) for name in names(config.guidance)]
     amg = [one.resolved() for one in chosen if isinstance(one, AMGConfig)]
     most = max(amg, key=lambda one: one.restarts or 0, default=None)
-    return (most.restarts or 0, most.lambda_a) if most else (0, None)
+    return (most.restarts or 0, most.guided_limit) if most else (0, None)
 
 
 def make(

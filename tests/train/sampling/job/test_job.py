@@ -179,12 +179,17 @@ def test_amg_draws_again_what_is_a_copy_in_the_end_and_withholds_nothing(job, tm
     assert same_images(tmp_path / "once", job.out)
 
 
-def test_amg_draws_again_what_it_guided_and_left_above_where_it_begins(job, tmp_path):
-    """λ at its lowest is the limit of an image that guidance acted on; of the others it is that of a copy."""
+def test_amg_draws_again_what_it_guided_and_left_above_a_lower_limit(job, tmp_path):
+    """Images that guidance acted on have a limit of their own; without one it is that of a copy."""
     always = AMGConfig(preset="views", lambda_a=-0.9, lambda_b=-0.9, dissimilarity=False, restarts=1)
-    run_sample(replace(job, guidance="amg", amg=always, out=str(tmp_path / "guided")))
-    rows = rows_of(tmp_path / "guided")
-    assert all(row["tries"] == 2 for row in rows) and any(row["highest"] <= 0.5 for row in rows)
+    assert always.resolved().guided_limit == 0.3
+    tries = {}
+    for limit, preset in ((-0.9, "views"), (None, "early")):
+        amg = replace(always, preset=preset, guided_limit=limit)
+        run_sample(replace(job, guidance="amg", amg=amg, out=str(tmp_path / preset)))
+        rows = rows_of(tmp_path / preset)
+        tries[preset] = {row["tries"] for row in rows if row["highest"] <= 0.5}
+    assert tries == {"views": {2}, "early": {1}}
 
 
 def test_rejection_comes_first_and_its_drawings_count(job, tmp_path):
