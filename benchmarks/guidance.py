@@ -100,8 +100,8 @@ class Bench:
 
     def row(self, form: str, kind: str) -> dict[str, Any] | None:
         """The numbers of one form, drawn and measured now unless they were before; None of a twin that is not there."""
-        model = self.protocol.models["curated" if form == TWIN else "raw"]
-        if not Path(model).is_dir():
+        model = self.protocol.models.get("curated" if form == TWIN else "raw")
+        if model is None or not Path(model).is_dir():
             return None
         folder = self.out / re.sub(r"[^a-z0-9.]+", "-", form.lower()) / kind
         kept = folder / "row.json"
