@@ -208,12 +208,12 @@ class Screen:
                 yield np.minimum(i, j), np.maximum(i, j)
 
 
-def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]:
+def screening_axes(embeddings: NDArray, threshold: float, together: int | None = None) -> NDArray[np.float32]:
     """``[d, k]`` orthonormal axes: the first principal ones, as many as make the join cheapest, by decreasing variance.
 
     k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
     screen lets through costs its verification. (Near pairs cost it whatever k is.) In bytes coordinates cost less, and
-    what they let through costs a product of its own.
+    what they let through costs a product of its own. ``together`` rows are compared with each other; None is all.
     """
     n, d = embeddings.shape
     if n <= _SMALL:
@@ -225,7 +225,7 @@ def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]
     half = min(len(rows) // 2, 1024)
     x, y = turned[:half], turned[-half:]
     far = x @ y.T < threshold
-    in_bytes = coarse.pays(n)
+    in_bytes = coarse.pays(n if together is None else together)
     each, best = _COARSE_COST if in_bytes else 1.0, d
     least = each * d
     product, before = np.zeros((half, half), np.float32), 0
