@@ -105,7 +105,7 @@ class Screen:
         places = np.ascontiguousarray(short[:, :boxed].T)
         order, starts = _tree(places, block)
         for axis in range(boxed):
-            places[axis] = places[axis, order]
+            places[axis] = places[axis].take(order)
         for column in range(0, k + 1, _MOVED):  # some at a time: all would be all rows once more
             short[:, column : column + _MOVED] = short[:, column : column + _MOVED].take(order, axis=0)
         order += first
@@ -268,9 +268,9 @@ def _tree(places: NDArray[np.float32], block: int) -> tuple[NDArray[np.int64], N
         if len(rows) <= block:
             order.append(rows)
             continue
-        inside = places[:, rows]
+        inside = places.take(rows, axis=1)  # by an index it takes three times as long
         cut = (len(rows) // block + 1) // 2 * block
-        parted = rows[np.argpartition(inside[inside.var(axis=1).argmax()], cut)]
+        parted = rows.take(np.argpartition(inside[inside.var(axis=1).argmax()], cut))
         left += [parted[cut:], parted[:cut]]
     return np.concatenate(order), np.cumsum([0, *(len(leaf) for leaf in order)])
 
