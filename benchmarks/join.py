@@ -294,13 +294,13 @@ def main() -> None:
                 seconds.append(figures["seconds"])
                 print(
                     f"{kind} {shape[0]:,} × {shape[1]} {arguments.dtype}, cosine ≥ {THRESHOLD}, "
-                    f"{arguments.threads} threads: {side} {figures['seconds']:.1f} s, {figures['cpu']:.1f} CPU s, "
+                    f"{arguments.threads} threads: {side} {figures['seconds']:.1f} s, {figures['cpu']:.2f} CPU s, "
                     f"{len(pairs['i']):,} pairs, peak {figures['bytes'] / size:.2f} × the embeddings",
                     flush=True,
                 )
                 if arguments.products:
                     length, alone = products(path)
-                    print(f"{kind}: products of {length} numbers alone {alone:.1f} CPU s", flush=True)
+                    print(f"{kind}: products of {length} numbers alone {alone:.2f} CPU s", flush=True)
                 if arguments.cells:
                     true = pairs["i"].astype(np.int64) * rows + pairs["j"]
                     for side in ("cells", "cells, by tasks", "one cell a row, as SemDeDup"):
