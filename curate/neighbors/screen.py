@@ -6,8 +6,8 @@ smaller than the cosine. Blocks are the leaves of a k-d tree on the first axes, 
 box is near none of its rows.
 
 Where the processor has products of bytes (:mod:`curate.neighbors.coarse`), these go before: with ``q`` a short row in
-whole steps ``s`` and ``r`` what that leaves of it, ``z·w ≤ s² q_z·q_w + ‖r_w‖ ‖s q_z‖ + ‖r_z‖ ‖w‖``. What they let
-through is held against the short rows themselves.
+whole steps ``s`` and ``r`` what that leaves of it, ``z·w ≤ s² q_z·q_w + ‖r_w‖ ‖s q_z‖ + ‖r_z‖ ‖w‖``. A row whose
+largest product is too small is near none of the block; what is left is held against the short rows themselves.
 """
 
 from __future__ import annotations
