@@ -260,13 +260,12 @@ def verified(
     """Those of the candidates, rows i and rows j (of ``others``, if given), whose cosine in float64 reaches the
     threshold.
     """
-    others = np.asarray(embeddings if others is None else others)
-    embeddings = np.asarray(embeddings)
+    others = embeddings if others is None else others
     step = max(1, _VERIFY_ELEMENTS // max(1, embeddings.shape[1]))
     maybe = np.empty(len(i), bool)
     for start in range(0, len(i), step):
         some = slice(start, start + step)
-        maybe[some] = _maybe_near(embeddings.take(i[some], axis=0), others.take(j[some], axis=0), threshold)
+        maybe[some] = _maybe_near(embeddings[i[some]], others[j[some]], threshold)
     i, j = i[maybe], j[maybe]
     similarity = np.empty(len(i), np.float32)
     for start in range(0, len(i), step):
