@@ -213,7 +213,10 @@ def screening_axes(embeddings: NDArray, threshold: float, together: int | None =
 
     k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
     screen lets through costs its verification. (Near pairs cost it whatever k is.) In bytes coordinates cost less, and
-    what they let through costs a product of its own. ``together`` rows are compared with each other; None is all.
+    what they let through costs a product of its own.
+
+    Where no more than ``together`` rows are compared with each other, those of a cell, they are near ones: the pairs are
+    then those of sampled rows with the nearest of the others, as large a share of these.
     """
     n, d = embeddings.shape
     if n <= _SMALL:
@@ -223,12 +226,17 @@ def screening_axes(embeddings: NDArray, threshold: float, together: int | None =
     axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, ::-1]  # of the largest share first
     turned = rows @ axes.astype(np.float32)
     half = min(len(rows) // 2, 1024)
-    x, y = turned[:half], turned[-half:]
-    far = x @ y.T < threshold
+    x, y = turned[:half], turned[-half if together is None else half :]
+    cosine = x @ y.T
+    weighed = cosine < threshold
+    if together is not None:
+        nearest = max(1, round(len(y) * together / n))
+        weighed &= cosine >= -np.partition(np.where(weighed, -cosine, 1), nearest - 1, axis=1)[:, nearest - 1 : nearest]
     in_bytes = coarse.pays(n if together is None else together)
     each, best = _COARSE_COST if in_bytes else 1.0, d
     least = each * d
-    product, before = np.zeros((half, half), np.float32), 0
+    pairs = max(1, np.count_nonzero(weighed))
+    product, before = np.zeros((half, len(y)), np.float32), 0
     lengths = range(coarse.WIDTH - 1, 1024, coarse.WIDTH) if in_bytes else _LENGTHS
     for k in lengths:
         if k >= d or each * k >= least:
@@ -236,9 +244,9 @@ def screening_axes(embeddings: NDArray, threshold: float, together: int | None =
         product += x[:, before:k] @ y[:, before:k].T
         rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
         bound, before = product + rest_x[:, None] * rest_y, k
-        cost = each * k + _VERIFY_COST * float(((bound >= threshold) & far).mean())
+        cost = each * k + _VERIFY_COST * np.count_nonzero(weighed & (bound >= threshold)) / pairs
         if in_bytes:
-            cost += _CHECK_COST * float((bound >= threshold - _COARSE).mean())
+            cost += _CHECK_COST * np.count_nonzero(weighed & (bound >= threshold - _COARSE)) / pairs
         if cost < least:
             best, least = k, cost
     # Blocks are boxes of the first axes: those that part the rows best. (The principal one may be the rows' mean.)
