@@ -215,8 +215,8 @@ def screening_axes(embeddings: NDArray, threshold: float, together: int | None =
     screen lets through costs its verification. (Near pairs cost it whatever k is.) In bytes coordinates cost less, and
     what they let through costs a product of its own.
 
-    Where no more than ``together`` rows are compared with each other, those of a cell, they are near ones: the pairs are
-    then those of sampled rows with the nearest of the others, as large a share of these.
+    Where ``together`` rows are compared with each other, those of a cell, they are near ones: the pairs are then those
+    of sampled rows with the nearest of the others, as large a share of these.
     """
     n, d = embeddings.shape
     if n <= _SMALL:
@@ -227,15 +227,11 @@ def screening_axes(embeddings: NDArray, threshold: float, together: int | None =
     turned = rows @ axes.astype(np.float32)
     half = min(len(rows) // 2, 1024)
     x, y = turned[:half], turned[-half if together is None else half :]
-    cosine = x @ y.T
-    weighed = cosine < threshold
-    if together is not None:
-        nearest = max(1, round(len(y) * together / n))
-        weighed &= cosine >= -np.partition(np.where(weighed, -cosine, 1), nearest - 1, axis=1)[:, nearest - 1 : nearest]
+    weighed = _weighed(x @ y.T, threshold, 1.0 if together is None else together / n)
     in_bytes = coarse.pays(n if together is None else together)
     each, best = _COARSE_COST if in_bytes else 1.0, d
     least = each * d
-    pairs = max(1, np.count_nonzero(weighed))
+    pairs = max(1, int(np.count_nonzero(weighed)))
     product, before = np.zeros((half, len(y)), np.float32), 0
     lengths = range(coarse.WIDTH - 1, 1024, coarse.WIDTH) if in_bytes else _LENGTHS
     for k in lengths:
@@ -244,14 +240,26 @@ def screening_axes(embeddings: NDArray, threshold: float, together: int | None =
         product += x[:, before:k] @ y[:, before:k].T
         rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
         bound, before = product + rest_x[:, None] * rest_y, k
-        cost = each * k + _VERIFY_COST * np.count_nonzero(weighed & (bound >= threshold)) / pairs
+        cost = each * k + _VERIFY_COST * int(np.count_nonzero(weighed & (bound >= threshold))) / pairs
         if in_bytes:
-            cost += _CHECK_COST * np.count_nonzero(weighed & (bound >= threshold - _COARSE)) / pairs
+            cost += _CHECK_COST * int(np.count_nonzero(weighed & (bound >= threshold - _COARSE))) / pairs
         if cost < least:
             best, least = k, cost
     # Blocks are boxes of the first axes: those that part the rows best. (The principal one may be the rows' mean.)
     parting = np.argsort(-turned[:, :best].var(axis=0), kind="stable")
     return np.ascontiguousarray(axes[:, parting], np.float32)
+
+
+def _weighed(cosine: NDArray[np.float32], threshold: float, share: float) -> NDArray[np.bool_]:
+    """Which pairs of sampled rows tell what the screen costs: those that are not near, and of these in each line of
+    cosines the highest, such a share of all.
+    """
+    weighed = cosine < threshold
+    if share < 1:
+        last = max(1, round(cosine.shape[1] * share)) - 1
+        ascending = np.partition(np.where(weighed, -cosine, np.float32(1)), last, axis=1)
+        weighed &= -cosine <= ascending[:, last : last + 1]
+    return weighed
 
 
 def _screened(unit: NDArray[np.float32], axes: NDArray[np.float32], slack: float) -> NDArray[np.float32]:
