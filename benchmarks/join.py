@@ -7,11 +7,13 @@
                                                               against the exact one
     python -m benchmarks.join --kinds crowd                   half of the rows are near copies of one, ours alone
     python -m benchmarks.join --kinds gaussian --decay 0.25 --rows 50000 --threads 1
+    python -m benchmarks.join --torch                         where torch is loaded already, as by an embedder
 
 Each side runs in a process of its own on the same memory-mapped embeddings (float32, or as ``--dtype`` says) and the
 same number of threads.
 Its peak memory is what the process gains over its state before the join; the embeddings' own pages count. faiss
-answers queries in blocks of 4,096 rows; its pairs are kept where i < j.
+answers queries in blocks of 4,096 rows; its pairs are kept where i < j. Which kernels each library's BLAS has chosen is
+said first (``OPENBLAS_CORETYPE`` names others): a library may know a processor that another takes for an old one.
 
 SemDeDup's side stands each row in its one nearest cell and compares there, as its method has it, with the k-means,
 the cell size and the comparison of ours: what differs is where pairs are looked for.
@@ -182,12 +184,15 @@ SIDES = {
 }
 
 
-def _measure(side: str, path: str, threads: int, out: str) -> None:
+def _measure(side: str, path: str, threads: int, out: str, loaded: bool) -> None:
     """In a process of its own: run one side, leave its pairs in ``out`` and its figures beside them."""
     import faiss  # noqa: F401  both sides carry the same libraries
     import threadpoolctl  # noqa: F401
 
     import curate.neighbors.join  # noqa: F401
+
+    if loaded:
+        import torch  # noqa: F401
 
     embeddings = np.load(path, mmap_mode="r")
     before = _resident("VmRSS")
@@ -206,10 +211,19 @@ def _resident(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what + ":"))
 
 
-def measure(side: str, path: Path, threads: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def kernels() -> str:
+    """Which kernels the BLAS of each library has chosen."""
+    import faiss  # noqa: F401
+    from threadpoolctl import threadpool_info
+
+    found = [(Path(blas["filepath"]).parent.name, blas) for blas in threadpool_info() if blas["user_api"] == "blas"]
+    return ", ".join(f"{name.partition('.')[0]} {blas.get('architecture')}" for name, blas in found)
+
+
+def measure(side: str, path: Path, threads: int, torch: bool = False) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Figures and pairs of one side."""
     out = str(path.with_name(f"{side.split(',')[0]}.npz"))
-    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(side, str(path), threads, out))
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(side, str(path), threads, out, torch))
     process.start()
     process.join()
     if process.exitcode:
@@ -260,9 +274,11 @@ def main() -> None:
     parser.add_argument("--curve", action="store_true", help="ours alone, over 25,000 to 400,000 rows")
     parser.add_argument("--cells", action="store_true", help="the join within cells beside the exact one")
     parser.add_argument("--products", action="store_true", help="the screen's products alone, on one thread")
+    parser.add_argument("--torch", action="store_true", help="torch is loaded before")
     parser.add_argument("--decay", type=float, default=0.5, help="of the kind gaussian")
     arguments = parser.parse_args()
     makers = MAKERS | {"gaussian": functools.partial(gaussian, decay=arguments.decay)}
+    print(f"kernels: {kernels()}", flush=True)
     sizes = [25_000, 50_000, 100_000, 200_000, 400_000] if arguments.curve else [arguments.rows]
     for kind in arguments.kinds:
         seconds = []
@@ -274,27 +290,27 @@ def main() -> None:
                 size, shape = embeddings.nbytes, embeddings.shape
                 del embeddings
                 side = "ours, without pairs in crowds" if kind == "crowd" else "ours"
-                figures, pairs = measure(side, path, arguments.threads)
+                figures, pairs = measure(side, path, arguments.threads, arguments.torch)
                 seconds.append(figures["seconds"])
                 print(
                     f"{kind} {shape[0]:,} × {shape[1]} {arguments.dtype}, cosine ≥ {THRESHOLD}, "
-                    f"{arguments.threads} threads: {side} {figures['seconds']:.1f} s, {figures['cpu']:.1f} CPU s, "
+                    f"{arguments.threads} threads: {side} {figures['seconds']:.1f} s, {figures['cpu']:.2f} CPU s, "
                     f"{len(pairs['i']):,} pairs, peak {figures['bytes'] / size:.2f} × the embeddings",
                     flush=True,
                 )
                 if arguments.products:
                     length, alone = products(path)
-                    print(f"{kind}: products of {length} numbers alone {alone:.1f} CPU s", flush=True)
+                    print(f"{kind}: products of {length} numbers alone {alone:.2f} CPU s", flush=True)
                 if arguments.cells:
                     true = pairs["i"].astype(np.int64) * rows + pairs["j"]
                     for side in ("cells", "cells, by tasks", "one cell a row, as SemDeDup"):
-                        theirs, their_pairs = measure(side, path, arguments.threads)
+                        theirs, their_pairs = measure(side, path, arguments.threads, arguments.torch)
                         recall = np.isin(true, their_pairs["i"].astype(np.int64) * rows + their_pairs["j"]).mean()
                         print(f"{kind}: {side}: {theirs['seconds']:.1f} s, recall {recall:.4f}", flush=True)
                     continue
                 if arguments.no_faiss or arguments.curve or kind == "crowd":
                     continue
-                theirs, their_pairs = measure("faiss", path, arguments.threads)
+                theirs, their_pairs = measure("faiss", path, arguments.threads, arguments.torch)
                 same = "the same pairs" if same_pairs(pairs, their_pairs, rows) else "OTHER PAIRS"
                 print(
                     f"{kind}: faiss IndexFlatIP.range_search {theirs['seconds']:.1f} s, {theirs['cpu']:.1f} CPU s, "

@@ -51,10 +51,10 @@ class TextEmbedder:
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self._device)
         self._vectors, self._settings = vectors, settings
         self._half = self._device.type == "cuda" if half is None else half
-        self.dim = self.embed(["a"]).shape[1]
+        with torch.inference_mode():
+            self.dim = vectors(["a"]).shape[1]
 
     @cached_property
     def digest(self) -> str:
@@ -65,6 +65,7 @@ class TextEmbedder:
         """Captions → float32 ``[n, dim]``, unit rows; what is longer than the tower's context is cut."""
         # A lone surrogate, which no tokenizer takes, becomes a question mark.
         texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
+        self.model.to(self._device)  # not before: while images are read, GPUs are for these
         blocks = []
         with progress(total=len(texts), desc="embedding captions", unit="captions") as bar, torch.inference_mode():
             for start in range(0, len(texts), _BATCH):

@@ -27,6 +27,8 @@ _AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}  # pixels that a network sees at a 
 class TorchEmbedder:
     """A torch module that takes images and gives one vector each.
 
+    It goes to the GPU when it first embeds something: the process that starts a curation asks for its digest alone.
+
     Args:
         name: what the index records.
         model: ``[n, 3, h, w]`` float32, normalised pixels → ``[n, dim]``; frozen here.
@@ -55,7 +57,7 @@ class TorchEmbedder:
             parameter.requires_grad_(False)
         self._settings, self._half = settings, half
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self._device)
+        self._there = False
         self._at_once = max(1, _AT_ONCE[self._device.type] // self.size**2)
 
     @cached_property
@@ -90,6 +92,7 @@ class TorchEmbedder:
     @torch.inference_mode()
     def _embedded(self, images: Sequence[Image]) -> NDArray[np.float32]:
         """``[n, dim]``, of as many images as the network sees at a time."""
+        self._go_to(self._device)
         result = np.empty((len(images), self.dim), np.float32)
         half = self._device.type == "cuda" if self._half is None else self._half
         for places, stack in self.preprocessing.stacks(images):
@@ -101,10 +104,13 @@ class TorchEmbedder:
         return result
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.device != self._device:
-            self._device = pixels.device
-            self.model.to(self._device)
+        self._go_to(pixels.device)
         return self._vectors(self.preprocessing.resized(pixels), half=False)
+
+    def _go_to(self, device: torch.device) -> None:
+        if not self._there or device != self._device:
+            self.model.to(device)
+            self._device, self._there = device, True
 
     def _vectors(self, pixels: torch.Tensor, half: bool) -> torch.Tensor:
         """``[n, 3, h, w]`` in [0, 1], resized → float32 ``[n, dim]``, unit rows."""

@@ -87,7 +87,8 @@ def find_pairs_in_cells(
         return join_blocks(embeddings[members], threshold, crowd, BLOCK, map, axes=axes).renumbered(members)
 
     with one_blas_thread(), ThreadPoolExecutor(threads or cores()) as pool:
-        axes = screening_axes(embeddings, threshold)  # of each cell they would cost as much as what they save
+        # Axes of each cell would cost as much as what they save.
+        axes = screening_axes(embeddings, threshold, rows_of_a_cell(n, cells, probes))
         for clustering in range(clusterings):
             centroids = train_centroids(embeddings, cells, seed + clustering, pool)
             nearest = assign(embeddings, centroids, min(probes, len(centroids)), pool)
@@ -103,6 +104,11 @@ def find_pairs_in_cells(
 def number_of_cells(n: int, cells: int = 0) -> int:
     """How many cells n rows have, where so many are asked for; 0 leaves it to their number."""
     return min(cells or max(1, n // CELL_ROWS), _MOST_CELLS, n)
+
+
+def rows_of_a_cell(n: int, cells: int, probes: int) -> int:
+    """How many of n rows a cell has on average."""
+    return n * min(probes, cells) // cells
 
 
 def assign(

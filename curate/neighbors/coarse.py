@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS = 100_000  # fewer rows are compared before torch is loaded, unless it is
-_ROWS_AT_LEAST = 20_000
+_ROWS_AT_LEAST = 10_000  # trying takes as long as these save
 WIDTH = 16  # rows of bytes are as long as a multiple of this
 
 
@@ -47,6 +47,22 @@ def products(x: NDArray[np.int8], y: NDArray[np.int8]) -> NDArray[np.int32]:
 
     torch.set_num_threads(1)  # which holds for the thread that says it
     return torch._int_mm(torch.from_numpy(x), torch.from_numpy(y).T).numpy()
+
+
+def reaching(x: NDArray[np.int8], y: NDArray[np.int8], lowest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of x and of y, side by side, whose products reach ``lowest``.
+
+    Each row's largest product rules most rows out. torch finds it in a third of the time that NumPy takes to look at
+    each product.
+    """
+    import torch
+
+    product = products(x, y)
+    rows = np.flatnonzero(torch.from_numpy(product).amax(1).numpy() >= lowest)
+    if not len(rows):
+        return rows, rows
+    a, b = np.divmod(np.flatnonzero(product.take(rows, axis=0) >= lowest), len(y))
+    return rows[a], b
 
 
 def as_bytes(rows: NDArray[np.float32], step: float) -> tuple[NDArray[np.int8], float]:

@@ -63,7 +63,7 @@ def find_pairs(
     """All pairs of rows with cosine ≥ ``threshold``.
 
     Memory beside the result: about ``4 (k + 20)`` bytes a row, where k, the length of the screen, is chosen by
-    the data (often 20 to 40), or ``memory``, and a few megabytes a thread; ``embeddings`` is read in pieces and may be
+    the data (often 20 to 50), or ``memory``, and a few megabytes a thread; ``embeddings`` is read in pieces and may be
     a memory map. Time grows with n², by a small constant; for sets that are too large for that see
     :mod:`curate.neighbors.cells`.
 

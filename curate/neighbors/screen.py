@@ -6,8 +6,8 @@ smaller than the cosine. Blocks are the leaves of a k-d tree on the first axes, 
 box is near none of its rows.
 
 Where the processor has products of bytes (:mod:`curate.neighbors.coarse`), these go before: with ``q`` a short row in
-whole steps ``s`` and ``r`` what that leaves of it, ``z·w ≤ s² q_z·q_w + ‖r_w‖ ‖s q_z‖ + ‖r_z‖ ‖w‖``. What they let
-through is held against the short rows themselves.
+whole steps ``s`` and ``r`` what that leaves of it, ``z·w ≤ s² q_z·q_w + ‖r_w‖ ‖s q_z‖ + ‖r_z‖ ‖w‖``. A row whose
+largest product is too small is near none of the block; what is left is held against the short rows themselves.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 from curate.neighbors import coarse
 from curate.neighbors.verify import unit_chunks, unit_rows
 
-_TILE = 1024  # rows compared with a block at a time: 1 MB of products
+_TILE = 2048  # rows compared with a block at a time: 2 MB of products
 _SAMPLE = 4096  # rows that the axes are taken from
 _SMALL = 2048  # fewer rows are compared as they are: finding axes would cost more than it saves
 _BOXED = 1 << 14  # rows compared with a box at a time: what is compared stays in the cache
+_LENGTHS = (*range(8, 64, 4), *range(64, 128, 16), *range(128, 1024, 64))  # of short rows, to choose from
 _BOX_AXES = 4  # axes that blocks are boxes of
 _VERIFY_COST = 100_000  # verifying one pair costs about as much as screening this many by one coordinate
 _COARSE_COST = 0.15  # a coordinate in bytes, in coordinates of float32
 _CHECK_COST = 3000  # a pair that the bytes let through, likewise
 _COARSE = 0.03  # by about as much they see less well
+_MOVED = 8  # columns of short rows that are brought into their order at a time
 _QUERIES = 1 << 14  # rows compared with a screen that they are no part of, at a time
 
 
@@ -89,9 +91,7 @@ class Screen:
     def of(
         cls, embeddings: NDArray, axes: NDArray[np.float32], threshold: float, block: int, first: int, last: int
     ) -> Screen:
-        """Two passes over the embeddings ``first … last``: for the blocks, and for the rows in their order; and one
-        over the short rows.
-        """
+        """One pass over the embeddings ``first … last``, and a few over the short rows."""
         n, d = last - first, embeddings.shape[1]
         k, boxed = axes.shape[1], min(_BOX_AXES, axes.shape[1])
         # A coordinate errs by at most (d + 8) 2^-24 of a unit row's length, k of them by √k times that; products of
@@ -99,22 +99,20 @@ class Screen:
         slack = 4 * (d + 8) * k**0.5 * 2.0**-24
         apart = (2 * (1 - threshold) + 1e-6) ** 0.5 + slack
 
-        places = np.empty((boxed, n), np.float32)
+        short = np.empty((n, k + 1), np.float32)
         for start, some in unit_chunks(embeddings, first, last, 2048):
-            places[:, start - first : start - first + len(some)] = (some @ axes[:, :boxed]).T
+            short[start - first : start - first + len(some)] = _screened(some, axes, slack)
+        places = np.ascontiguousarray(short[:, :boxed].T)
         order, starts = _tree(places, block)
         for axis in range(boxed):
-            places[axis] = places[axis, order]
-        rank = np.empty(n, np.int64)
-        rank[order] = np.arange(n)
-        short = np.empty((n, k + 1), np.float32)
+            places[axis] = places[axis].take(order)
+        for column in range(0, k + 1, _MOVED):  # some at a time: all would be all rows once more
+            short[:, column : column + _MOVED] = short[:, column : column + _MOVED].take(order, axis=0)
         order += first
         screen = cls(
             axes, ShortRows(short, places, order, np.empty((n, 0), np.int8)), starts, slack,
             np.float32(threshold - slack - 1e-6), np.float32(apart**2),
         )  # fmt: skip
-        for start, some in unit_chunks(embeddings, first, last, 2048):
-            short[rank[start - first : start - first + len(some)]] = screen.screened(some)
         if not coarse.pays(len(embeddings)):
             return screen
         step = max(float(short.max()), -float(short.min())) / 127
@@ -129,20 +127,13 @@ class Screen:
         """Where each block starts and stops."""
         return list(itertools.pairwise(self.starts.tolist()))
 
-    def screened(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Unit rows (or zero rows) ``[m, d]`` → their short rows ``[m, k + 1]``."""
-        short = np.empty((len(unit), self.axes.shape[1] + 1), np.float32)
-        first = unit @ self.axes
-        rest = np.einsum("nd,nd->n", unit, unit, dtype=np.float64)
-        rest -= np.einsum("nd,nd->n", first, first, dtype=np.float64)
-        short[:, :-1], short[:, -1] = first, np.sqrt(rest.clip(0) + self.slack)
-        return short
-
     def turned(self, embeddings: NDArray, first: int) -> Iterator[ShortRows]:
         """Rows that are no part of the screen, from number ``first`` on, as it sees them, some at a time."""
         for start in range(first, len(embeddings), _QUERIES):
             stop = min(start + _QUERIES, len(embeddings))
-            short = np.concatenate([self.screened(unit) for _, unit in unit_chunks(embeddings, start, stop, 2048)])
+            short = np.concatenate(
+                [_screened(unit, self.axes, self.slack) for _, unit in unit_chunks(embeddings, start, stop, 2048)]
+            )
             places = np.ascontiguousarray(short[:, : len(self.rows.places)].T)
             in_bytes = coarse.as_bytes(short, self.step) if self.step else (np.empty((len(short), 0), np.int8), 0.0)
             yield ShortRows(short, places, np.arange(start, stop), *in_bytes)
@@ -160,13 +151,15 @@ class Screen:
         for first in range(0, len(within), _TILE):
             some = within[first : first + _TILE]
             if self.step:
-                near = coarse.products(others.coarse[some], rows_in_bytes) >= self._lowest_in_bytes(others)
-            else:
-                near = others.short[some] @ rows.T >= self.lowest
-            a, b = np.divmod(np.flatnonzero(near), stop - start)
-            if self.step:
-                near = np.einsum("nk,nk->n", others.short[some[a]], rows[b]) >= self.lowest
+                in_bytes = others.coarse.take(some, axis=0)
+                a, b = coarse.reaching(in_bytes, rows_in_bytes, self._lowest_in_bytes(others))
+                if not len(a):
+                    continue
+                near = np.einsum("nk,nk->n", others.short.take(some[a], axis=0), rows.take(b, axis=0)) >= self.lowest
                 a, b = a[near], b[near]
+            else:
+                near = others.short.take(some, axis=0) @ rows.T >= self.lowest
+                a, b = np.divmod(np.flatnonzero(near), stop - start)
             if len(a):
                 yield some[a], start + b
 
@@ -215,12 +208,15 @@ class Screen:
                 yield np.minimum(i, j), np.maximum(i, j)
 
 
-def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]:
+def screening_axes(embeddings: NDArray, threshold: float, together: int | None = None) -> NDArray[np.float32]:
     """``[d, k]`` orthonormal axes: the first principal ones, as many as make the join cheapest, by decreasing variance.
 
     k is weighed on pairs of sampled rows: every coordinate costs its share of the product, and every pair that the
     screen lets through costs its verification. (Near pairs cost it whatever k is.) In bytes coordinates cost less, and
     what they let through costs a product of its own.
+
+    Where ``together`` rows are compared with each other, those of a cell, they are near ones: the pairs are then those
+    of sampled rows with the nearest of the others, as large a share of these.
     """
     n, d = embeddings.shape
     if n <= _SMALL:
@@ -230,26 +226,50 @@ def screening_axes(embeddings: NDArray, threshold: float) -> NDArray[np.float32]
     axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, ::-1]  # of the largest share first
     turned = rows @ axes.astype(np.float32)
     half = min(len(rows) // 2, 1024)
-    x, y = turned[:half], turned[-half:]
-    far = x @ y.T < threshold
-    in_bytes = coarse.pays(n)
+    x, y = turned[:half], turned[-half if together is None else half :]
+    weighed = _weighed(x @ y.T, threshold, 1.0 if together is None else together / n)
+    in_bytes = coarse.pays(n if together is None else together)
     each, best = _COARSE_COST if in_bytes else 1.0, d
     least = each * d
-    product, before = np.zeros((half, half), np.float32), 0
-    for k in sorted({*range(8, 64, 4), *range(64, 128, 16), *range(128, 1024, 64)}):
-        if k >= d:
+    pairs = max(1, int(np.count_nonzero(weighed)))
+    product, before = np.zeros((half, len(y)), np.float32), 0
+    lengths = range(coarse.WIDTH - 1, 1024, coarse.WIDTH) if in_bytes else _LENGTHS
+    for k in lengths:
+        if k >= d or each * k >= least:
             break
         product += x[:, before:k] @ y[:, before:k].T
         rest_x, rest_y = (np.sqrt((1 - (z[:, :k] ** 2).sum(1)).clip(0)) for z in (x, y))
         bound, before = product + rest_x[:, None] * rest_y, k
-        cost = each * k + _VERIFY_COST * float(((bound >= threshold) & far).mean())
+        cost = each * k + _VERIFY_COST * int(np.count_nonzero(weighed & (bound >= threshold))) / pairs
         if in_bytes:
-            cost += _CHECK_COST * float((bound >= threshold - _COARSE).mean())
+            cost += _CHECK_COST * int(np.count_nonzero(weighed & (bound >= threshold - _COARSE))) / pairs
         if cost < least:
             best, least = k, cost
     # Blocks are boxes of the first axes: those that part the rows best. (The principal one may be the rows' mean.)
     parting = np.argsort(-turned[:, :best].var(axis=0), kind="stable")
     return np.ascontiguousarray(axes[:, parting], np.float32)
+
+
+def _weighed(cosine: NDArray[np.float32], threshold: float, share: float) -> NDArray[np.bool_]:
+    """Which pairs of sampled rows tell what the screen costs: those that are not near, and of these in each line of
+    cosines the highest, such a share of all.
+    """
+    weighed = cosine < threshold
+    if share < 1:
+        last = max(1, round(cosine.shape[1] * share)) - 1
+        ascending = np.partition(np.where(weighed, -cosine, np.float32(1)), last, axis=1)
+        weighed &= -cosine <= ascending[:, last : last + 1]
+    return weighed
+
+
+def _screened(unit: NDArray[np.float32], axes: NDArray[np.float32], slack: float) -> NDArray[np.float32]:
+    """Unit rows (or zero rows) ``[m, d]`` → their short rows ``[m, k + 1]``."""
+    short = np.empty((len(unit), axes.shape[1] + 1), np.float32)
+    first = unit @ axes
+    rest = np.einsum("nd,nd->n", unit, unit, dtype=np.float64)
+    rest -= np.einsum("nd,nd->n", first, first, dtype=np.float64)
+    short[:, :-1], short[:, -1] = first, np.sqrt(rest.clip(0) + slack)
+    return short
 
 
 def _tree(places: NDArray[np.float32], block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -264,9 +284,9 @@ def _tree(places: NDArray[np.float32], block: int) -> tuple[NDArray[np.int64], N
         if len(rows) <= block:
             order.append(rows)
             continue
-        inside = places[:, rows]
+        inside = places.take(rows, axis=1)  # by an index it takes three times as long
         cut = (len(rows) // block + 1) // 2 * block
-        parted = rows[np.argpartition(inside[inside.var(axis=1).argmax()], cut)]
+        parted = rows.take(np.argpartition(inside[inside.var(axis=1).argmax()], cut))
         left += [parted[cut:], parted[:cut]]
     return np.concatenate(order), np.cumsum([0, *(len(leaf) for leaf in order)])
 

@@ -291,6 +291,7 @@ def _write_arrays(of: Cells, embeddings: NDArray[Any]) -> None:
     """Centroids of the cells, and axes of the screen, both of sampled rows."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from curate.neighbors.cells import rows_of_a_cell
     from curate.neighbors.kmeans import train_centroids
     from curate.neighbors.screen import screening_axes
 
@@ -302,7 +303,8 @@ def _write_arrays(of: Cells, embeddings: NDArray[Any]) -> None:
 
     with ThreadPoolExecutor(cpu_count()) as pool:
         write("centroids.npy", lambda: train_centroids(embeddings, of.cells, of.seed, pool))
-    write("axes.npy", lambda: screening_axes(embeddings, of.threshold))
+    together = rows_of_a_cell(of.n, of.cells, of.probes)
+    write("axes.npy", lambda: screening_axes(embeddings, of.threshold, together))
 
 
 def _run(engine: Engine, tasks: Sequence[_SortedRows] | Sequence[_Compared], desc: str) -> None:

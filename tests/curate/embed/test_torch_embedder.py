@@ -1,12 +1,15 @@
 """Half precision: float32 unit rows all the same, near those of full precision. And memory that is too small."""
 
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from afresh.errors import UserError
+from curate.embed import registry
 from curate.embed.preprocessing import Preprocessing
 from curate.embed.registry import load_embedder
 from curate.embed.torch_embedder import TorchEmbedder
@@ -77,3 +80,15 @@ def test_what_a_gpu_does_not_hold_is_embedded_by_halves_from_then_on():
     assert small.model.seen == [2, 2]
     with pytest.raises(UserError, match="small: the GPU's memory does not hold the network and one image.*gpu_share"):
         TorchEmbedder("small", Small(0), dim=3, preprocessing=Preprocessing(8)).embed(some)
+
+
+@pytest.mark.parametrize("load", ["load_embedder", "load_caption_embedder"])
+def test_a_model_that_embeds_nothing_takes_no_gpu(load, models, images, monkeypatch):
+    went: list[torch.device] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: went.append(torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as if there were one
+    embedder = getattr(registry, load)(str(models / "clip"))
+    assert embedder.digest and embedder.dim and not went
+    with contextlib.suppress(Exception):  # there is none
+        embedder.embed(images if load == "load_embedder" else ["a cat"])
+    assert went[-1].type == "cuda"

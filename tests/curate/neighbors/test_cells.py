@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from curate.neighbors import coarse
 from curate.neighbors.cells import assign, find_pairs_in_cells
 from curate.neighbors.join import find_pairs, once
 from curate.neighbors.recall import recall
+from curate.neighbors.screen import screening_axes
 from curate.neighbors.verify import Pairs
 
 
@@ -109,3 +111,17 @@ def test_a_pair_is_found_among_those_of_billions_of_rows():
         expected = [(one, other) in stand for one, other in zip(i.tolist(), j.tolist(), strict=True)]
         assert ((pairs.places(i, j) >= 0) == expected).all()
     assert Pairs.empty().places(np.array([n]), np.array([n])).tolist() == [-1]
+
+
+def test_the_screen_is_chosen_for_the_rows_of_a_cell(monkeypatch):
+    asked = []
+    monkeypatch.setattr(coarse, "pays", lambda n: asked.append(n))
+    find_pairs_in_cells(rows_with_copies(), 0.9, cells=30)
+    assert asked and max(asked) < 6000 // 2  # six hundred on average
+
+
+def test_the_screen_of_a_cell_is_longer_since_its_rows_are_near_ones():
+    rows = rows_with_copies(d=128)
+    of_all, of_cells = (screening_axes(rows, 0.9, together).shape[1] for together in (None, 60))
+    assert of_all < of_cells < 128
+    assert screening_axes(rows, 0.9, len(rows)).shape[1] == of_all

@@ -49,3 +49,14 @@ def test_bytes_change_no_pair(power, threshold, monkeypatch):
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
     for one, two in zip(*(nearest for _, nearest in results), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("lowest", [-10, 400, 1500, 10**6])
+def test_what_reaches_a_number_is_found_row_by_row(lowest, monkeypatch):
+    monkeypatch.setattr(coarse, "products", exactly)
+    x, y = np.random.default_rng(2).integers(-20, 21, (2, 90, 16)).astype(np.int8)
+    found = coarse.reaching(x, y[:33], lowest)
+    expected = np.nonzero(x.astype(np.int64) @ y[:33].T.astype(np.int64) >= lowest)
+    assert (len(expected[0]) > 0) == (lowest < 10**6)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
