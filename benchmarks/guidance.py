@@ -13,7 +13,8 @@ ones by its curated twin, where there is one. Finished rows are kept. Printed as
   judge (with the extra ``judges``); nothing follows these. *any*: by one of them, or followed;
 - *of real*: alignment with the caption as a share of what the real images of these captions earn;
 - *drawings*: per image, restarts among them; *CPU*: seconds per image in one thread, relative to no guidance;
-- *untouched*: share of held-out captions' images that are bit for bit the unguided ones.
+- *untouched*: share of held-out captions' images that are bit for bit the unguided ones; in brackets of those whose
+  unguided image is no copy by any view.
 
 In brackets 95 % intervals over captions. ``worst.png`` has, of every model under the default guidance, the images with
 the highest similarity that is left (by any of the judges, in ranks), each after its nearest training image.
@@ -103,7 +104,7 @@ class Bench:
         model = self.protocol.models.get("curated" if form == TWIN else "raw")
         if model is None or not Path(model).is_dir():
             return None
-        folder = self.out / re.sub(r"[^a-z0-9.]+", "-", form.lower()) / kind
+        folder = self.folder(form, kind)
         kept = folder / "row.json"
         if kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))
@@ -127,6 +128,17 @@ class Bench:
         write_json(kept, row)
         return row
 
+    def folder(self, form: str, kind: str) -> Path:
+        """Of the images of a form."""
+        return self.out / re.sub(r"[^a-z0-9.]+", "-", form.lower()) / kind
+
+    def untouched(self, form: str) -> tuple[float, float]:
+        """The share of held-out captions' images that a form leaves as they are, and of those that are no copies."""
+        plain, folder = self.folder("none", "held_out"), self.folder(form, "held_out")
+        rows = parquet.read_table(plain / "samples.parquet").to_pylist()
+        same = np.array([_same(folder / row["file"], plain / row["file"]) for row in rows])
+        return float(same.mean()), float(same[[row["highest"] <= MEMORIZED for row in rows]].mean())
+
     def measured(self, folder: Path, form: str, kind: str) -> dict[str, Any]:
         """Of the images in a folder."""
         drawn = read_drawn(folder, self.run.name, form, kind)
@@ -144,9 +156,6 @@ class Bench:
             row["of real"] = [found.row[f"alignment_of_real{end}"] for end in ("", "_low", "_high")]
         row["drawings"] = sum(one["tries"] for one in rows) / len(written)
         row["fired"] = float(np.mean([one["steps_fired"] > 0 or one["tries"] > 1 for one in written]))
-        plain = self.out / "none" / kind
-        if (plain / "samples.parquet").is_file():
-            row["untouched"] = float(np.mean([_same(folder / one["file"], plain / one["file"]) for one in written]))
         row["worst"] = self.worst(drawn, written, found)
         return row
 
@@ -188,7 +197,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{value:.0f} % [{low:.0f}, {high:.0f}]")
         cells.append(f"{one['drawings']:.2f}" + (f" ({one['withheld']} withheld)" if one["withheld"] else ""))
         cells.append(f"{one['cpu'] / base['repeated']:.2f}")
-        cells.append(f"{other['untouched']:.0%}" if other and "untouched" in other else "")
+        cells.append("{:.0%} ({:.0%})".format(*row["untouched"]) if "untouched" in row else "")
         cells.append(f"{other['cpu'] / base['held_out']:.2f}" if other else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -225,7 +234,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [form for form in [*FORMS, TWIN] if re.fullmatch(args.only, form)]
-    table, benches = [], [Bench(run, args) for run in args.runs]
+    table: list[dict[str, Any]] = []
+    benches = [Bench(run, args) for run in args.runs]
     kinds = ("repeated", "held_out") if args.held_out else ("repeated",)
     for bench in benches:
         plain = {kind: bench.row("none", kind) for kind in kinds}
@@ -235,6 +245,8 @@ def main() -> None:
             if rows["repeated"] is None:
                 continue
             table.append({"model": bench.run.name, "form": form, "base": base, **rows})
+            if "held_out" in rows:
+                table[-1]["untouched"] = bench.untouched(form)
             print(as_markdown(table[-1:]).splitlines()[-1], flush=True)
     if "amg" in chosen:
         figure(benches, args.out / "worst.png")
