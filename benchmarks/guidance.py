@@ -3,6 +3,7 @@
     python -m benchmarks.guidance runs/quickstart runs/guidance/strong runs/guidance/twemoji --out runs/forms
     python -m benchmarks.guidance … --only 'none|amg' --captions 12 --steps 50 --scale 4
     python -m benchmarks.guidance … --scheduler DPMSolverMultistepScheduler --out runs/forms_dpm
+    python -m benchmarks.guidance … --forms forms.yaml        forms of one's own: of each name settings of train sample
 
 A model is a finished quickstart, or a folder of ``benchmarks.guidance_models``. Its repeated captions, which it
 memorizes, and held-out captions are drawn by its raw model under each of FORMS, from the same seeds, and the repeated
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+import yaml
 from PIL import Image
 
 from afresh.files import write_atomic, write_json
@@ -223,6 +225,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="models: folders with a protocol.yaml")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default=".*", help="forms whose names match")
+    parser.add_argument("--forms", type=Path, help="a YAML file: of each form's name what differs from no guidance")
     parser.add_argument("--captions", type=int, default=24)
     parser.add_argument("--held_out", type=int, default=24, help="captions; 0 draws none of them")
     parser.add_argument("--seeds", type=int, default=1, help="images per repeated caption")
@@ -233,6 +236,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=24)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.forms:
+        FORMS.clear()
+        FORMS.update({"none": {}, **yaml.safe_load(args.forms.read_text(encoding="utf-8"))})
     chosen = [form for form in [*FORMS, TWIN] if re.fullmatch(args.only, form)]
     table: list[dict[str, Any]] = []
     benches = [Bench(run, args) for run in args.runs]
@@ -250,7 +256,7 @@ def main() -> None:
             print(as_markdown(table[-1:]).splitlines()[-1], flush=True)
     if "amg" in chosen:
         figure(benches, args.out / "worst.png")
-    settings = {name: value for name, value in vars(args).items() if name not in ("runs", "out")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("runs", "out", "forms")}
     write_json(args.out / "table.json", {"settings": settings, "rows": table})
     print(as_markdown(table))
 
