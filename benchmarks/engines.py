@@ -1,18 +1,20 @@
 """``curate dedup`` on Ray, or of an older commit, beside this machine's processes: seconds in turn, and their ratios.
 
     python -m benchmarks.engines                              4,000 photographs, three rounds
-    python -m benchmarks.engines --images 20000 --rounds 1 --folder runs/benchmarks/engines
+    python -m benchmarks.engines --images 20000 --sides local ray cluster --folder runs/benchmarks/engines
     git worktree add ../former COMMIT && python -m benchmarks.engines --sides local former --former ../former
 
 The photographs are made up: JPEGs of 512 pixels of coloured fields of noise at several scales, a tenth of them coded
 anew from others. Each run is a process of its own with the same number of workers; all of its time counts, and the
-start of the interpreter and of Ray with it. Sides take turns, so that what else the machine does befalls all alike. CPU
-seconds are those of a side's process and of all that it waited for: Ray's workers are not among them. Ray is an extra.
+start of the interpreter and of Ray with it; the side ``cluster`` goes to a Ray that runs already. Sides take turns, so
+that what else the machine does befalls all alike. CPU seconds are those of a side's process and of all that it waited
+for: Ray's workers are not among them. Ray is an extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -39,7 +41,7 @@ from curate.reading.writing import write_shard
 PER_SHARD = 500
 SIDE = 512
 SCALES = ((256, 60.0), (64, 30.0), (8, 12.0), (1, 3.0))
-SIDES = ("local", "ray", "former")
+SIDES = ("local", "ray", "cluster", "former")
 
 
 def photograph(number: int, seed: int) -> bytes:
@@ -65,7 +67,8 @@ def write(folder: Path, seed: int, shard: int) -> None:
 
 def curate(shards: Sequence[Path], out: Path, side: str, workers: int, former: Path | None) -> tuple[float, str]:
     """Seconds of the whole process; and in words those of each stage, and its CPU seconds."""
-    engine, root = ("local", former) if side == "former" else (side, Path.cwd())
+    engine = {"former": "local", "cluster": "ray:auto"}.get(side, side)
+    root = former if side == "former" else Path.cwd()
     command = [sys.executable, "-m", "curate", "dedup", *map(str, shards), str(out), "--engine", engine, "--json"]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -78,6 +81,20 @@ def curate(shards: Sequence[Path], out: Path, side: str, workers: int, former: P
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     stages = ", ".join(f"{name} {took:.1f}" for name, took in json.loads(done.stdout)["stages"].items())
     return seconds, f"{stages}; {cpu:.1f} CPU s"
+
+
+@contextlib.contextmanager
+def running_cluster(workers: int) -> Iterator[None]:
+    """Ray on this machine, started by hand as a cluster's is, with as many processors as there are workers."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    start = [*ray, "start", "--head", f"--num-cpus={workers}", "--include-dashboard=false"]
+    path = f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path, "RAY_worker_niceness": "0"}  # else it gives way to all others
+    subprocess.run(start, check=True, capture_output=True, env=environment)
+    try:
+        yield
+    finally:
+        subprocess.run([*ray, "stop"], check=True, capture_output=True)
 
 
 def digest(out: Path) -> str:
@@ -117,7 +134,8 @@ def main() -> None:
         for number in range(arguments.rounds):
             for side in arguments.sides[:: 1 if number % 2 == 0 else -1]:
                 out = Path(scratch) / f"{side}-{number}"
-                whole, told = curate(shards, out, side, arguments.workers, former)
+                with running_cluster(arguments.workers) if side == "cluster" else contextlib.nullcontext():
+                    whole, told = curate(shards, out, side, arguments.workers, former)
                 seconds[side].append(whole)
                 digests[side].add(digest(out))
                 shutil.rmtree(out)
