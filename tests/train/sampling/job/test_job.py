@@ -180,12 +180,11 @@ def test_amg_draws_again_what_is_a_copy_in_the_end_and_withholds_nothing(job, tm
 
 
 def test_amg_draws_again_what_it_guided_and_left_above_a_lower_limit(job, tmp_path):
-    """Images that guidance acted on have a limit of their own; without one it is that of a copy."""
-    always = AMGConfig(lambda_a=-0.9, lambda_b=-0.9, dissimilarity=False, restarts=1)
+    always = AMGConfig(lambda_a=-0.9, lambda_b=-0.9, dissimilarity=False, restarts=1)  # guides every image
     for preset, limit, tries in (("views", -0.9, {2}), ("early", None, {1})):
-        amg = replace(always, preset=preset, guided_limit=limit)
-        run_sample(replace(job, guidance="amg", amg=amg, out=str(tmp_path / preset)))
-        assert {row["tries"] for row in rows_of(tmp_path / preset) if row["highest"] <= 0.5} == tries
+        amg, out = replace(always, preset=preset, guided_limit=limit), tmp_path / preset
+        run_sample(replace(job, guidance="amg", amg=amg, out=str(out)))
+        assert {row["tries"] for row in rows_of(out) if row["highest"] <= 0.5} == tries
 
 
 def test_rejection_comes_first_and_its_drawings_count(job, tmp_path):
