@@ -43,26 +43,17 @@ def draw_images(
     config = _with_numbers(config, opened)
     guidance, rejection = registry.make(config, index, embedder, opened.views)
     never, (restarts, guided) = None, registry.restarts(config)
-    if config.never_above is not None:
+    if (guarantee := config.never_above is not None) or restarts:
         assert index is not None  # _check saw to it
         never = NeverAbove(
             index,
             embedder,
             limit=config.never_above,
-            tries=config.tries,
+            tries=config.tries if guarantee else 1 + restarts,
             amg=config.amg,
             judges=opened.judges,
             views=opened.views,
-        )
-    elif restarts:
-        assert index is not None
-        never = NeverAbove(
-            index,
-            embedder,
-            tries=1 + restarts,
-            amg=config.amg,
-            views=opened.views,
-            withhold=False,
+            withhold=guarantee,
             guided=guided,
         )
     seen = Judges(*opened.views)

@@ -180,10 +180,10 @@ def test_amg_draws_again_what_is_a_copy_in_the_end_and_withholds_nothing(job, tm
 
 
 def test_amg_draws_again_what_it_guided_and_left_above_a_lower_limit(job, tmp_path):
-    always = AMGConfig(lambda_a=-0.9, lambda_b=-0.9, dissimilarity=False, restarts=1)  # guides every image
-    for preset, limit, tries in (("views", -0.9, {2}), ("early", None, {1})):
-        amg, out = replace(always, preset=preset, guided_limit=limit), tmp_path / preset
-        run_sample(replace(job, guidance="amg", amg=amg, out=str(out)))
+    always = AMGConfig(preset="views", lambda_a=-0.9, lambda_b=-0.9, dissimilarity=False, restarts=1)
+    for number, (limit, never, tries) in enumerate([(-0.9, None, {2}), (-0.9, 0.99, {2}), (0.5, None, {1})]):
+        amg, out = replace(always, guided_limit=limit), tmp_path / str(number)
+        run_sample(replace(job, guidance="amg", amg=amg, never_above=never, tries=2, out=str(out)))
         assert {row["tries"] for row in rows_of(out) if row["highest"] <= 0.5} == tries
 
 
