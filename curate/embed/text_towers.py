@@ -65,7 +65,8 @@ class TextEmbedder:
         """Captions → float32 ``[n, dim]``, unit rows; what is longer than the tower's context is cut."""
         # A lone surrogate, which no tokenizer takes, becomes a question mark.
         texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
-        self.model.to(self._device)  # not before: while images are read, GPUs are for these
+        with torch.inference_mode(False):
+            self.model.to(self._device)  # not before: while images are read, GPUs are for these
         blocks = []
         with progress(total=len(texts), desc="embedding captions", unit="captions") as bar, torch.inference_mode():
             for start in range(0, len(texts), _BATCH):

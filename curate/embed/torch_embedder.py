@@ -109,7 +109,8 @@ class TorchEmbedder:
 
     def _go_to(self, device: torch.device) -> None:
         if not self._there or device != self._device:
-            self.model.to(device)
+            with torch.inference_mode(False):  # gradients are to run through these weights
+                self.model.to(device)
             self._device, self._there = device, True
 
     def _vectors(self, pixels: torch.Tensor, half: bool) -> torch.Tensor:

@@ -92,3 +92,15 @@ def test_a_model_that_embeds_nothing_takes_no_gpu(load, models, images, monkeypa
     with contextlib.suppress(Exception):  # there is none
         embedder.embed(images if load == "load_embedder" else ["a cat"])
     assert went[-1].type == "cuda"
+
+
+@pytest.mark.parametrize("first", ["embed", "features"])
+def test_gradients_run_through_a_model_that_went_to_its_device_in_inference_mode(first, images):
+    """The device is meta, which has no numbers but moves weights as a GPU does."""
+    embedder = TorchEmbedder("linear", torch.nn.Conv2d(3, 3, 8), dim=3, preprocessing=Preprocessing(8))
+    embedder._device = torch.device("meta")
+    pixels = torch.zeros(1, 3, 8, 8, device="meta")
+    with torch.inference_mode(), contextlib.suppress(RuntimeError):  # of what meta cannot do
+        embedder.embed(images[:1]) if first == "embed" else embedder.features(pixels)
+    weights = list(embedder.model.parameters())
+    assert all(weight.device.type == "meta" and not weight.is_inference() for weight in weights)
