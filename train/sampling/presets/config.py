@@ -29,7 +29,7 @@ _EARLY: dict[str, Any] = {
 # guides, and steers while layout is open.
 # ``views`` is that as a loop that closes: by the highest of several views, which is higher of any image, so that it
 # begins 0.1 later; with a floor that falls while the similarity does not, and drawn again where it is a copy in the
-# end.
+# end, or was guided and is still near.
 # ``pixels`` is for similarities that are minus a normalised L2 distance: the schedule of the authors' released CIFAR
 # sampler, whose t of 250 is a quarter of ours. Their c_3 is not published; this form and strength are ours.
 PRESETS: dict[str, dict[str, Any]] = {
