@@ -13,6 +13,11 @@ NOISIEST_FIFTH = 800
 """The timestep from which on a fifth of uniform ones lie."""
 
 
+def least_timestep(policy: FilterConfig) -> int:
+    """``min_timestep``; that of uniform timesteps where it is left to a run whose own are not known."""
+    return NOISIEST_FIFTH if policy.min_timestep is None else policy.min_timestep
+
+
 def in_turn(rows: Tensor, visits: Tensor, k: int, seed: int) -> Tensor:
     """Whether these visits are the ones in ``k`` at which their samples are judged: ``[n]`` bool.
 
@@ -51,7 +56,7 @@ def is_judged(
     if policy.policy == "off":
         judged[:] = False
     if policy.policy in ("noisy_steps", "noisy_one_in_k"):
-        judged &= t >= (NOISIEST_FIFTH if policy.min_timestep is None else policy.min_timestep)
+        judged &= t >= least_timestep(policy)
     if policy.policy in ("one_in_k", "noisy_one_in_k"):
         judged &= in_turn(rows, visits, policy.k, seed)
     return judged

@@ -16,7 +16,7 @@ from train.finetune.config import FilterConfig, FinetuneConfig
 from train.finetune.filter.calibration import ENOUGH, unique_samples
 from train.finetune.filter.checks import chosen_thresholds
 from train.finetune.filter.filter import MemorizationFilter
-from train.finetune.filter.policies import NOISIEST_FIFTH
+from train.finetune.filter.policies import least_timestep
 from train.memorization.thresholds import BANDS
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def with_min_timestep(policy: FilterConfig, timestep: Callable[[torch.Generator]
     if policy.min_timestep is not None or "noisy" not in (policy.policy or ""):
         return policy
     if timestep is None:
-        return dataclasses.replace(policy, min_timestep=NOISIEST_FIFTH)
+        return dataclasses.replace(policy, min_timestep=least_timestep(policy))
     g = torch.Generator().manual_seed(0)
     drawn = torch.stack([timestep(g).float() for _ in range(DRAWS)])
     return dataclasses.replace(policy, min_timestep=round(float(drawn.quantile(0.8)) / 10) * 10)
@@ -106,8 +106,7 @@ def with_lengths(policy: FilterConfig, captioned: float) -> FilterConfig:
     kind = policy.policy or ""
     noisy, one_in_k = "noisy" in kind, "one_in_k" in kind
     # The last band that is judged has a tenth of the timesteps, whatever min_timestep is: it lies at the noisy end.
-    least = NOISIEST_FIFTH if policy.min_timestep is None else policy.min_timestep
-    share = 1 / BANDS if how.per_band else max(1 - least / 1000, 1 / BANDS) if noisy else 1.0
+    share = 1 / BANDS if how.per_band else max(1 - least_timestep(policy) / 1000, 1 / BANDS) if noisy else 1.0
     judged = captioned * share / (policy.k if one_in_k else 1)
     steps = how.steps or max(LEAST_STEPS, math.ceil(2 * ENOUGH / max(judged, 1e-6)))
     window = 2 * steps if how.window is None else how.window
